@@ -1,0 +1,41 @@
+# `make demo` and `make test` need Python 3.11 (or newer) and a C++ compiler; all else is set up in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+RANKS  ?= 2
+
+.PHONY: demo test test-long lint bench docs clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,docs]'
+	touch $(READY)
+
+demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks, beside one process
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.train --out results/demo
+
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(READY)  ## the slow part of the test suite
+	$(BIN)/python -m pytest -m long
+
+lint: $(READY)  ## ruff, mypy --strict, and the floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## speed, memory and accuracy beside one process and other libraries
+	$(BIN)/python -m benchmarks.attention --out results/attention
+
+docs: $(READY)  ## the manual, in docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+
+clean:  ## forget everything that was built
+	rm -rf $(VENV) build dist docs/_build results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

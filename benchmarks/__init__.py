@@ -1,0 +1,1 @@
+"""Programs that measure: run with torchrun, cases as data, JSON lines out."""

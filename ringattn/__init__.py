@@ -1,0 +1,44 @@
+"""Exact attention over sequences too long for one device."""
+
+from ringattn.attention.api import ring_attention, ring_attention_with_lse
+from ringattn.attention.sharding import shard, shard_batch, unshard
+from ringattn.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    DisagreementError,
+    LayoutError,
+    MaskError,
+    RingAttnError,
+)
+from ringattn.geometry.layout import Layout, balanced, contiguous, striped, zigzag
+from ringattn.geometry.masks import Mask, causal, chunked, documents, full, prefix_lm, sliding_window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BackendError",
+    "DisagreementError",
+    "Layout",
+    "LayoutError",
+    "Mask",
+    "MaskError",
+    "RingAttnError",
+    "balanced",
+    "causal",
+    "chunked",
+    "contiguous",
+    "documents",
+    "full",
+    "prefix_lm",
+    "ring_attention",
+    "ring_attention_with_lse",
+    "shard",
+    "shard_batch",
+    "sliding_window",
+    "striped",
+    "unshard",
+    "zigzag",
+]

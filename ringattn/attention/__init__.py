@@ -1,0 +1,1 @@
+"""Floor 3: plan + kernels + comm = the public operations."""

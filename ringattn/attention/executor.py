@@ -1,0 +1,239 @@
+"""The executor: runs any plan, forward and backward. There is one, and one autograd.Function for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
+
+from ringattn.comm.packet import Packet
+from ringattn.comm.ring import Flight, Message, launch
+from ringattn.geometry.plan import Payload, Plan, Step, Transfer
+from ringattn.kernels import BlockKernel, Spec
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, sink_gradient
+
+_TAGS = {payload: tag for tag, payload in enumerate(Payload)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about a call but its tensors: decided once per signature, the plan being this rank's own."""
+
+    plan: Plan
+    kernel: BlockKernel
+    spec: Spec
+    group: dist.ProcessGroup
+    kv_grad: bool  # whether gradients of k or v are wanted, so that they must travel
+
+
+class Attention(torch.autograd.Function):
+    """(q, k, v, sink, job) -> (out, lse), both differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
+        """Runs the plan's forward; see api.ring_attention_with_lse."""
+        ctx.set_materialize_grads(False)
+        ctx.job = job
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = run_forward(job, q, k, v)
+            if sink is not None:
+                add_sink_(out, lse, sink)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        """Runs the plan's backward: gradients of what every rank's out and lse contributed."""
+        q, k, v, sink, out, lse = ctx.saved_tensors
+        job: Job = ctx.job
+        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        delta = _row_products(dout, out, lse.dtype)
+        if dlse is not None:
+            delta -= dlse
+            job = replace(job, spec=replace(job.spec, lse_grad=True))
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = run_backward(job, dout, q, k, v, lse, delta)
+            dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
+        needed = ctx.needs_input_grad
+        return (
+            dq.to(q.dtype) if needed[0] else None,
+            dk.to(k.dtype) if needed[1] else None,
+            dv.to(v.dtype) if needed[2] else None,
+            dsink,
+            None,
+        )
+
+
+def run_forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of this rank's queries over all keys, in the accumulation dtype."""
+    out, lse = empty_state(q, v.shape[3])
+    blocks = _Blocks(job, k, v)
+    for step in job.plan.forward:
+        flight = blocks.begin(step)
+        if step.tiles:
+            with record_function(f"ringattn: attend to block {step.block}"):
+                job.kernel.forward(q, *blocks.kv(step.block), step.tiles, job.spec, out, lse)
+        blocks.end(step, flight)
+    return out, lse
+
+
+def run_backward(
+    job: Job, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns this rank's dq, dk, dv in the accumulation dtype, every rank's share of dk and dv summed up."""
+    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+    blocks = _Blocks(job, k, v)
+    for step in job.plan.backward:
+        flight = blocks.begin(step)
+        if step.tiles:
+            with record_function(f"ringattn: gradients of block {step.block}"):
+                _add_gradients(job, step, blocks, flight, dout, q, lse, delta, dq)
+        blocks.end(step, flight)
+    dk, dv = blocks.sum_of(job.plan.rank).tensors
+    return dq, dk, dv
+
+
+def _add_gradients(
+    job: Job,
+    step: Step,
+    blocks: _Blocks,
+    flight: Flight,
+    dout: Tensor,
+    q: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+) -> None:
+    """Computes one step's gradients: dq in place, dk and dv into the sum that travels with the block.
+
+    When that sum is still under way, half of the heads are computed aside meanwhile, the other half into it: half
+    a block of memory instead of a whole one, and half of the step's work to hide the transfer under.
+    """
+    k, v = blocks.kv(step.block)
+
+    def compute(first: int, last: int, dk: Tensor, dv: Tensor) -> None:
+        group = q.shape[2] // k.shape[2]
+        kv_heads, heads = slice(first, last), slice(first * group, last * group)
+        job.kernel.backward(
+            dout[:, :, heads],
+            q[:, :, heads],
+            k[:, :, kv_heads],
+            v[:, :, kv_heads],
+            lse[:, heads],
+            delta[:, heads],
+            step.tiles,
+            job.spec,
+            dq[:, :, heads],
+            dk,
+            dv,
+        )
+
+    num_kv_heads = k.shape[2]
+    if not blocks.awaits_sum(step):
+        compute(0, num_kv_heads, *blocks.sum_of(step.block).tensors)
+        return
+    half = (num_kv_heads + 1) // 2
+    aside = [torch.zeros_like(x[:, :, :half], dtype=lse.dtype) for x in (k, v)]
+    compute(0, half, *aside)
+    flight.wait_receive(_TAGS[Payload.DKV])
+    dk, dv = blocks.sum_of(step.block).tensors
+    for total, part in zip((dk, dv), aside, strict=True):
+        total[:, :, :half] += part
+    del aside
+    if half < num_kv_heads:
+        compute(half, num_kv_heads, dk[:, :, half:], dv[:, :, half:])
+
+
+class _Blocks:
+    """The blocks that a rank holds while it runs a plan, their gradients' sums, and the transfers of both."""
+
+    def __init__(self, job: Job, k: Tensor, v: Tensor) -> None:
+        self._job = job
+        self._own = (k, v)
+        self._packets: dict[int, Packet] = {}
+        self._sums: dict[int, Packet] = {}
+        self._spare: list[Tensor] = []
+
+    def kv(self, block: int) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values of a block that is here."""
+        if block == self._job.plan.rank:
+            return self._own
+        k, v = self._packets[block].tensors
+        return k, v
+
+    def sum_of(self, block: int) -> Packet:
+        """Returns the running sum of a block's gradients, zeros if none is here yet."""
+        if block not in self._sums:
+            k, _ = self._own
+            self._sums[block] = Packet.zeros(self._shapes(block), accumulation_dtype(k.dtype), k.device)
+        return self._sums[block]
+
+    def awaits_sum(self, step: Step) -> bool:
+        """Whether the sum for the step's own block is still on its way here."""
+        return any(t.block == step.block for t in self._moving(step.receives) if t.payload is Payload.DKV)
+
+    def begin(self, step: Step) -> Flight:
+        """Posts the step's messages."""
+        sends = [Message(self._packet_to_send(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.sends)]
+        receives = [
+            Message(self._packet_to_receive(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.receives)
+        ]
+        return launch(self._job.group, sends, receives)
+
+    def end(self, step: Step, flight: Flight) -> None:
+        """Waits for the step's messages and lets go of what is done with."""
+        with record_function("ringattn: wait"):
+            flight.wait()
+        for t in step.sends:
+            if t.payload is Payload.DKV:
+                self._sums.pop(t.block, None)
+        for block in step.frees:
+            if block in self._packets:
+                self._spare.append(self._packets.pop(block).buffer)
+        if not self._job.kv_grad:
+            self._sums.clear()
+
+    def _moving(self, transfers: tuple[Transfer, ...]) -> list[Transfer]:
+        return [t for t in transfers if t.payload is Payload.KV or self._job.kv_grad]
+
+    def _packet_to_send(self, t: Transfer) -> Packet:
+        if t.payload is Payload.DKV:
+            return self.sum_of(t.block)
+        if t.block not in self._packets:
+            self._packets[t.block] = Packet.of(self._own)
+        return self._packets[t.block]
+
+    def _packet_to_receive(self, t: Transfer) -> Packet:
+        k, _ = self._own
+        shapes = self._shapes(t.block)
+        if t.payload is Payload.DKV:
+            self._sums[t.block] = Packet.empty(shapes, accumulation_dtype(k.dtype), k.device)
+            return self._sums[t.block]
+        needed = sum(torch.Size(shape).numel() for shape in shapes)
+        spare = next((i for i, buffer in enumerate(self._spare) if buffer.numel() >= needed), None)
+        if spare is None:
+            self._packets[t.block] = Packet.empty(shapes, k.dtype, k.device)
+        else:
+            self._packets[t.block] = Packet(self._spare.pop(spare), shapes)
+        return self._packets[t.block]
+
+    def _shapes(self, block: int) -> list[tuple[int, ...]]:
+        rows = self._job.plan.block_rows[block]
+        return [(x.shape[0], rows, *x.shape[2:]) for x in self._own]
+
+
+def _row_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns rowsum(a * b), (B, S, H, D) x 2 -> (B, H, S); a head at a time, which bounds the memory."""
+    result = torch.empty(a.shape[0], a.shape[2], a.shape[1], dtype=dtype, device=a.device)
+    for head in range(a.shape[2]):
+        torch.sum(a[:, :, head].to(dtype) * b[:, :, head].to(dtype), dim=-1, out=result[:, head])
+    return result

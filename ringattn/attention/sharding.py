@@ -1,0 +1,176 @@
+"""Moving whole tensors to their shards and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.comm.gather import gather_rows
+from ringattn.comm.group import agreed, resolve
+from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
+from ringattn.geometry.layout import Layout, check_layout
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+IGNORED_LABEL = -100
+
+
+def shard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tensor:
+    """Returns this rank's rows of a tensor that every rank has, in the order of its local rows.
+
+    Args:
+        x: the whole tensor, layout.seq_len long along `dim`; any dtype.
+        layout: who holds which rows.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+        dim: which dim is the sequence.
+    Returns:
+        x with layout.num_tokens(rank) rows along `dim`, contiguous. Differentiable: x gets the gradients of this
+        rank's rows, and zeros elsewhere.
+    Raises:
+        LayoutError: when the layout is for another number of ranks, or another length.
+        ArgumentError: when an argument has another type or `dim` does not exist.
+    Communication: none.
+    """
+    found = resolve(group)
+    _check(x, layout, found, dim)
+    length = x.shape[dim]
+    if length != layout.seq_len:
+        raise LayoutError(f"x has {length} rows along dim {dim}, but layout={layout} has {layout.seq_len} positions")
+    return _take(x, layout, found.rank(), dim)
+
+
+def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tensor:
+    """Returns the whole tensor, in global order, on every rank.
+
+    All ranks of the group call it together. What is computed from the result is taken to be computed alike on
+    every rank, as by one process: backward gives each rank the gradient of its own rows, without
+    communication and without a factor of the world size.
+
+    Args:
+        x: this rank's rows, layout.num_tokens(rank) along `dim`; any dtype.
+        layout: who holds which rows.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+        dim: which dim is the sequence.
+    Returns:
+        x with layout.seq_len rows along `dim`. Differentiable.
+    Raises:
+        LayoutError: when the layout is for another number of ranks, or does not give this rank so many rows.
+        ArgumentError: when an argument has another type or `dim` does not exist.
+        DisagreementError: when the ranks' other dims, dtypes or layouts differ. All of them on every rank.
+    Communication: each rank sends its rows to each other rank.
+    """
+    found = resolve(group)
+
+    def prepare() -> tuple[Mapping[str, str], None]:
+        _check(x, layout, found, dim)
+        rows, expected = x.shape[dim], layout.num_tokens(found.rank())
+        if rows != expected:
+            raise LayoutError(
+                f"x has {rows} rows along dim {dim}, but layout={layout} gives rank {found.rank()} {expected}"
+            )
+        others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
+        ranges = str(hash(layout))
+        return {"dtype": str(x.dtype), "the other dims": str(others), "layout": f"{layout} #{ranges}"}, None
+
+    key = ("unshard", x.shape, x.dtype, layout, dim) if isinstance(x, Tensor) and _hashable(layout, dim) else None
+    agreed(found, key, prepare)
+    return cast(Tensor, _Unshard.apply(x, layout, found, dim))  # type: ignore[no-untyped-call]
+
+
+def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -> dict[str, Any]:
+    """Returns this rank's share of a training batch that every rank has.
+
+    Every tensor (B, seq_len, ...) is sharded along dim 1. `labels` become `shift_labels`: shifted by one BEFORE they
+    are sharded, so that the last token of a shard predicts the first of the next; the very last position
+    predicts nothing (-100). `position_ids` are added if they are missing: the global positions of the local
+    rows, (1, S_local). Values that are no tensors, and tensors without dims, pass unchanged.
+
+    Args:
+        batch: such as {"input_ids": (B, S), "labels": (B, S)}.
+        layout: who holds which positions; layout.seq_len == S.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+    Raises:
+        ArgumentError: when a tensor has no dim 1 of seq_len (a 4-D mask has two such dims: give it as `mask=`), or
+            both `labels` and `shift_labels` are given.
+        LayoutError: when the layout is for another number of ranks.
+    Communication: none.
+    """
+    found = resolve(group)
+    layout = check_layout(layout, "layout", found.size())
+    if not isinstance(batch, Mapping):
+        raise ArgumentTypeError(f"batch={batch!r:.100}: must be a mapping of names to tensors")
+    if "labels" in batch and "shift_labels" in batch:
+        raise ArgumentError("batch has both labels and shift_labels: give one of them")
+    whole = dict(batch)
+    if "labels" in whole:
+        labels = whole.pop("labels")
+        _check_sequence("labels", labels, layout)
+        whole["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    shares: dict[str, Any] = {}
+    for name, value in whole.items():
+        if isinstance(value, Tensor) and value.ndim:
+            _check_sequence(name, value, layout)
+            shares[name] = _take(value, layout, found.rank(), 1)
+        else:
+            shares[name] = value
+    if "position_ids" not in shares:
+        device = next((value.device for value in shares.values() if isinstance(value, Tensor)), None)
+        shares["position_ids"] = torch.as_tensor(layout.positions(found.rank()), device=device)[None]
+    return shares
+
+
+def _check_sequence(name: str, x: Tensor, layout: Layout) -> None:
+    square = x.ndim >= 4 and x.shape[-2:] == (layout.seq_len, layout.seq_len)
+    if x.ndim < 2 or x.shape[1] != layout.seq_len or square:
+        raise ArgumentError(
+            f"batch[{name!r}] has shape {tuple(x.shape)}: must be (batch, {layout.seq_len}, ...), the sequence along "
+            "dim 1; leave out what is not sharded, and describe masks by a Mask"
+        )
+
+
+def _check(x: Tensor, layout: Layout, group: dist.ProcessGroup, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"x={x!r:.100}: must be a tensor, not {type(x).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ArgumentError(f"dim={dim!r}: x has {x.ndim} dims, so it must lie in [{-x.ndim}, {x.ndim - 1}]")
+    check_layout(layout, "layout", group.size())
+
+
+def _hashable(*values: object) -> bool:
+    try:
+        hash(values)
+    except TypeError:
+        return False
+    return True
+
+
+def _take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:
+    """The rows of a rank, copied range by range."""
+    dim %= x.ndim
+    before = (slice(None),) * dim
+    parts = [x[(*before, slice(r.start, r.stop, r.step))] for r in layout.ranges(rank)]
+    if not parts:
+        return x.narrow(dim, 0, 0)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.layout, ctx.rank, ctx.dim = layout, group.rank(), dim
+        counts = [layout.num_tokens(rank) for rank in range(layout.world_size)]
+        rows = torch.cat(gather_rows(x.movedim(dim, 0).contiguous(), counts, group))
+        order = np.concatenate([layout.positions(rank) for rank in range(layout.world_size)])
+        whole = torch.empty_like(rows)
+        whole[torch.as_tensor(order, device=x.device)] = rows
+        return whole.movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _take(grad, ctx.layout, ctx.rank, ctx.dim), None, None, None

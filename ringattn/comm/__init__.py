@@ -1,0 +1,1 @@
+"""Floor 2: moving tensors between the ranks of one group. Knows nothing of attention."""

@@ -1,0 +1,32 @@
+"""Gathering the rows of every rank, of uneven numbers, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.comm.ring import Message, launch
+
+
+def gather_rows(x: Tensor, num_rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Returns every rank's rows, in order of rank.
+
+    Args:
+        x: this rank's rows, (num_rows[rank], ...), contiguous.
+        num_rows: how many rows each rank has; the other dims are the same on all.
+        group: all its ranks call this together.
+    Communication: each rank sends its rows to each other rank, once.
+    """
+    rank = group.rank()
+    rows = [x if peer == rank else x.new_empty((count, *x.shape[1:])) for peer, count in enumerate(num_rows)]
+    peers = [peer for peer in range(group.size()) if peer != rank]
+    with torch.no_grad():
+        launch(
+            group,
+            [Message(x, peer, 0) for peer in peers],
+            [Message(rows[peer], peer, 0) for peer in peers],
+        ).wait()
+    return rows

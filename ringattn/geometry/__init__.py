@@ -1,0 +1,1 @@
+"""Floor 1: integers only. Layouts and masks meet here and become tiles and plans, before any tensor exists."""

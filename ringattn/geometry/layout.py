@@ -1,0 +1,279 @@
+"""Layouts: which global positions each rank holds, and in what order.
+
+A layout is a tuple of Python ranges for every rank. A rank's *local rows* are its ranges, one after the other:
+
+    contiguous(12, 2)   rank 0: 0 1 2 3 4 5         rank 1: 6 7 8 9 10 11
+    zigzag(12, 2)       rank 0: 0 1 2 | 9 10 11     rank 1: 3 4 5 | 6 7 8
+    striped(12, 2)      rank 0: 0 2 4 6 8 10        rank 1: 1 3 5 7 9 11
+    striped(12, 2, 3)   rank 0: 0 1 2 | 6 7 8       rank 1: 3 4 5 | 9 10 11
+
+Any length goes with any world size: shards may be uneven or empty, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ringattn.errors import ArgumentError, LayoutError
+
+if TYPE_CHECKING:
+    from ringattn.geometry.masks import Mask
+
+Ints = npt.NDArray[np.int64]
+
+
+class Runs(NamedTuple):
+    """Every range of a layout as parallel arrays, sorted by its first position."""
+
+    owner: Ints  # the rank that holds it
+    start: Ints  # its first position
+    step: Ints
+    length: Ints  # how many positions
+    offset: Ints  # the local row of its first position
+
+
+class Segments(NamedTuple):
+    """The sequence cut into pieces of consecutive positions with one owner each, in order of position."""
+
+    owner: Ints
+    start: Ints
+    stop: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Who holds which positions of a sequence: an immutable, hashable value, equal by content.
+
+    Args:
+        seq_len: positions 0 .. seq_len - 1 are held, each by exactly one rank.
+        rank_ranges: for each rank its ranges, in the order of its local rows; ascending steps only.
+        name: how it was made, for messages.
+    Raises:
+        LayoutError: when a position is held twice, by nobody, or lies outside the sequence.
+    """
+
+    seq_len: int
+    rank_ranges: tuple[tuple[range, ...], ...]
+    name: str = "Layout(...)"
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 0:
+            raise LayoutError(f"seq_len={self.seq_len}: a layout needs a length of 0 or more")
+        if not self.rank_ranges:
+            raise LayoutError("rank_ranges is empty: a layout needs at least one rank")
+        ranges = tuple(tuple(r for r in own if len(r)) for own in self.rank_ranges)
+        object.__setattr__(self, "rank_ranges", ranges)
+        if any(r.step < 1 for own in ranges for r in own):
+            raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
+        held = [r for own in ranges for r in own]
+        if any(r[0] < 0 or r[-1] >= self.seq_len for r in held):
+            raise LayoutError(f"{self.name}: a range leaves the sequence of {self.seq_len} positions")
+        holders = np.zeros(self.seq_len, dtype=np.uint8)
+        for r in held:
+            holders[r.start : r.stop : r.step] += 1
+        if (holders != 1).any():
+            position = int(np.flatnonzero(holders != 1)[0])
+            raise LayoutError(
+                f"{self.name}: position {position} is held {int(holders[position])} times; each must be held once"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks the sequence is spread over."""
+        return len(self.rank_ranges)
+
+    def ranges(self, rank: int) -> tuple[range, ...]:
+        """Returns the ranges of global positions that `rank` holds, in the order of its local rows."""
+        if not 0 <= rank < self.world_size:
+            raise LayoutError(f"rank={rank}: {self.name} has ranks 0 to {self.world_size - 1}")
+        return self.rank_ranges[rank]
+
+    def num_tokens(self, rank: int) -> int:
+        """Returns how many positions `rank` holds."""
+        return sum(len(r) for r in self.ranges(rank))
+
+    def positions(self, rank: int) -> Ints:
+        """Returns the global position of each local row of `rank`, (num_tokens,) int64."""
+        own = [np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in self.ranges(rank)]
+        return np.concatenate(own) if own else np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """All ranges of all ranks, as arrays."""
+        rows = []
+        for rank, own in enumerate(self.rank_ranges):
+            offset = 0
+            for r in own:
+                rows.append((rank, r.start, r.step, len(r), offset))
+                offset += len(r)
+        table = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        table = table[np.argsort(table[:, 1], kind="stable")]
+        return Runs(*(np.ascontiguousarray(column) for column in table.T))
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The sequence as consecutive segments, neighbours having different owners."""
+        runs = self.runs
+        single = (runs.step == 1) | (runs.length == 1)
+        if single.all():
+            owner, start, length = runs.owner, runs.start, runs.length
+        else:
+            # Interleaved ranges: go through the owner of every position.
+            owner = np.empty(self.seq_len, dtype=np.int64)
+            for rank, own in enumerate(self.rank_ranges):
+                for r in own:
+                    owner[r.start : r.stop : r.step] = rank
+            start = np.arange(self.seq_len, dtype=np.int64)
+            length = np.ones(self.seq_len, dtype=np.int64)
+        first = np.ones(len(owner), dtype=bool)
+        first[1:] = owner[1:] != owner[:-1]
+        start = start[first]
+        stop = np.append(start[1:], self.seq_len) if len(length) else start
+        return Segments(owner[first], start, stop)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.seq_len, self.rank_ranges))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return self.seq_len == other.seq_len and self._hash == other._hash and self.rank_ranges == other.rank_ranges
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _checked(seq_len: int, world_size: int) -> tuple[int, int]:
+    for name, value, least in (("seq_len", seq_len, 0), ("world_size", world_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise LayoutError(f"{name}={value!r}: must be an integer of {least} or more")
+        if value < least:
+            raise LayoutError(f"{name}={value}: must be {least} or more")
+    return int(seq_len), int(world_size)
+
+
+def _even_cuts(seq_len: int, parts: int) -> list[range]:
+    """Cuts the sequence into `parts` runs whose lengths differ by at most one, the longer ones first."""
+    length, longer = divmod(seq_len, parts)
+    cuts = [part * length + min(part, longer) for part in range(parts + 1)]
+    return [range(a, b) for a, b in pairwise(cuts)]
+
+
+@lru_cache(maxsize=256, typed=True)
+def contiguous(seq_len: int, world_size: int) -> Layout:
+    """Rank r holds the r-th of `world_size` runs; their lengths differ by at most one position."""
+    seq_len, world_size = _checked(seq_len, world_size)
+    ranges = tuple((run,) for run in _even_cuts(seq_len, world_size))
+    return Layout(seq_len, ranges, f"contiguous({seq_len}, {world_size})")
+
+
+@lru_cache(maxsize=256, typed=True)
+def zigzag(seq_len: int, world_size: int) -> Layout:
+    """Rank r holds runs r and 2W-1-r of 2W runs, so that causal work is even.
+
+        position  0 ........................................ seq_len
+        rank      0    1    2    3    3    2    1    0
+
+    Source: Llama 3's and Megatron-LM's context parallelism; Zhu's zigzag ring.
+    """
+    seq_len, world_size = _checked(seq_len, world_size)
+    runs = _even_cuts(seq_len, 2 * world_size)
+    ranges = tuple((runs[r], runs[2 * world_size - 1 - r]) for r in range(world_size))
+    return Layout(seq_len, ranges, f"zigzag({seq_len}, {world_size})")
+
+
+@lru_cache(maxsize=256, typed=True)
+def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
+    """Blocks of `block` positions are dealt to the ranks in turn.
+
+    With block=1 a rank holds every W-th position, as one range of step W.
+    Source: Brandon et al. 2023, arXiv:2311.09431.
+    """
+    seq_len, world_size = _checked(seq_len, world_size)
+    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 1:
+        raise LayoutError(f"block={block!r}: must be an integer of 1 or more")
+    name = f"striped({seq_len}, {world_size}, block={block})"
+    if block == 1:
+        return Layout(seq_len, tuple((range(r, seq_len, world_size),) for r in range(world_size)), name)
+    period = block * world_size
+    ranges = tuple(
+        tuple(range(a, min(a + block, seq_len)) for a in range(r * block, seq_len, period)) for r in range(world_size)
+    )
+    return Layout(seq_len, ranges, name)
+
+
+@lru_cache(maxsize=64, typed=True)
+def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None) -> Layout:
+    """Chunks of positions are dealt so that this mask's work, and the tokens, are even over the ranks.
+
+    Chunks are taken from the heaviest to the lightest; each goes to the rank that has the least work so far
+    among those that still have room, every rank having room for the same number of chunks (or one less).
+
+    Args:
+        mask: what the queries will see; decides the work of each chunk.
+        seq_len: positions.
+        world_size: ranks.
+        chunk: positions in a chunk; None gives each rank about 16 chunks.
+    Raises:
+        LayoutError: when a number is not allowed.
+        MaskError: when the mask does not fit the length.
+    Source: longest-processing-time-first scheduling, Graham 1969.
+    """
+    from ringattn.geometry.tiles import work_of_ranges
+
+    seq_len, world_size = _checked(seq_len, world_size)
+    if chunk is None:
+        chunk = max(1, -(-seq_len // (16 * world_size)))
+    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
+        raise LayoutError(f"chunk={chunk!r}: must be an integer of 1 or more, or None")
+    chunks = [range(a, min(a + chunk, seq_len)) for a in range(0, seq_len, chunk)]
+    work = work_of_ranges(mask, chunks, seq_len)
+    quota, longer = divmod(len(chunks), world_size)
+    load = np.zeros(world_size, dtype=np.int64)
+    taken = np.zeros(world_size, dtype=np.int64)
+    dealt: list[list[range]] = [[] for _ in range(world_size)]
+    for index in np.argsort(-work, kind="stable"):
+        may_take_extra = np.count_nonzero(taken > quota) < longer
+        open_ranks = np.flatnonzero(taken < quota + may_take_extra)
+        rank = int(open_ranks[np.argmin(load[open_ranks])])
+        dealt[rank].append(chunks[int(index)])
+        load[rank] += work[index]
+        taken[rank] += 1
+    ranges = tuple(_joined(sorted(own, key=lambda r: r.start)) for own in dealt)
+    return Layout(seq_len, ranges, f"balanced({mask}, {seq_len}, {world_size}, chunk={chunk})")
+
+
+def _joined(runs: Iterable[range]) -> tuple[range, ...]:
+    """Joins neighbouring runs of consecutive positions into one."""
+    joined: list[range] = []
+    for run in runs:
+        if joined and joined[-1].stop == run.start:
+            joined[-1] = range(joined[-1].start, run.stop)
+        else:
+            joined.append(run)
+    return tuple(joined)
+
+
+def check_layout(layout: object, name: str, world_size: int) -> Layout:
+    """Returns `layout` if it is a Layout for `world_size` ranks; raises ArgumentError or LayoutError otherwise."""
+    if not isinstance(layout, Layout):
+        raise ArgumentError(f"{name}={layout!r}: must be a Layout, such as zigzag(seq_len, world_size), or None")
+    if layout.world_size != world_size:
+        raise LayoutError(
+            f"{name}={layout}: made for {layout.world_size} ranks, but the group has {world_size}; "
+            f"make it with world_size={world_size}"
+        )
+    return layout

@@ -1,0 +1,126 @@
+"""Cutting tiles into what a fused kernel can express: rectangles, triangles, and small masked blocks.
+
+Fused attention kernels know `full` and `causal` (top-left: j <= i). A tile between two diagonals is cut so that
+nothing outside its band is computed:
+
+    upper diagonal only:  ▉▉▉◣      a rectangle and a causal triangle
+    lower diagonal only:  ◥▉▉▉      a triangle that is causal when its rows and columns are reversed, a rectangle
+    both, a band:         ◥◣        strips as high as the band is wide: two triangles each; all strips alike,
+                            ◥◣      so that one batched call takes them together
+
+Narrow bands and small tiles, where triangles would cost more in calls than they save, become small blocks with a
+dense mask.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
+
+from ringattn.geometry.tiles import Tile, Tiles
+
+# A band of fewer diagonals is masked in strips of this many rows; a tile with both sides smaller is masked whole.
+EDGE_ROWS = 64
+
+
+class Shape(Enum):
+    """Which pairs of a piece may attend, in its own rows and columns."""
+
+    FULL = "full"
+    CAUSAL = "causal"  # j <= i
+    REVERSED = "reversed"  # j >= i: causal, when rows and columns are reversed; square
+    MASKED = "masked"  # lo <= j - i <= hi
+
+
+class Piece(NamedTuple):
+    """`copies` equal blocks of rows x cols, each `stride` rows and columns further down the diagonal."""
+
+    shape: Shape
+    q_start: int
+    k_start: int
+    rows: int
+    cols: int
+    batch: int
+    copies: int = 1
+    stride: int = 0
+    lo: int = 0
+    hi: int = 0
+
+
+@lru_cache(maxsize=512)
+def pieces_of(tiles: Tiles) -> tuple[Piece, ...]:
+    """Returns disjoint pieces that hold exactly the pairs of the tiles."""
+    return tuple(piece for tile in tiles for piece in _cut(tile))
+
+
+@lru_cache(maxsize=512)
+def masked_tiles(tiles: Tiles) -> Tiles:
+    """Returns the masked pieces of the tiles, as tiles."""
+    return Tiles.of(
+        *(
+            Tile(
+                piece.q_start + strip * piece.stride,
+                piece.q_start + strip * piece.stride + piece.rows,
+                piece.k_start + strip * piece.stride,
+                piece.k_start + strip * piece.stride + piece.cols,
+                piece.lo + piece.k_start - piece.q_start,
+                piece.hi + piece.k_start - piece.q_start,
+                piece.batch,
+            )
+            for piece in pieces_of(tiles)
+            if piece.shape is Shape.MASKED
+            for strip in range(piece.copies)
+        )
+    )
+
+
+def _cut(tile: Tile) -> list[Piece]:
+    rows, cols = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
+    corner = tile.k_start - tile.q_start
+    lo, hi = tile.lo - corner, tile.hi - corner
+    # Rows before `low` are not cut by the lower diagonal, rows from `high` on not by the upper one.
+    low = min(max(1 - lo, 0), rows)
+    high = min(max(cols - 1 - hi, 0), rows)
+    if rows <= EDGE_ROWS and cols <= EDGE_ROWS and (low, high) != (rows, 0) and not (lo <= 1 - rows and hi == 0):
+        return [Piece(Shape.MASKED, tile.q_start, tile.k_start, rows, cols, tile.batch, lo=lo, hi=hi)]
+
+    found: list[Piece] = []
+
+    def add(shape: Shape, i: int, j: int, height: int, width: int, copies: int = 1, **band: int) -> None:
+        if height > 0 and width > 0 and copies > 0:
+            found.append(Piece(shape, tile.q_start + i, tile.k_start + j, height, width, tile.batch, copies, **band))
+
+    def upper(i: int, stop: int) -> None:
+        add(Shape.FULL, i, 0, stop - i, i + hi)
+        add(Shape.CAUSAL, i, i + hi, stop - i, stop - i)
+
+    def lower(i: int, stop: int) -> None:
+        add(Shape.REVERSED, i, i + lo, stop - i, stop - i)
+        add(Shape.FULL, i, stop + lo, stop - i, cols - stop - lo)
+
+    def band(i: int, stop: int) -> None:
+        width = hi - lo
+        strip = max(width, EDGE_ROWS)
+        count, rest = divmod(stop - i, strip)
+        tail = stop - rest
+        if width < EDGE_ROWS:
+            add(Shape.MASKED, i, i + lo, strip, strip + width, count, stride=strip, hi=width)
+            add(Shape.MASKED, tail, tail + lo, rest, rest + width, hi=width)
+            return
+        add(Shape.REVERSED, i, i + lo, strip, strip, count, stride=strip)
+        add(Shape.CAUSAL, i, i + hi, strip, strip, count, stride=strip)
+        add(Shape.REVERSED, tail, tail + lo, rest, rest)
+        add(Shape.FULL, tail, tail + lo + rest, rest, width - rest)
+        add(Shape.CAUSAL, tail, tail + hi, rest, rest)
+
+    if low <= high:
+        upper(0, low)
+        if low < high:
+            band(low, high)
+        lower(high, rows)
+    else:
+        upper(0, high)
+        add(Shape.FULL, high, 0, low - high, cols)
+        lower(low, rows)
+    return found

@@ -1,0 +1,78 @@
+"""Merging partial attention: softmax over a union of keys, from softmax over its parts.
+
+Attention over a set A of keys is summed up by (out_A, lse_A): the weighted mean of the values, and the logarithm
+of the sum of the weights. For disjoint A and B
+
+    lse = log(exp(lse_A) + exp(lse_B)),    out = out_A + sigmoid(lse_B - lse_A) * (out_B - out_A)
+
+which is exact, associative up to rounding, and has (0, -inf), nothing attended to, as its neutral element.
+Derived in docs/maths.md; Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which results for inputs of `dtype` are accumulated: float64 stays, the rest is fp32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def empty_state(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
+    """Returns the state of queries that have attended to nothing.
+
+    Args:
+        q: (B, S, H, D), any floating dtype.
+        v_dim: Dv, the values' head dim.
+    Returns:
+        out, zeros (B, S, H, Dv), and lse, -inf (B, H, S), both in the accumulation dtype.
+    """
+    batch, rows, heads, _ = q.shape
+    dtype = accumulation_dtype(q.dtype)
+    out = torch.zeros(batch, rows, heads, v_dim, dtype=dtype, device=q.device)
+    lse = torch.full((batch, heads, rows), -torch.inf, dtype=dtype, device=q.device)
+    return out, lse
+
+
+def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merges a partial result into the running state, in place.
+
+    Args:
+        out: running output (B, S, H, Dv), accumulation dtype; updated.
+        lse: running log-sum-exp (B, H, S), natural log, -inf where nothing was seen; updated.
+        part: output over further keys, (B, S, H, Dv); finite also where part_lse is -inf.
+        part_lse: its log-sum-exp (B, H, S).
+    """
+    weight = torch.sigmoid(part_lse - lse)
+    # Nothing on either side: (-inf) - (-inf) is NaN, and nothing changes.
+    weight.nan_to_num_(nan=0.0)
+    out.lerp_(part.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1))
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+def add_sink_(out: Tensor, lse: Tensor, sink: Tensor) -> None:
+    """Lets a logit per head, with no value, take part in each row's denominator, in place.
+
+    Args:
+        out: final output (B, S, H, Dv); updated.
+        lse: final log-sum-exp (B, H, S); updated to include the sink.
+        sink: (H,) logits.
+    Source: the attention sinks of GPT-OSS; Xiao et al. 2023, arXiv:2309.17453.
+    """
+    logit = sink.to(lse.dtype)[:, None]
+    out.mul_(torch.sigmoid(lse - logit).transpose(1, 2).unsqueeze(-1))
+    torch.logaddexp(lse, logit.expand_as(lse), out=lse)
+
+
+def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Returns the sink's gradient (H,): the sink is a key whose value is zero.
+
+    Args:
+        sink: (H,) logits.
+        lse: final log-sum-exp, the sink included, (B, H, S).
+        delta: rowsum(dout * out) minus the gradient of lse, (B, H, S).
+    """
+    probability = torch.exp(sink.to(lse.dtype)[:, None] - lse)
+    return -(probability * delta).sum(dim=(0, 2)).to(sink.dtype)

@@ -1,0 +1,1 @@
+"""What the tests share: rank pool, oracle, comparison, cases, poison."""

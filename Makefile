@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 (or newer) and a C++ compiler; all else is set up in .venv.
+# `make demo` and `make test` need Python 3.11 or newer; all else is set up in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin

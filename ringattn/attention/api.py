@@ -66,11 +66,11 @@ def ring_attention(
     Raises:
         ArgumentError: when an argument is not allowed; LayoutError, MaskError when a layout or a mask does not fit.
         BackendError: when the backend cannot run this call.
-        DisagreementError: when the ranks do not ask for the same.
-        All of them on every rank, before anything is sent.
+        DisagreementError: when the ranks do not ask for the same. All of these on every rank, before anything is
+            sent.
     Communication: per rank and hop the block at hand, rows x H_kv x (D + Dv) elements per batch row; a block stops
-        at the last rank that needs it, W - 1 hops away at most. In backward the same again, and as many elements of
-        gradients in the accumulation dtype.
+        at the last rank that needs it, W - 1 hops away at most. In backward the same again; and the block's
+        gradients in the accumulation dtype, one transfer more, as they go home.
     Source: Liu et al. 2023, arXiv:2310.01889.
     """
     request = _Request("ring", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend)
@@ -139,7 +139,7 @@ def _attend(request: _Request, group: Group) -> tuple[Tensor, Tensor]:
     found = resolve(group)
     request = _autocast(request)
     job = agreed(found, request.signature(), lambda: _prepare(request, found))
-    out, lse = Attention.apply(request.q, request.k, request.v, request.sink, job)  # type: ignore[no-untyped-call]
+    out, lse = Attention.apply(request.q, request.k, request.v, request.sink, job, found)  # type: ignore[no-untyped-call]
     return cast(Tensor, out), cast(Tensor, lse)
 
 
@@ -203,7 +203,7 @@ def _prepare(request: _Request, group: dist.ProcessGroup) -> tuple[Mapping[str, 
         "backend": repr(request.backend),
         "which of q, k, v, sink require gradients": str(grads),
     }
-    return told, Job(plan, kernel, spec, group, kv_grad=grads[1] or grads[2])
+    return told, Job(plan, kernel, spec, kv_grad=grads[1] or grads[2])
 
 
 def _content(value: object, content: object) -> str:

@@ -27,20 +27,21 @@ class Job:
     plan: Plan
     kernel: BlockKernel
     spec: Spec
-    group: dist.ProcessGroup
     kv_grad: bool  # whether gradients of k or v are wanted, so that they must travel
 
 
 class Attention(torch.autograd.Function):
-    """(q, k, v, sink, job) -> (out, lse), both differentiable."""
+    """(q, k, v, sink, job, group) -> (out, lse), both differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         """Runs the plan's forward; see api.ring_attention_with_lse."""
         ctx.set_materialize_grads(False)
-        ctx.job = job
+        ctx.job, ctx.group = job, group
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = run_forward(job, q, k, v)
+            out, lse = run_forward(job, group, q, k, v)
             if sink is not None:
                 add_sink_(out, lse, sink)
         out = out.to(q.dtype)
@@ -51,7 +52,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Runs the plan's backward: gradients of what every rank's out and lse contributed."""
         q, k, v, sink, out, lse = ctx.saved_tensors
         job: Job = ctx.job
@@ -61,7 +62,7 @@ class Attention(torch.autograd.Function):
             delta -= dlse
             job = replace(job, spec=replace(job.spec, lse_grad=True))
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = run_backward(job, dout, q, k, v, lse, delta)
+            dq, dk, dv = run_backward(job, ctx.group, dout, q, k, v, lse, delta)
             dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
         needed = ctx.needs_input_grad
         return (
@@ -70,13 +71,14 @@ class Attention(torch.autograd.Function):
             dv.to(v.dtype) if needed[2] else None,
             dsink,
             None,
+            None,
         )
 
 
-def run_forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def run_forward(job: Job, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of this rank's queries over all keys, in the accumulation dtype."""
     out, lse = empty_state(q, v.shape[3])
-    blocks = _Blocks(job, k, v)
+    blocks = _Blocks(job, group, k, v)
     for step in job.plan.forward:
         flight = blocks.begin(step)
         if step.tiles:
@@ -87,11 +89,11 @@ def run_forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
 
 def run_backward(
-    job: Job, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
+    job: Job, group: dist.ProcessGroup, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns this rank's dq, dk, dv in the accumulation dtype, every rank's share of dk and dv summed up."""
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-    blocks = _Blocks(job, k, v)
+    blocks = _Blocks(job, group, k, v)
     for step in job.plan.backward:
         flight = blocks.begin(step)
         if step.tiles:
@@ -115,8 +117,9 @@ def _add_gradients(
 ) -> None:
     """Computes one step's gradients: dq in place, dk and dv into the sum that travels with the block.
 
-    When that sum is still under way, half of the heads are computed aside meanwhile, the other half into it: half
-    a block of memory instead of a whole one, and half of the step's work to hide the transfer under.
+    When that sum is still under way, a quarter of the heads is computed aside meanwhile, the others into it: a
+    quarter of a block of memory instead of a whole one, and a quarter of the step's work to hide the rest of the
+    transfer under.
     """
     k, v = blocks.kv(step.block)
 
@@ -141,23 +144,24 @@ def _add_gradients(
     if not blocks.awaits_sum(step):
         compute(0, num_kv_heads, *blocks.sum_of(step.block).tensors)
         return
-    half = (num_kv_heads + 1) // 2
-    aside = [torch.zeros_like(x[:, :, :half], dtype=lse.dtype) for x in (k, v)]
-    compute(0, half, *aside)
+    early = -(-num_kv_heads // 4)
+    aside = [torch.zeros_like(x[:, :, :early], dtype=lse.dtype) for x in (k, v)]
+    compute(0, early, *aside)
     flight.wait_receive(_TAGS[Payload.DKV])
     dk, dv = blocks.sum_of(step.block).tensors
     for total, part in zip((dk, dv), aside, strict=True):
-        total[:, :, :half] += part
+        total[:, :, :early] += part
     del aside
-    if half < num_kv_heads:
-        compute(half, num_kv_heads, dk[:, :, half:], dv[:, :, half:])
+    if early < num_kv_heads:
+        compute(early, num_kv_heads, dk[:, :, early:], dv[:, :, early:])
 
 
 class _Blocks:
     """The blocks that a rank holds while it runs a plan, their gradients' sums, and the transfers of both."""
 
-    def __init__(self, job: Job, k: Tensor, v: Tensor) -> None:
+    def __init__(self, job: Job, group: dist.ProcessGroup, k: Tensor, v: Tensor) -> None:
         self._job = job
+        self._group = group
         self._own = (k, v)
         self._packets: dict[int, Packet] = {}
         self._sums: dict[int, Packet] = {}
@@ -187,7 +191,8 @@ class _Blocks:
         receives = [
             Message(self._packet_to_receive(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.receives)
         ]
-        return launch(self._job.group, sends, receives)
+        with record_function("ringattn: post"):
+            return launch(self._group, sends, receives)
 
     def end(self, step: Step, flight: Flight) -> None:
         """Waits for the step's messages and lets go of what is done with."""

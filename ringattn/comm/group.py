@@ -47,6 +47,8 @@ def resolve(group: object) -> dist.ProcessGroup:
             raise ArgumentError(
                 f"group={group!r}: a mesh of {group.ndim} dimensions; pass one of them, such as mesh['ring']"
             )
+        if group.get_coordinate() is None:
+            raise ArgumentError(f"group={group!r}: this process is not a member of the mesh")
         found = group.get_group()
     else:
         found = group
@@ -100,7 +102,7 @@ def _compare(group: dist.ProcessGroup, prepare: Callable[[], tuple[Mapping[str, 
         told, result = prepare()
     except Exception as problem:  # whatever it is, the other ranks must not be left waiting
         error = problem
-    note = (dict(told), None if error is None else (type(error).__name__, str(error)))
+    note = (dict(told), None if error is None else _described(error))
     notes: list[Any] = [None] * group.size()
     dist.all_gather_object(notes, note, group=group)
     failures = [(rank, *problem) for rank, (_, problem) in enumerate(notes) if problem is not None]
@@ -110,12 +112,18 @@ def _compare(group: dist.ProcessGroup, prepare: Callable[[], tuple[Mapping[str, 
         where = "" if everywhere else f"on rank {rank} of {len(notes)}: "
         raise _error_class(kind)(where + message) from error
     views = [view for view, _ in notes]
-    for name in views[0]:
+    for name in dict.fromkeys(name for view in views for name in view):
         values = [view.get(name) for view in views]
         if len(set(values)) > 1:
             by_rank = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
             raise DisagreementError(f"the ranks of the group disagree on {name} ({by_rank})")
     return result
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """An error as text that another rank can raise again; one that is not ours is told with its type."""
+    kind = type(error).__name__
+    return (kind, str(error)) if isinstance(error, RingAttnError) else (RingAttnError.__name__, f"{kind}: {error}")
 
 
 def _error_class(name: str) -> type[RingAttnError]:

@@ -75,7 +75,7 @@ class Layout:
         held = [r for own in ranges for r in own]
         if any(r[0] < 0 or r[-1] >= self.seq_len for r in held):
             raise LayoutError(f"{self.name}: a range leaves the sequence of {self.seq_len} positions")
-        holders = np.zeros(self.seq_len, dtype=np.uint8)
+        holders = np.zeros(self.seq_len, dtype=np.int32)
         for r in held:
             holders[r.start : r.stop : r.step] += 1
         if (holders != 1).any():

@@ -183,8 +183,9 @@ def documents(cu_seqlens: Sequence[int] | npt.ArrayLike | _HasToList) -> Mask:
     Raises:
         MaskError: when they do not begin with 0 or do not ascend.
     """
-    values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)  # type: ignore[arg-type]
+    values: object = cu_seqlens
     try:
+        values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)  # type: ignore[arg-type]
         cu = np.asarray(values, dtype=np.int64)
         exact = bool(np.array_equal(cu, np.asarray(values)))
     except (TypeError, ValueError, OverflowError):

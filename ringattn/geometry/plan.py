@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -85,8 +85,8 @@ class Plan:
         backward = self.rows_sent(Payload.KV, self.backward) * kv_row_bytes
         return forward, backward + self.rows_sent(Payload.DKV, self.backward) * dkv_row_bytes
 
-    @cached_property
-    def moves_kv(self) -> bool:
+    @property
+    def communicates(self) -> bool:
         """Whether this rank sends or receives anything at all."""
         return any(step.sends or step.receives for step in self.backward)
 

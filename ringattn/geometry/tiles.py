@@ -75,6 +75,17 @@ class Tiles:
     def __bool__(self) -> bool:
         return len(self.table) > 0
 
+    @cached_property
+    def frame(self) -> Frame:
+        """The smallest rectangle around all tiles, and the tiles in its own row numbers."""
+        if not len(self.table):
+            return Frame(slice(0, 0), slice(0, 0), self)
+        q_start, k_start = (int(self.table[:, c].min()) for c in (Q_START, K_START))
+        q_stop, k_stop = (int(self.table[:, c].max()) for c in (Q_STOP, K_STOP))
+        shift = np.array([q_start, q_start, k_start, k_start, k_start - q_start, k_start - q_start, 0])
+        inner = Tiles(self.table - shift) if q_start or k_start else self
+        return Frame(slice(q_start, q_stop), slice(k_start, k_stop), inner)
+
     def area(self, batch: int = 1) -> int:
         """Returns the work: how many (query, key) pairs the tiles hold, over `batch` rows of a batch."""
         copies = np.where(self.table[:, BATCH] == EVERY_BATCH_ROW, batch, 1)
@@ -82,6 +93,14 @@ class Tiles:
 
     def __repr__(self) -> str:
         return f"Tiles({len(self)} tiles, area {self.area()})"
+
+
+class Frame(NamedTuple):
+    """A rectangle of local rows, and tiles numbered from its corner."""
+
+    q: slice
+    k: slice
+    tiles: Tiles
 
 
 NO_TILES = Tiles(np.empty((0, 7), dtype=np.int64))

@@ -6,8 +6,9 @@ from functools import lru_cache
 
 from ringattn.errors import BackendError
 from ringattn.kernels.contract import BlockKernel, Call, Spec
+from ringattn.kernels.fused_ops import CpuFlash, CudaFlash, CudnnFlash
 from ringattn.kernels.reference import ReferenceKernel
-from ringattn.kernels.sdpa import CpuFlash, CudaFlash, CudnnFlash, FusedKernel
+from ringattn.kernels.sdpa import FusedKernel
 
 __all__ = ["BACKENDS", "BlockKernel", "Call", "Spec", "refusals", "select"]
 

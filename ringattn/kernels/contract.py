@@ -19,9 +19,10 @@ from ringattn.geometry.tiles import Tiles
 class Spec:
     """What every tile of a call shares.
 
-    scale: factor on q·k before the softmax, dimensionless.
-    softcap: if given, scores become softcap * tanh(score / softcap).
-    lse_grad: backward only: delta holds a gradient of lse besides rowsum(dout * out).
+    Args:
+        scale: factor on q·k before the softmax, dimensionless.
+        softcap: if given, scores become softcap * tanh(score / softcap).
+        lse_grad: backward only: delta holds a gradient of lse besides rowsum(dout * out).
     """
 
     scale: float

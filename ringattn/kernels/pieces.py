@@ -82,6 +82,12 @@ def _cut(tile: Tile) -> list[Piece]:
     # Rows before `low` are not cut by the lower diagonal, rows from `high` on not by the upper one.
     low = min(max(1 - lo, 0), rows)
     high = min(max(cols - 1 - hi, 0), rows)
+    # The outermost uncut row lies on a diagonal's end: it completes the triangle, or the band, that it borders on.
+    if high < low:
+        high += high > 0
+        low -= high < low < rows
+    elif high < rows:
+        high += 1
     if rows <= EDGE_ROWS and cols <= EDGE_ROWS and (low, high) != (rows, 0) and not (lo <= 1 - rows and hi == 0):
         return [Piece(Shape.MASKED, tile.q_start, tile.k_start, rows, cols, tile.batch, lo=lo, hi=hi)]
 

@@ -9,236 +9,31 @@ cut into such pieces, results merged into the running state, and the edges trans
 - Dv != D: the narrower is padded with zeros, which changes nothing.
 - every piece is square where it is causal, so that top-left and bottom-right alignment agree; no row of a piece
   is without a key, so that what a kernel says of empty rows (CPU flash: lse = 0) never shows.
-- heads go through in groups, which bounds the memory of intermediate results.
+- heads go through in groups, which bounds the memory of intermediate results, and the CPU kernel gets them
+  contiguous: it is a tenth faster so, while the copy costs a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ringattn.geometry.tiles import EVERY_BATCH_ROW, Tiles
 from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.fused_ops import FusedOp
 from ringattn.kernels.pieces import Piece, Shape, masked_tiles, pieces_of
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.softmax import merge_
 
-# Intermediate results (a group of heads) take about this much.
+# A group of heads takes at most about this much for each intermediate result, unless one head takes more ...
 GROUP_BYTES = 4 << 20
+# ... and no more heads than make a launch worth its overhead: query-key pairs times head dim.
+LAUNCH_WORK = 1 << 25
 
 # Computes the small masked blocks at the edge of a band for fused kernels that take no mask.
 _EDGES = ReferenceKernel()
-
-
-class FusedOp(Protocol):
-    """One fused kernel of torch: (B, H, S, D) tensors of equal head dim, scores of one rectangle or square triangle."""
-
-    @property
-    def device_type(self) -> str:
-        """Where it runs."""
-        ...
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the inputs."""
-        ...
-
-    @property
-    def takes_mask(self) -> bool:
-        """Whether it takes an additive mask."""
-        ...
-
-    @property
-    def dim_multiple(self) -> int:
-        """Head dims are multiples of this."""
-        ...
-
-    @property
-    def max_dim(self) -> int | None:
-        """The largest head dim, or None."""
-        ...
-
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns the dtype to compute in for inputs of `dtype`."""
-        ...
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Returns out (B, H, S, D) and lse (B, H, S), natural log."""
-        ...
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk, dv."""
-        ...
-
-
-class CpuFlash:
-    """aten._scaled_dot_product_flash_attention_for_cpu."""
-
-    device_type = "cpu"
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    takes_mask = True
-    dim_multiple = 1
-    max_dim = None
-
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Half precision is computed in fp32 on CPUs without instructions for it: faster there, and more exact."""
-        if dtype in (torch.bfloat16, torch.float16) and not _has_half_matmul(dtype):
-            return torch.float32
-        return dtype
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See FusedOp.forward."""
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        return out, lse
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedOp.backward."""
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        return dq, dk, dv
-
-
-class CudaFlash:
-    """aten._scaled_dot_product_flash_attention: FlashAttention-2 as built into torch."""
-
-    device_type = "cuda"
-    dtypes = (torch.bfloat16, torch.float16)
-    takes_mask = False
-    dim_multiple = 8
-    max_dim = 256
-
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Computes in the inputs' own dtype."""
-        return dtype
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See FusedOp.forward."""
-        result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return result[0], result[1]
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedOp.backward."""
-        unused = torch.empty(0, dtype=torch.int64, device=q.device)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            causal,
-            unused,
-            unused,
-            scale=scale,
-        )
-        return dq, dk, dv
-
-
-class CudnnFlash(CudaFlash):
-    """aten._scaled_dot_product_cudnn_attention."""
-
-    max_dim = 128
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See FusedOp.forward."""
-        result = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        return result[0], result[1].reshape(q.shape[:3])
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedOp.backward."""
-        unused = torch.empty(0, dtype=torch.int64, device=q.device)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous().unsqueeze(-1),
-            unused,
-            unused,
-            None,
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            causal,
-            scale=scale,
-        )
-        return dq, dk, dv
-
-
-def _has_half_matmul(dtype: torch.dtype) -> bool:
-    found = torch.cpu.get_capabilities()
-    wanted = ("amx_bf16", "avx512_bf16", "bf16") if dtype is torch.bfloat16 else ("amx_fp16", "avx512_fp16", "fp16")
-    return any(found.get(name, False) for name in wanted)
 
 
 @dataclass(frozen=True)
@@ -273,21 +68,27 @@ class FusedKernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
         """See contract.BlockKernel.forward."""
-        op = self._op(q)
-        v_dim, width = v.shape[3], _padded(op, q.shape[3], v.shape[3])
-        for heads, kv_heads in _head_groups(q, k, width):
-            q_g, k_g, v_g = (_prepared(x[:, :, h], op, width) for x, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
-            for piece, row in _launches(tiles, q.shape[0], op):
+        op, v_dim = self._op(q), v.shape[3]
+        if not op.takes_mask and (edges := masked_tiles(tiles)):
+            _EDGES.forward(q, k, v, edges, spec, out, lse)
+        i, j, tiles = tiles.frame
+        q, k, v, out, lse = q[:, i], k[:, j], v[:, j], out[:, i], lse[:, :, i]
+        inputs = _Inputs(op, _padded(op, q.shape[3], v_dim))
+        launches = _launches(tiles, q.shape[0], op)
+        for heads, kv_heads in _head_groups(q, k, tiles, len(launches)):
+            q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
+            for piece, row in launches:
                 part, part_lse = op.forward(
-                    _rows(q_g, piece, row), _cols(k_g, piece, row), _cols(v_g, piece, row), *_form(op, piece, q_g),
+                    _rows(q_g, piece, row),
+                    _cols(k_g, piece, row),
+                    _cols(v_g, piece, row),
+                    *_form(op, piece, q_g),
                     spec.scale,
-                )  # fmt: skip
-                part, part_lse = _unreversed(part, piece), _unreversed(part_lse, piece)
+                )
+                part, part_lse = _oriented(part, piece), _oriented(part_lse, piece)
                 state = _blocks(out[:, :, heads], 1, piece.q_start, piece.rows, piece, row)
                 state_lse = _blocks(lse[:, heads], 2, piece.q_start, piece.rows, piece, row)
                 merge_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
-        if not op.takes_mask and (edges := masked_tiles(tiles)):
-            _EDGES.forward(q, k, v, edges, spec, out, lse)
 
     def backward(
         self,
@@ -304,33 +105,42 @@ class FusedKernel:
         dv: Tensor,
     ) -> None:
         """See contract.BlockKernel.backward."""
-        op = self._op(q)
-        dim, v_dim = q.shape[3], v.shape[3]
-        width = _padded(op, dim, v_dim + spec.lse_grad)
-        for heads, kv_heads in _head_groups(q, k, width):
-            q_g, k_g, v_g, dout_g = (
-                _prepared(x[:, :, h], op, width) for x, h in ((q, heads), (k, kv_heads), (v, kv_heads), (dout, heads))
-            )
-            delta_g, lse_g = delta[:, heads].transpose(1, 2), lse[:, heads]
+        op, dim, v_dim = self._op(q), q.shape[3], v.shape[3]
+        if spec.lse_grad and op.max_dim is not None and _padded(op, dim, v_dim + 1) > op.max_dim:
+            # No room for the extra column. Gradients of lse are rare, so they need not be fast there.
+            _EDGES.backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+            return
+        if not op.takes_mask and (edges := masked_tiles(tiles)):
+            _EDGES.backward(dout, q, k, v, lse, delta, edges, spec, dq, dk, dv)
+        i, j, tiles = tiles.frame
+        dout, q, dq, lse, delta = dout[:, i], q[:, i], dq[:, i], lse[:, :, i], delta[:, :, i]
+        k, v, dk, dv = k[:, j], v[:, j], dk[:, j], dv[:, j]
+        inputs = _Inputs(op, _padded(op, dim, v_dim + spec.lse_grad))
+        launches = _launches(tiles, q.shape[0], op)
+        for heads, kv_heads in _head_groups(q, k, tiles, len(launches)):
+            q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
+            dout_g, lse_g = inputs.pack("dout", dout, heads), lse[:, heads]
             if spec.lse_grad:
-                # Padding by at least one column has copied dout, so that it can be written to.
+                # There is a padding column at least, in a copy that is ours.
                 out_g = torch.zeros_like(dout_g)
-                out_g[..., v_dim], dout_g[..., v_dim] = delta_g.to(out_g.dtype), 1.0
+                out_g[..., v_dim], dout_g[..., v_dim] = delta[:, heads].to(out_g.dtype), 1.0
             else:
-                out_g = _multiple_with_product(dout_g, delta_g)
-            for piece, row in _launches(tiles, q.shape[0], op):
+                out_g = _multiple_with_product(dout_g, delta[:, heads])
+            for piece, row in launches:
                 parts = op.backward(
-                    _rows(dout_g, piece, row), _rows(q_g, piece, row), _cols(k_g, piece, row), _cols(v_g, piece, row),
+                    _rows(dout_g, piece, row),
+                    _rows(q_g, piece, row),
+                    _cols(k_g, piece, row),
+                    _cols(v_g, piece, row),
                     _rows(out_g, piece, row),
-                    _reversed(_blocks(lse_g, 2, piece.q_start, piece.rows, piece, row), piece, 2),
-                    *_form(op, piece, q_g), spec.scale,
-                )  # fmt: skip
-                part_dq, part_dk, part_dv = (_unreversed(part, piece).transpose(1, 2) for part in parts)
+                    _rows(lse_g, piece, row),
+                    *_form(op, piece, q_g),
+                    spec.scale,
+                )
+                part_dq, part_dk, part_dv = (_oriented(part, piece).transpose(1, 2) for part in parts)
                 _blocks(dq[:, :, heads], 1, piece.q_start, piece.rows, piece, row).add_(part_dq[..., :dim])
                 _add_cols(dk[:, :, kv_heads], part_dk[..., :dim], piece, row)
                 _add_cols(dv[:, :, kv_heads], part_dv[..., :v_dim], piece, row)
-        if not op.takes_mask and (edges := masked_tiles(tiles)):
-            _EDGES.backward(dout, q, k, v, lse, delta, edges, spec, dq, dk, dv)
 
     def _op(self, q: Tensor) -> FusedOp:
         return next(op for op in self.ops if op.device_type == q.device.type)
@@ -341,47 +151,77 @@ def _padded(op: FusedOp, dim: int, v_dim: int) -> int:
     return -(-width // op.dim_multiple) * op.dim_multiple
 
 
-def _head_groups(q: Tensor, k: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts the heads into groups that bound intermediate memory, with enough heads for every thread."""
-    group = q.shape[2] // k.shape[2]
-    num_kv_heads = k.shape[2]
-    head_bytes = q.shape[0] * max(q.shape[1] * group, k.shape[1]) * width * 4
+def _head_groups(q: Tensor, k: Tensor, tiles: Tiles, num_launches: int) -> list[tuple[slice, slice]]:
+    """Cuts the heads into groups, (query heads, their kv heads).
+
+    They are small for the sake of memory and caches, but have enough work for every thread and for a launch.
+    """
+    batch, rows, heads, dim = q.shape
+    group = heads // k.shape[2]
+    size = heads
     if q.device.type == "cpu":
-        least = -(-torch.get_num_threads() // (group * q.shape[0]))
-        size = max(1, least, GROUP_BYTES // max(head_bytes, 1))
-    else:
-        size = num_kv_heads
-    for first in range(0, num_kv_heads, size):
-        last = min(first + size, num_kv_heads)
-        yield slice(first * group, last * group), slice(first, last)
+        least = -(-torch.get_num_threads() // max(batch, 1))
+        worth = -(-LAUNCH_WORK * num_launches // max(tiles.area(batch) * dim, 1))
+        most = GROUP_BYTES // max(batch * max(rows, k.shape[1]) * dim * 4, 1)
+        size = max(1, least, min(worth, most))
+    # A group holds whole kv heads, or query heads of one kv head only.
+    span = heads if size >= group else group
+    size = max(1, size - size % group) if size >= group else size
+    starts = [h for first in range(0, heads, span) for h in range(first, first + span, size)]
+    stops = [*starts[1:], heads]
+    return [(slice(a, b), slice(a // group, -(-b // group))) for a, b in zip(starts, stops, strict=True)]
 
 
-def _prepared(x: Tensor, op: FusedOp, width: int) -> Tensor:
-    """(B, S, H, D) in the dtype to compute in, padded to `width`."""
-    x = x.to(op.compute_dtype(x.dtype))
-    return pad(x, (0, width - x.shape[3])) if width > x.shape[3] else x
+class _Inputs:
+    """Groups of heads as the fused kernel likes them best, one group at a time, in the same buffers."""
+
+    def __init__(self, op: FusedOp, width: int) -> None:
+        self._op = op
+        self._width = width
+        self._packed: dict[str, tuple[slice, Tensor]] = {}
+
+    def pack(self, name: str, x: Tensor, heads: slice) -> Tensor:
+        """Returns heads of x, (B, S, H, D), as (B, heads, S, width) in the dtype to compute in."""
+        there, buffer = self._packed.get(name, (None, None))
+        if buffer is not None and there == heads:
+            return buffer
+        x = x[:, :, heads].transpose(1, 2)
+        dtype = self._op.compute_dtype(x.dtype)
+        if not self._op.wants_packed and dtype == x.dtype and x.shape[3] == self._width:
+            return x
+        shape = (*x.shape[:3], self._width)
+        if buffer is None or buffer.shape != shape:
+            buffer = torch.empty(shape, dtype=dtype, device=x.device)
+        buffer[..., : x.shape[3]].copy_(x)
+        buffer[..., x.shape[3] :].zero_()
+        self._packed[name] = heads, buffer
+        return buffer
 
 
 def _multiple_with_product(dout: Tensor, delta: Tensor) -> Tensor:
     """Returns the multiple of dout whose row-wise product with dout is delta (0 where dout is 0)."""
     acc = dout.to(delta.dtype)
-    square = torch.linalg.vecdot(acc, acc)
-    factor = torch.where(square > 0, delta / square, 0.0)
-    return (acc * factor.unsqueeze(-1)).to(dout.dtype)
+    # Rows are scaled to 1 first: squares of small gradients would underflow.
+    largest = acc.abs().amax(dim=-1, keepdim=True)
+    unit = (acc / largest).nan_to_num_(nan=0.0)
+    factor = (delta.unsqueeze(-1) / largest).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    factor /= torch.linalg.vecdot(unit, unit).clamp_(min=1.0).unsqueeze(-1)
+    return unit.mul_(factor).to(dout.dtype)
 
 
-def _launches(tiles: Tiles, batch: int, op: FusedOp) -> Iterator[tuple[Piece, int]]:
-    """Yields (piece, batch row): strips are batched, so that they take the place of the batch, a row at a time."""
+def _launches(tiles: Tiles, batch: int, op: FusedOp) -> list[tuple[Piece, int]]:
+    """Returns (piece, batch row): strips are batched, so that they take the place of the batch, a row at a time."""
+    found: list[tuple[Piece, int]] = []
     for piece in pieces_of(tiles):
         if piece.shape is Shape.MASKED and not op.takes_mask:
             continue
         if piece.batch != EVERY_BATCH_ROW:
-            yield piece, piece.batch
+            found.append((piece, piece.batch))
         elif piece.copies == 1:
-            yield piece, EVERY_BATCH_ROW
+            found.append((piece, EVERY_BATCH_ROW))
         else:
-            for row in range(batch):
-                yield piece, row
+            found.extend((piece, row) for row in range(batch))
+    return found
 
 
 def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int) -> Tensor:
@@ -395,23 +235,19 @@ def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int
     return x.as_strided(size, stride, x.storage_offset() + start * x.stride(dim))
 
 
-def _reversed(x: Tensor, piece: Piece, dim: int) -> Tensor:
-    return x.flip(dim) if piece.shape is Shape.REVERSED else x
-
-
-def _unreversed(x: Tensor, piece: Piece) -> Tensor:
-    """A kernel's result (B, H, S, ...) in the order of the rows."""
-    return _reversed(x, piece, 2)
+def _oriented(x: Tensor, piece: Piece) -> Tensor:
+    """Rows of a piece, (B, H, rows, ...), in the order that makes it causal, or back again."""
+    return x.flip(2) if piece.shape is Shape.REVERSED else x
 
 
 def _rows(x: Tensor, piece: Piece, row: int) -> Tensor:
-    """The query rows of a piece, (B, H, rows, D)."""
-    return _reversed(_blocks(x, 1, piece.q_start, piece.rows, piece, row), piece, 1).transpose(1, 2)
+    """The query rows of a piece, (B, H, rows, ...)."""
+    return _oriented(_blocks(x, 2, piece.q_start, piece.rows, piece, row), piece)
 
 
 def _cols(x: Tensor, piece: Piece, row: int) -> Tensor:
     """The key rows of a piece, (B, H, cols, D)."""
-    return _reversed(_blocks(x, 1, piece.k_start, piece.cols, piece, row), piece, 1).transpose(1, 2)
+    return _oriented(_blocks(x, 2, piece.k_start, piece.cols, piece, row), piece)
 
 
 def _add_cols(total: Tensor, part: Tensor, piece: Piece, row: int) -> None:

@@ -1,0 +1,97 @@
+"""Pictures of what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
+
+from benchmarks.timeline import Span
+
+COLOURS = {"compute": "#4878a8", "transfer": "#e0a030", "wait": "#c03028"}
+
+
+def losses(ring: Sequence[float], single: Sequence[float], ranks: int, path: Path) -> None:
+    """Draws both loss curves, and their difference below."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, (top, bottom) = plt.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 5), layout="constrained")
+    top.plot(single, color="#c03028", linewidth=5, alpha=0.35, label="1 process")
+    top.plot(ring, color="#4878a8", marker="o", markersize=4, label=f"{ranks} ranks, ring attention")
+    top.set(ylabel="loss, nats per byte", title="The same training, sharded and whole")
+    top.legend()
+    bottom.bar(range(len(ring)), [abs(a - b) for a, b in zip(ring, single, strict=True)], color="#777777")
+    bottom.set(xlabel="step", ylabel="|difference|")
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def timeline(spans: Sequence[Span], path: Path) -> None:
+    """Draws each rank's computing with the transfers under it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ranks = sorted({span.rank for span in spans})
+    figure, axes = plt.subplots(figsize=(11, 1.2 + 1.1 * len(ranks)), layout="constrained")
+    for span in spans:
+        low = -span.rank + (0.05 if span.kind == "compute" else -0.28)
+        height = 0.4 if span.kind == "compute" else 0.26
+        width = (span.stop - span.start) * 1e3
+        axes.broken_barh(
+            [(span.start * 1e3, width)], (low, height), facecolors=COLOURS[span.kind], edgecolor="white", linewidth=0.6
+        )
+        if span.label:
+            axes.text(
+                span.start * 1e3 + width / 2,
+                low + height / 2,
+                span.label,
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=7,
+                clip_on=True,
+            )
+    axes.set_yticks([-rank for rank in ranks], [f"rank {rank}" for rank in ranks])
+    axes.set(xlabel="milliseconds", title="One ring attention, forward and backward: transfers run under the computing")
+    names = {
+        "compute": "computing",
+        "transfer": "transfer, from posting until known to have landed",
+        "wait": "waiting for it",
+    }
+    axes.legend(
+        handles=[Patch(color=COLOURS[kind], label=name) for kind, name in names.items()],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.32 / len(ranks) - 0.12),
+        ncols=3,
+        frameon=False,
+    )
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def speed(results: Path, path: Path) -> None:
+    """Draws the ratios of a speed.jsonl: a panel for each pass and dtype, a line for each contender."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    panels = sorted({(r["dtype"], r["backward"]) for r in records}, key=lambda panel: (panel[1], panel[0]))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.4 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (dtype, backward) in zip(axes[0], panels, strict=True):
+        here = [r for r in records if (r["dtype"], r["backward"]) == (dtype, backward)]
+        for contender in dict.fromkeys(r["contender"] for r in here):
+            line = sorted((r["seq_len"], r["ratio"]) for r in here if r["contender"] == contender)
+            axis.plot(*zip(*line, strict=True), marker="o", label=contender)
+        axis.set_xscale("log", base=2)
+        axis.set(title=f"{dtype}, {'forward + backward' if backward else 'forward'}", xlabel="tokens")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("times as fast as torch, one process")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

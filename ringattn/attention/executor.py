@@ -66,9 +66,9 @@ class Attention(torch.autograd.Function):
             dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
         needed = ctx.needs_input_grad
         return (
-            dq.to(q.dtype) if needed[0] else None,
-            dk.to(k.dtype) if needed[1] else None,
-            dv.to(v.dtype) if needed[2] else None,
+            _as_input(dq, q) if needed[0] else None,
+            _as_input(dk, k) if needed[1] else None,
+            _as_input(dv, v) if needed[2] else None,
             dsink,
             None,
             None,
@@ -100,8 +100,7 @@ def run_backward(
             with record_function(f"ringattn: gradients of block {step.block}"):
                 _add_gradients(job, step, blocks, flight, dout, q, lse, delta, dq)
         blocks.end(step, flight)
-    dk, dv = blocks.sum_of(job.plan.rank).tensors
-    return dq, dk, dv
+    return dq, *blocks.gradients(job.plan.rank)
 
 
 def _add_gradients(
@@ -141,14 +140,14 @@ def _add_gradients(
         )
 
     num_kv_heads = k.shape[2]
-    if not blocks.awaits_sum(step):
-        compute(0, num_kv_heads, *blocks.sum_of(step.block).tensors)
+    if not blocks.awaits_gradients(step):
+        compute(0, num_kv_heads, *blocks.gradients(step.block))
         return
     early = -(-num_kv_heads // 4)
     aside = [torch.zeros_like(x[:, :, :early], dtype=lse.dtype) for x in (k, v)]
     compute(0, early, *aside)
     flight.wait_receive(_TAGS[Payload.DKV])
-    dk, dv = blocks.sum_of(step.block).tensors
+    dk, dv = blocks.gradients(step.block)
     for total, part in zip((dk, dv), aside, strict=True):
         total[:, :, :early] += part
     del aside
@@ -157,7 +156,11 @@ def _add_gradients(
 
 
 class _Blocks:
-    """The blocks that a rank holds while it runs a plan, their gradients' sums, and the transfers of both."""
+    """The blocks that a rank holds while it runs a plan, their gradients' sums, and the transfers of both.
+
+    In packets heads come before rows, (B, H, rows, D): a kernel then finds a head's rows next to each other, for no
+    more than the copy that a message costs anyway.
+    """
 
     def __init__(self, job: Job, group: dist.ProcessGroup, k: Tensor, v: Tensor) -> None:
         self._job = job
@@ -168,29 +171,25 @@ class _Blocks:
         self._spare: list[Tensor] = []
 
     def kv(self, block: int) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values of a block that is here."""
-        if block == self._job.plan.rank:
+        """Returns the keys and values of a block that is here, (B, rows, H, D)."""
+        if block not in self._packets:
             return self._own
         k, v = self._packets[block].tensors
-        return k, v
+        return k.transpose(1, 2), v.transpose(1, 2)
 
-    def sum_of(self, block: int) -> Packet:
-        """Returns the running sum of a block's gradients, zeros if none is here yet."""
-        if block not in self._sums:
-            k, _ = self._own
-            self._sums[block] = Packet.zeros(self._shapes(block), accumulation_dtype(k.dtype), k.device)
-        return self._sums[block]
+    def gradients(self, block: int) -> tuple[Tensor, Tensor]:
+        """Returns the running sums of a block's dk and dv, (B, rows, H, D), zeros if none is here yet."""
+        dk, dv = self._sum_of(block).tensors
+        return dk.transpose(1, 2), dv.transpose(1, 2)
 
-    def awaits_sum(self, step: Step) -> bool:
-        """Whether the sum for the step's own block is still on its way here."""
+    def awaits_gradients(self, step: Step) -> bool:
+        """Whether the sums for the step's own block are still on their way here."""
         return any(t.block == step.block for t in self._moving(step.receives) if t.payload is Payload.DKV)
 
     def begin(self, step: Step) -> Flight:
         """Posts the step's messages."""
-        sends = [Message(self._packet_to_send(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.sends)]
-        receives = [
-            Message(self._packet_to_receive(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.receives)
-        ]
+        sends = [Message(self._to_send(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.sends)]
+        receives = [Message(self._to_receive(t).flat, t.peer, _TAGS[t.payload]) for t in self._moving(step.receives)]
         with record_function("ringattn: post"):
             return launch(self._group, sends, receives)
 
@@ -210,14 +209,14 @@ class _Blocks:
     def _moving(self, transfers: tuple[Transfer, ...]) -> list[Transfer]:
         return [t for t in transfers if t.payload is Payload.KV or self._job.kv_grad]
 
-    def _packet_to_send(self, t: Transfer) -> Packet:
+    def _to_send(self, t: Transfer) -> Packet:
         if t.payload is Payload.DKV:
-            return self.sum_of(t.block)
+            return self._sum_of(t.block)
         if t.block not in self._packets:
-            self._packets[t.block] = Packet.of(self._own)
+            self._packets[t.block] = Packet.of([x.transpose(1, 2) for x in self._own])
         return self._packets[t.block]
 
-    def _packet_to_receive(self, t: Transfer) -> Packet:
+    def _to_receive(self, t: Transfer) -> Packet:
         k, _ = self._own
         shapes = self._shapes(t.block)
         if t.payload is Payload.DKV:
@@ -231,9 +230,22 @@ class _Blocks:
             self._packets[t.block] = Packet(self._spare.pop(spare), shapes)
         return self._packets[t.block]
 
+    def _sum_of(self, block: int) -> Packet:
+        if block not in self._sums:
+            k, _ = self._own
+            self._sums[block] = Packet.zeros(self._shapes(block), accumulation_dtype(k.dtype), k.device)
+        return self._sums[block]
+
     def _shapes(self, block: int) -> list[tuple[int, ...]]:
         rows = self._job.plan.block_rows[block]
-        return [(x.shape[0], rows, *x.shape[2:]) for x in self._own]
+        return [(x.shape[0], x.shape[2], rows, x.shape[3]) for x in self._own]
+
+
+def _as_input(gradient: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient in the dtype of its input, rows before heads in memory."""
+    if gradient.dtype == x.dtype and gradient.is_contiguous():
+        return gradient
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(gradient)
 
 
 def _row_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

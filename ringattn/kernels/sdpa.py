@@ -15,6 +15,7 @@ cut into such pieces, results merged into the running state, and the edges trans
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,10 @@ from ringattn.kernels.pieces import Piece, Shape, masked_tiles, pieces_of
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.softmax import merge_
 
-# A group of heads takes at most about this much for each intermediate result, unless one head takes more ...
-GROUP_BYTES = 4 << 20
-# ... and no more heads than make a launch worth its overhead: query-key pairs times head dim.
+# Intermediate results of a group of heads take at most about this much in all, unless one head takes more.
+GROUP_BYTES = 6 << 20
+# In backward, groups have no more heads than make a launch worth its overhead: query-key pairs x head dim. The CPU
+# kernel's backward is faster a head at a time.
 LAUNCH_WORK = 1 << 25
 
 # Computes the small masked blocks at the edge of a band for fused kernels that take no mask.
@@ -75,7 +77,8 @@ class FusedKernel:
         q, k, v, out, lse = q[:, i], k[:, j], v[:, j], out[:, i], lse[:, :, i]
         inputs = _Inputs(op, _padded(op, q.shape[3], v_dim))
         launches = _launches(tiles, q.shape[0], op)
-        for heads, kv_heads in _head_groups(q, k, tiles, len(launches)):
+        num_buffers = 2 if op.compute_dtype(q.dtype) == q.dtype else 4
+        for heads, kv_heads in _head_groups(q, k, num_buffers, math.inf):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
             for piece, row in launches:
                 part, part_lse = op.forward(
@@ -117,7 +120,8 @@ class FusedKernel:
         k, v, dk, dv = k[:, j], v[:, j], dk[:, j], dv[:, j]
         inputs = _Inputs(op, _padded(op, dim, v_dim + spec.lse_grad))
         launches = _launches(tiles, q.shape[0], op)
-        for heads, kv_heads in _head_groups(q, k, tiles, len(launches)):
+        head_work = max(tiles.area(q.shape[0]) * dim, 1)
+        for heads, kv_heads in _head_groups(q, k, 9, -(-LAUNCH_WORK * len(launches) // head_work)):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
             dout_g, lse_g = inputs.pack("dout", dout, heads), lse[:, heads]
             if spec.lse_grad:
@@ -151,19 +155,19 @@ def _padded(op: FusedOp, dim: int, v_dim: int) -> int:
     return -(-width // op.dim_multiple) * op.dim_multiple
 
 
-def _head_groups(q: Tensor, k: Tensor, tiles: Tiles, num_launches: int) -> list[tuple[slice, slice]]:
+def _head_groups(q: Tensor, k: Tensor, num_buffers: int, most_work: float) -> list[tuple[slice, slice]]:
     """Cuts the heads into groups, (query heads, their kv heads).
 
-    They are small for the sake of memory and caches, but have enough work for every thread and for a launch.
+    A group is as large as memory for so many buffers, and `most_work` of heads, allow, but has enough heads for every
+    thread.
     """
     batch, rows, heads, dim = q.shape
     group = heads // k.shape[2]
     size = heads
     if q.device.type == "cpu":
         least = -(-torch.get_num_threads() // max(batch, 1))
-        worth = -(-LAUNCH_WORK * num_launches // max(tiles.area(batch) * dim, 1))
-        most = GROUP_BYTES // max(batch * max(rows, k.shape[1]) * dim * 4, 1)
-        size = max(1, least, min(worth, most))
+        most = GROUP_BYTES // max(num_buffers * batch * max(rows, k.shape[1]) * dim * 4, 1)
+        size = int(min(max(1, least, min(most, most_work)), heads))
     # A group holds whole kv heads, or query heads of one kv head only.
     span = heads if size >= group else group
     size = max(1, size - size % group) if size >= group else size
@@ -187,7 +191,8 @@ class _Inputs:
             return buffer
         x = x[:, :, heads].transpose(1, 2)
         dtype = self._op.compute_dtype(x.dtype)
-        if not self._op.wants_packed and dtype == x.dtype and x.shape[3] == self._width:
+        packed = x.stride(2) == x.shape[3] or not self._op.wants_packed
+        if packed and dtype == x.dtype and x.shape[3] == self._width:
             return x
         shape = (*x.shape[:3], self._width)
         if buffer is None or buffer.shape != shape:

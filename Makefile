@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RANKS  ?= 2
+# A thread for each rank: ranks share the cores.
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 
 .PHONY: demo test test-long lint bench docs clean help
 
@@ -17,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks, beside one process
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) -m benchmarks.train --out results/demo
+	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.train --out results/demo
 
 test: $(READY)  ## the test suite
 	$(BIN)/python -m pytest -m 'not long'
@@ -32,7 +34,11 @@ lint: $(READY)  ## ruff, mypy --strict, and the floors
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## speed, memory and accuracy beside one process and other libraries
-	$(BIN)/python -m benchmarks.attention --out results/attention
+	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.attention --out results/attention
+	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.masks --out results/masks
+	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.memory --out results/memory
+	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.memory --out results/memory
+	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.accuracy --out results/accuracy
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
-from benchmarks import peers
+from benchmarks import peers, plots
 from benchmarks.measure import Contender, Lines, progress, race, ratio
 from benchmarks.session import session
 
@@ -135,6 +135,8 @@ def main() -> None:
                 table.add_row(*row, f"{statistics.median(times):.3f}", f"{faster:.2f}")
         if lines is not None:
             Console(width=120).print(table)
+            plots.speed(lines.path, args.out / "speed.png")
+            print(f"picture: {args.out / 'speed.png'}")
             if missing:
                 print(f"{PEER} did not run: {missing}")
 

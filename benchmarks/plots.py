@@ -14,7 +14,13 @@ from matplotlib.patches import Patch
 
 from benchmarks.timeline import Span
 
-COLOURS = {"compute": "#4878a8", "transfer": "#e0a030", "wait": "#c03028"}
+COLOURS = {"compute": "#4878a8", "transfer": "#e0a030", "flight": "#f4e2bd", "wait": "#c03028"}
+LABELS = {
+    "compute": "computing",
+    "transfer": "transfer, as long as it takes alone",
+    "flight": "until it is known to have landed",
+    "wait": "waiting",
+}
 
 
 def losses(ring: Sequence[float], single: Sequence[float], ranks: int, path: Path) -> None:
@@ -36,42 +42,22 @@ def timeline(spans: Sequence[Span], path: Path) -> None:
     """Draws each rank's computing with the transfers under it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ranks = sorted({span.rank for span in spans})
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 1.1 * len(ranks)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 1.5 + 1.1 * len(ranks)), layout="constrained")
     for span in spans:
-        low = -span.rank + (0.05 if span.kind == "compute" else -0.28)
-        height = 0.4 if span.kind == "compute" else 0.26
-        width = (span.stop - span.start) * 1e3
-        axes.broken_barh(
-            [(span.start * 1e3, width)], (low, height), facecolors=COLOURS[span.kind], edgecolor="white", linewidth=0.6
-        )
+        low, height = (0.05, 0.4) if span.kind == "compute" else (-0.26, 0.24)
+        start, width = span.start * 1e3, (span.stop - span.start) * 1e3
+        box = axes.broken_barh([(start, width)], (low - span.rank, height), facecolors=COLOURS[span.kind])
+        box.set(edgecolor="white", linewidth=0.6)
         if span.label:
-            axes.text(
-                span.start * 1e3 + width / 2,
-                low + height / 2,
-                span.label,
-                ha="center",
-                va="center",
-                color="white",
-                fontsize=7,
-                clip_on=True,
-            )
+            middle = (start + width / 2, low - span.rank + height / 2)
+            axes.annotate(span.label, middle, ha="center", va="center", color="white", fontsize=7)
     axes.set_yticks([-rank for rank in ranks], [f"rank {rank}" for rank in ranks])
     axes.set(xlabel="milliseconds", title="One ring attention, forward and backward: transfers run under the computing")
-    names = {
-        "compute": "computing",
-        "transfer": "transfer, from posting until known to have landed",
-        "wait": "waiting for it",
-    }
-    axes.legend(
-        handles=[Patch(color=COLOURS[kind], label=name) for kind, name in names.items()],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.32 / len(ranks) - 0.12),
-        ncols=3,
-        frameon=False,
-    )
+    handles = [Patch(color=COLOURS[kind], label=label) for kind, label in LABELS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ import torch.distributed as dist
 import ringattn
 from benchmarks.model import Size
 from benchmarks.session import Session
+from ringattn.geometry.plan import Payload, Plan, Step, build_plan
 
 
 class Span(NamedTuple):
-    """A stretch of time on one rank; seconds since the start. `kind` is compute, transfer or wait."""
+    """A stretch of time on one rank; seconds since the start. `kind` is compute, transfer, flight or wait."""
 
     rank: int
     kind: str
@@ -23,43 +25,78 @@ class Span(NamedTuple):
     label: str
 
 
-def record(here: Session, context: int, layout: ringattn.Layout, size: Size) -> list[Span]:
+def record(here: Session, layout: ringattn.Layout, size: Size) -> list[Span]:
     """Runs one causal forward and backward under the profiler; returns all ranks' spans on rank 0, else none.
 
     A transfer begins when it is posted. When it ends cannot be seen from outside the process group, only that it had
-    ended when the wait for it returned; so it is drawn up to there.
+    ended when the wait for it returned. So it is drawn twice: as long as the same number of bytes takes with nothing
+    else to do (transfer), and up to the end of the wait (flight).
     """
     rows = layout.num_tokens(here.rank)
     shapes = [(1, rows, heads, size.head_dim) for heads in (size.heads, size.kv_heads, size.kv_heads)]
     q, k, v = (torch.randn(shape, device=here.device, requires_grad=True) for shape in shapes)
+    mask = ringattn.causal()
 
     def once() -> None:
-        out = ringattn.ring_attention(q, k, v, mask=ringattn.causal(), layout=layout)
+        out = ringattn.ring_attention(q, k, v, mask=mask, layout=layout)
         torch.autograd.grad(out.sum(), [q, k, v])
 
     once()
+    plan = build_plan("ring", (mask,), layout, layout, here.rank)
+    row_numbers = 2 * size.kv_heads * size.head_dim
+    alone = [_seconds_alone(here, _numbers_sent(plan, step, row_numbers)) for step in plan.forward + plan.backward]
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         dist.barrier()
         zero = time.time_ns()
         once()
-    events = profile.profiler.kineto_results.events()
     marks = sorted(
-        (e.start_ns() - zero, e.start_ns() + e.duration_ns() - zero, e.name())
-        for e in events
-        if e.name().startswith("ringattn: ")
+        (event.start_ns() - zero, event.start_ns() + event.duration_ns() - zero, event.name())
+        for event in profile.profiler.kineto_results.events()
+        if event.name().startswith("ringattn: ")
     )
     spans = []
-    posted = 0
+    posted = step = 0
     for start, stop, name in marks:
         label = name.removeprefix("ringattn: ")
         if label == "post":
             posted = start
         elif label == "wait":
-            spans.append(Span(here.rank, "transfer", posted / 1e9, stop / 1e9, ""))
+            if alone[step]:
+                landed = min(posted / 1e9 + alone[step], stop / 1e9)
+                spans.append(Span(here.rank, "flight", posted / 1e9, stop / 1e9, ""))
+                spans.append(Span(here.rank, "transfer", posted / 1e9, landed, ""))
             spans.append(Span(here.rank, "wait", start / 1e9, stop / 1e9, ""))
+            step += 1
         else:
             spans.append(Span(here.rank, "compute", start / 1e9, stop / 1e9, label))
     everyone: list[list[Span]] = [[] for _ in range(here.world_size)]
     dist.gather_object(spans, everyone if here.rank == 0 else None)
     return [span for spans in everyone for span in spans]
+
+
+def _numbers_sent(plan: Plan, step: Step, row_numbers: int) -> int:
+    return sum(plan.rows_sent(payload, (step,)) for payload in Payload) * row_numbers
+
+
+def _seconds_alone(here: Session, numbers: int) -> float:
+    """Returns how long a message of so many fp32 numbers takes round the ring when nobody computes."""
+    if here.world_size == 1:
+        return 0.0
+    # Every rank takes part in each measurement, with what it sends itself.
+    after, before = (here.rank + 1) % here.world_size, (here.rank - 1) % here.world_size
+    counts: list[int] = [0] * here.world_size
+    dist.all_gather_object(counts, numbers)
+    out, into = (torch.zeros(count, device=here.device) for count in (numbers, counts[before]))
+    seconds = []
+    for _ in range(5):
+        dist.barrier()
+        start = time.perf_counter()
+        ops = [dist.P2POp(dist.isend, out, after)] if numbers else []
+        ops += [dist.P2POp(dist.irecv, into, before)] if counts[before] else []
+        for work in dist.batch_isend_irecv(ops) if ops else []:
+            work.wait()
+        if here.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) if numbers else 0.0

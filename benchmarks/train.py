@@ -1,6 +1,6 @@
 """The main job: train a small byte-level transformer on real text, its context sharded over the ranks.
 
-    torchrun --nproc-per-node=2 -m benchmarks.train --context 16384 --steps 10 --out results/demo
+    torchrun --nproc-per-node=2 -m benchmarks.train --context 16384 --steps 8 --out results/demo
 
 The text is the Python standard library's own source. First all ranks train together, each holding its share of
 every sequence; then rank 0 trains the same model on the same batches by itself, with torch's own attention and as
@@ -38,7 +38,7 @@ class Run:
 
     losses: list[float]
     tokens_per_s: float
-    peak_mib: float
+    peak_mib: list[float]  # of each process
 
 
 def text(num_bytes: int) -> Tensor:
@@ -105,18 +105,18 @@ def train(
     seconds = time.perf_counter() - start
     tokens = sum(share["input_ids"].numel() for share in shares)
     peak = peak_bytes(lambda: gradients(shares[0]))
-    return Run(losses, tokens / seconds, peak / 2**20)
+    return Run(losses, tokens / seconds, [peak / 2**20])
 
 
 def main() -> None:
     """Trains by flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=16384, help="tokens in a sequence, over all ranks")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--kv-heads", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--layout", choices=LAYOUTS, default="zigzag")
     parser.add_argument("--backend", help="a kernel out of `ringattn info`; the first that can if not given")
@@ -127,7 +127,7 @@ def main() -> None:
         whole = batches(args.context, args.steps)
         whole = [{name: x.to(here.device) for name, x in batch.items()} for batch in whole]
         ring = train_together(here, args, size, whole)
-        spans = record(here, args.context, LAYOUTS[args.layout](args.context, here.world_size), size)
+        spans = record(here, LAYOUTS[args.layout](args.context, here.world_size), size)
         if here.rank == 0:
             single = train_alone(here, args, size, whole, ring)
             report(args, here, ring, single)
@@ -151,9 +151,9 @@ def train_together(here: Session, args: argparse.Namespace, size: Size, whole: l
     shares = [ringattn.shard_batch(batch, layout) for batch in whole]
     with progress(f"{here.world_size} ranks   ", args.steps, here.rank == 0) as tick:
         run = train(here, size, attend, shares, sum_over_ranks, args.lr, lambda step, loss: tick())
-    total = torch.tensor([run.tokens_per_s], device=here.device)
-    dist.all_reduce(total)
-    return Run(run.losses, float(total), run.peak_mib)
+    everyone: list[Run] = [run] * here.world_size
+    dist.all_gather_object(everyone, run)
+    return Run(run.losses, sum(r.tokens_per_s for r in everyone), [mib for r in everyone for mib in r.peak_mib])
 
 
 def train_alone(here: Session, args: argparse.Namespace, size: Size, whole: list[dict[str, Tensor]], ring: Run) -> Run:
@@ -188,9 +188,8 @@ def report(args: argparse.Namespace, here: Session, ring: Run, single: Run) -> N
     lines = Lines(args.out / "train.jsonl")
     for name, run in ((f"{here.world_size} ranks", ring), ("1 process", single)):
         lines.add({"run": name, "context": args.context, **asdict(run)})
-        print(
-            f"{name:>10}: {run.tokens_per_s:>8,.0f} tokens/s, peak memory of a step {run.peak_mib:,.0f} MiB per process"
-        )
+        peaks = ", ".join(f"{mib:,.0f}" for mib in run.peak_mib)
+        print(f"{name:>10}: {run.tokens_per_s:>8,.0f} tokens/s, peak memory of a step, by rank: {peaks} MiB")
     worst = max(abs(a - b) / abs(b) for a, b in zip(ring.losses, single.losses, strict=True))
     print(f"{args.steps} steps, {args.context:,} tokens of context: losses equal to {worst:.1e} (relative)")
     if not worst < 1e-4:

@@ -5,11 +5,12 @@ nothing outside its band is computed:
 
     upper diagonal only:  ▉▉▉◣      a rectangle and a causal triangle
     lower diagonal only:  ◥▉▉▉      a triangle that is causal when its rows and columns are reversed, a rectangle
-    both, a band:         ◥◣        strips as high as the band is wide: two triangles each; all strips alike,
-                            ◥◣      so that one batched call takes them together
+    both, a band:         ◥▉◣       strips of a few rows, each with the keys that any of its rows sees and a dense
+                            ◥▉◣     mask; all strips are alike, so that batched calls take many together
 
-Narrow bands and small tiles, where triangles would cost more in calls than they save, become small blocks with a
-dense mask.
+A strip computes more than its band by the share of its own height. Small tiles become one such block, too: there
+triangles would cost more in calls than they save. Measured against triangles as high as the band is wide, in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import NamedTuple
 
 from ringattn.geometry.tiles import Tile, Tiles
 
-# A band of fewer diagonals is masked in strips of this many rows; a tile with both sides smaller is masked whole.
-EDGE_ROWS = 64
+# Strips of a band are a quarter as high as it is wide, within these bounds; a tile no larger than the smaller one is
+# masked whole. Batches of strips bound the memory of overlapping gradients.
+MIN_STRIP, MAX_STRIP = 64, 256
+STRIPS_PER_BATCH = 16
 
 
 class Shape(Enum):
@@ -88,7 +91,7 @@ def _cut(tile: Tile) -> list[Piece]:
         low -= high < low < rows
     elif high < rows:
         high += 1
-    if rows <= EDGE_ROWS and cols <= EDGE_ROWS and (low, high) != (rows, 0) and not (lo <= 1 - rows and hi == 0):
+    if rows <= MIN_STRIP and cols <= MIN_STRIP and (low, high) != (rows, 0) and not (lo <= 1 - rows and hi == 0):
         return [Piece(Shape.MASKED, tile.q_start, tile.k_start, rows, cols, tile.batch, lo=lo, hi=hi)]
 
     found: list[Piece] = []
@@ -107,18 +110,12 @@ def _cut(tile: Tile) -> list[Piece]:
 
     def band(i: int, stop: int) -> None:
         width = hi - lo
-        strip = max(width, EDGE_ROWS)
-        count, rest = divmod(stop - i, strip)
-        tail = stop - rest
-        if width < EDGE_ROWS:
-            add(Shape.MASKED, i, i + lo, strip, strip + width, count, stride=strip, hi=width)
-            add(Shape.MASKED, tail, tail + lo, rest, rest + width, hi=width)
-            return
-        add(Shape.REVERSED, i, i + lo, strip, strip, count, stride=strip)
-        add(Shape.CAUSAL, i, i + hi, strip, strip, count, stride=strip)
-        add(Shape.REVERSED, tail, tail + lo, rest, rest)
-        add(Shape.FULL, tail, tail + lo + rest, rest, width - rest)
-        add(Shape.CAUSAL, tail, tail + hi, rest, rest)
+        height = min(max(width // 4, MIN_STRIP), MAX_STRIP)
+        count, rest = divmod(stop - i, height)
+        for first in range(0, count, STRIPS_PER_BATCH):
+            row, copies = i + first * height, min(STRIPS_PER_BATCH, count - first)
+            add(Shape.MASKED, row, row + lo, height, height + width, copies, stride=height, hi=width)
+        add(Shape.MASKED, stop - rest, stop - rest + lo, rest, rest + width, hi=width)
 
     if low <= high:
         upper(0, low)

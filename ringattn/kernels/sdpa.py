@@ -16,7 +16,9 @@ cut into such pieces, results merged into the running state, and the edges trans
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,16 +78,17 @@ class FusedKernel:
         i, j, tiles = tiles.frame
         q, k, v, out, lse = q[:, i], k[:, j], v[:, j], out[:, i], lse[:, :, i]
         inputs = _Inputs(op, _padded(op, q.shape[3], v_dim))
-        launches = _launches(tiles, q.shape[0], op)
+        launches = _launches(tiles, q, op)
         num_buffers = 2 if op.compute_dtype(q.dtype) == q.dtype else 4
         for heads, kv_heads in _head_groups(q, k, num_buffers, math.inf):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
-            for piece, row in launches:
+            for piece, row, causal, mask in launches:
                 part, part_lse = op.forward(
                     _rows(q_g, piece, row),
                     _cols(k_g, piece, row),
                     _cols(v_g, piece, row),
-                    *_form(op, piece, q_g),
+                    causal,
+                    mask,
                     spec.scale,
                 )
                 part, part_lse = _oriented(part, piece), _oriented(part_lse, piece)
@@ -119,7 +122,7 @@ class FusedKernel:
         dout, q, dq, lse, delta = dout[:, i], q[:, i], dq[:, i], lse[:, :, i], delta[:, :, i]
         k, v, dk, dv = k[:, j], v[:, j], dk[:, j], dv[:, j]
         inputs = _Inputs(op, _padded(op, dim, v_dim + spec.lse_grad))
-        launches = _launches(tiles, q.shape[0], op)
+        launches = _launches(tiles, q, op)
         head_work = max(tiles.area(q.shape[0]) * dim, 1)
         for heads, kv_heads in _head_groups(q, k, 9, -(-LAUNCH_WORK * len(launches) // head_work)):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
@@ -130,7 +133,7 @@ class FusedKernel:
                 out_g[..., v_dim], dout_g[..., v_dim] = delta[:, heads].to(out_g.dtype), 1.0
             else:
                 out_g = _multiple_with_product(dout_g, delta[:, heads])
-            for piece, row in launches:
+            for piece, row, causal, mask in launches:
                 parts = op.backward(
                     _rows(dout_g, piece, row),
                     _rows(q_g, piece, row),
@@ -138,7 +141,8 @@ class FusedKernel:
                     _cols(v_g, piece, row),
                     _rows(out_g, piece, row),
                     _rows(lse_g, piece, row),
-                    *_form(op, piece, q_g),
+                    causal,
+                    mask,
                     spec.scale,
                 )
                 part_dq, part_dk, part_dv = (_oriented(part, piece).transpose(1, 2) for part in parts)
@@ -214,19 +218,41 @@ def _multiple_with_product(dout: Tensor, delta: Tensor) -> Tensor:
     return unit.mul_(factor).to(dout.dtype)
 
 
-def _launches(tiles: Tiles, batch: int, op: FusedOp) -> list[tuple[Piece, int]]:
-    """Returns (piece, batch row): strips are batched, so that they take the place of the batch, a row at a time."""
-    found: list[tuple[Piece, int]] = []
+class _Launch(NamedTuple):
+    """A piece, a batch row or all of them, and the form in which the fused kernel takes it."""
+
+    piece: Piece
+    row: int
+    causal: bool
+    mask: Tensor | None
+
+
+def _launches(tiles: Tiles, q: Tensor, op: FusedOp) -> list[_Launch]:
+    """Returns what to launch; strips take the place of the batch, so they go a batch row at a time."""
+    masks: dict[tuple[int, ...], Tensor] = {}
+    found: list[_Launch] = []
     for piece in pieces_of(tiles):
-        if piece.shape is Shape.MASKED and not op.takes_mask:
-            continue
-        if piece.batch != EVERY_BATCH_ROW:
-            found.append((piece, piece.batch))
-        elif piece.copies == 1:
-            found.append((piece, EVERY_BATCH_ROW))
-        else:
-            found.extend((piece, row) for row in range(batch))
+        mask = None
+        if piece.shape is Shape.MASKED:
+            if not op.takes_mask:
+                continue
+            key = (piece.rows, piece.cols, piece.lo, piece.hi)
+            if key not in masks:
+                masks[key] = _dense_mask(piece, op.compute_dtype(q.dtype), q.device)
+            mask = masks[key]
+        rows: Iterable[int] = (piece.batch,)
+        if piece.copies > 1 and piece.batch == EVERY_BATCH_ROW:
+            rows = range(q.shape[0])
+        causal = piece.shape in (Shape.CAUSAL, Shape.REVERSED)
+        found.extend(_Launch(piece, row, causal, mask) for row in rows)
     return found
+
+
+def _dense_mask(piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns what to add to a piece's scores, (rows, cols): 0 inside its band, -inf outside."""
+    diagonal = torch.arange(piece.cols, device=device) - torch.arange(piece.rows, device=device)[:, None]
+    mask = torch.zeros(piece.rows, piece.cols, dtype=dtype, device=device)
+    return mask.masked_fill_((diagonal < piece.lo) | (diagonal > piece.hi), -torch.inf)
 
 
 def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int) -> Tensor:
@@ -256,24 +282,12 @@ def _cols(x: Tensor, piece: Piece, row: int) -> Tensor:
 
 
 def _add_cols(total: Tensor, part: Tensor, piece: Piece, row: int) -> None:
-    """Adds the gradients of a piece's key rows; strips of masked bands overlap their neighbours, no others."""
-    if piece.copies == 1 or piece.cols <= piece.stride:
-        _blocks(total, 1, piece.k_start, piece.cols, piece, row).add_(part)
-        return
-    for odd in (0, 1):
-        every_other = piece._replace(
-            k_start=piece.k_start + odd * piece.stride,
-            copies=(piece.copies + 1 - odd) // 2,
-            stride=2 * piece.stride,
+    """Adds the gradients of a piece's key rows; strips that overlap are added in turns, those apart together."""
+    turns = -(-piece.cols // piece.stride) if piece.copies > 1 else 1
+    for turn in range(min(turns, piece.copies)):
+        apart = piece._replace(
+            k_start=piece.k_start + turn * piece.stride,
+            copies=-(-(piece.copies - turn) // turns),
+            stride=turns * piece.stride,
         )
-        if every_other.copies:
-            _blocks(total, 1, every_other.k_start, piece.cols, every_other, row).add_(part[odd::2])
-
-
-def _form(op: FusedOp, piece: Piece, like: Tensor) -> tuple[bool, Tensor | None]:
-    """Returns (causal, mask) as the fused kernel wants them."""
-    if piece.shape is not Shape.MASKED:
-        return piece.shape is not Shape.FULL, None
-    diagonal = torch.arange(piece.cols, device=like.device) - torch.arange(piece.rows, device=like.device)[:, None]
-    mask = torch.zeros(piece.rows, piece.cols, dtype=like.dtype, device=like.device)
-    return False, mask.masked_fill_((diagonal < piece.lo) | (diagonal > piece.hi), -torch.inf)
+        _blocks(total, 1, apart.k_start, piece.cols, apart, row).add_(part[turn::turns] if turns > 1 else part)

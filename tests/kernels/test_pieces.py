@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels.pieces import EDGE_ROWS, Piece, Shape, masked_tiles, pieces_of
+from ringattn.kernels.pieces import MAX_STRIP, MIN_STRIP, STRIPS_PER_BATCH, Piece, Shape, masked_tiles, pieces_of
 from tests.geometry.brute import Counts, tile_counts
 from tests.geometry.strategies import examples, tiles
 
@@ -51,9 +51,8 @@ def check_shapes(pieces: tuple[Piece, ...]) -> None:
         assert piece.copies == 1 or piece.stride >= piece.rows, "strips share no query row"
         if piece.shape in (Shape.CAUSAL, Shape.REVERSED):
             assert piece.rows == piece.cols, "top-left and bottom-right alignment agree on squares only"
-        if piece.shape is Shape.MASKED:
-            # Blocks two strips apart share no key, on which adding their gradients relies.
-            assert piece.copies == 1 or piece.cols <= 2 * piece.stride
+        assert piece.copies == 1 or piece.shape is Shape.MASKED, "only the strips of a band are batched"
+        assert piece.copies <= STRIPS_PER_BATCH
         one = tile_counts([block_of(piece)._replace(batch=-1)], 1, *extent(piece))[0]
         used = one[piece.q_start :, piece.k_start :]
         assert used.any(1).all(), "a fused kernel must not meet a row without keys"
@@ -88,7 +87,9 @@ def test_bands(rows: int, cols: int, lo: int, width: int) -> None:
     check_pieces(Tile(0, rows, 0, cols, lo, lo + width), rows, cols)
 
 
-@pytest.mark.parametrize("width", sorted({0, 1, *(x + d for x in (EDGE_ROWS, 64, 128) for d in (-1, 0, 1)), 199}))
+@pytest.mark.parametrize(
+    "width", sorted({0, 1, *(x + d for x in (MIN_STRIP, 2 * MIN_STRIP, 4 * MIN_STRIP) for d in (-1, 0, 1)), 199})
+)
 @pytest.mark.parametrize("rows", [65, 128, 129, 300])
 def test_bands_at_the_edges_of_strips(width: int, rows: int) -> None:
     for lo in (-width, -width // 2, 0, -rows // 2):
@@ -102,31 +103,37 @@ def test_lists_of_tiles(found: list[Tile]) -> None:
     np.testing.assert_array_equal(tile_counts(blocks(pieces), 2, 90, 90), tile_counts(found, 2, 90, 90))
 
 
-@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(-2000, 2000), st.integers(EDGE_ROWS, 4000))
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(-2000, 2000), st.integers(MIN_STRIP, 4000))
 @examples(300)
 def test_cost_follows_area(rows: int, cols: int, lo: int, width: int) -> None:
-    """A band wider than EDGE_ROWS costs at most twice its area; a small masked tile its rectangle."""
+    """A band wider than the smallest strip costs at most twice its area; a small masked tile its rectangle."""
     found = Tiles.of(Tile(0, rows, 0, cols, lo, lo + width))
     assume(found)
     tile = found.rows[0]
-    assume(tile.hi - tile.lo >= EDGE_ROWS)
+    assume(tile.hi - tile.lo >= MIN_STRIP)
     pieces = pieces_of(found)
-    if pieces[0].shape is Shape.MASKED:
-        assert max(pieces[0].rows, pieces[0].cols) <= EDGE_ROWS
-    else:
-        assert computed(pieces) <= 2 * found.area()
-    assert len(pieces) <= 9
+    assert computed(pieces) <= max(2 * found.area(), MIN_STRIP**2)
+    assert len(pieces) <= 9 + rows // (MIN_STRIP * STRIPS_PER_BATCH)
 
 
-@given(st.integers(EDGE_ROWS + 1, 5000), st.integers(0, EDGE_ROWS - 1), st.integers(-300, 300))
+@given(st.integers(4 * MAX_STRIP, 4000), st.integers(4 * MAX_STRIP, 16 * MAX_STRIP))
+@examples(50)
+def test_wide_bands_cost_little_more_than_their_area(rows: int, width: int) -> None:
+    """A strip is at most a quarter as high as its band is wide."""
+    strips = [p for p in pieces_of(Tiles.of(Tile(0, rows, 0, rows, -width, 0))) if p.shape is Shape.MASKED]
+    assert bool(strips) == (rows > width + 1), "a window that cuts nothing off is causal"
+    assert all(strip.cols <= 1.25 * (width + 1) for strip in strips)
+
+
+@given(st.integers(MIN_STRIP + 1, 5000), st.integers(0, MIN_STRIP - 1), st.integers(-300, 300))
 @examples(200)
 def test_cost_of_narrow_bands_follows_rows(rows: int, width: int, lo: int) -> None:
     """A narrow band costs 2 strips' height of keys for each row, however long the sequence."""
     found = Tiles.of(Tile(0, rows, 0, rows, lo, lo + width))
     pieces = pieces_of(found)
     seen = sum(t.q_stop - t.q_start for t in found)
-    assert computed(pieces) <= 2 * EDGE_ROWS * seen
-    assert len(pieces) <= 6
+    assert computed(pieces) <= 2 * MIN_STRIP * seen
+    assert len(pieces) <= 6 + rows // (MIN_STRIP * STRIPS_PER_BATCH)
 
 
 def test_what_a_fused_kernel_knows_is_one_piece() -> None:

@@ -77,7 +77,7 @@ def contenders(case: Case, alone: dist.ProcessGroup | None, device: torch.device
         Contender(OWN, work(one_process, everything, case) if alone is not None else None, world),
         Contender(RING, work(ring, local, case), 1),
     ]
-    peer = peers.zigzag_ring_flash_attention(None)
+    peer = peers.zigzag_ring_flash_attention(None) if case.heads == case.kv_heads else "run here without GQA only"
     if isinstance(peer, str):
         return found, peer
     return [*found, Contender(PEER, work(peer, local, case), 1)], ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,9 +193,9 @@ def _prepare(request: _Request, group: dist.ProcessGroup) -> tuple[Mapping[str, 
         "heads, kv heads, head dim, value head dim": f"{q.shape[2]}, {k.shape[2]}, {q.shape[3]}, {v.shape[3]}",
         "dtype": str(q.dtype),
         "device type": q.device.type,
-        "layout": _content(layout, layout.rank_ranges),
-        "kv_layout": _content(kv_layout, kv_layout.rank_ranges),
-        "mask": "; ".join(_content(m, [(t.name, t.parameters) for t in m.terms]) for m in masks),
+        "layout": f"{layout} #{layout.digest}",
+        "kv_layout": f"{kv_layout} #{kv_layout.digest}",
+        "mask": "; ".join(f"{m} #{m.digest}" for m in masks),
         "scale": repr(scale),
         "softcap": repr(softcap),
         "sink": "None" if sink is None else f"{tuple(sink.shape)} {sink.dtype}",
@@ -204,11 +203,6 @@ def _prepare(request: _Request, group: dist.ProcessGroup) -> tuple[Mapping[str, 
         "which of q, k, v, sink require gradients": str(grads),
     }
     return told, Job(plan, kernel, spec, kv_grad=grads[1] or grads[2])
-
-
-def _content(value: object, content: object) -> str:
-    """A value's name, and a digest of its content where the name may leave something out."""
-    return f"{value} #{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:

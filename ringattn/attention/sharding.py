@@ -75,8 +75,8 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
                 f"x has {rows} rows along dim {dim}, but layout={layout} gives rank {found.rank()} {expected}"
             )
         others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
-        ranges = str(hash(layout))
-        return {"dtype": str(x.dtype), "the other dims": str(others), "layout": f"{layout} #{ranges}"}, None
+        told = {"dtype": str(x.dtype), "dim": str(dim % x.ndim), "the other dims": str(others)}
+        return {**told, "layout": f"{layout} #{layout.digest}"}, None
 
     key = ("unshard", x.shape, x.dtype, layout, dim) if isinstance(x, Tensor) and _hashable(layout, dim) else None
     agreed(found, key, prepare)
@@ -111,7 +111,8 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
     if "labels" in whole:
         labels = whole.pop("labels")
         _check_sequence("labels", labels, layout)
-        whole["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        whole["shift_labels"] = torch.full_like(labels, IGNORED_LABEL)
+        whole["shift_labels"][:, :-1] = labels[:, 1:]
     shares: dict[str, Any] = {}
     for name, value in whole.items():
         if isinstance(value, Tensor) and value.ndim:
@@ -125,7 +126,9 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
     return shares
 
 
-def _check_sequence(name: str, x: Tensor, layout: Layout) -> None:
+def _check_sequence(name: str, x: object, layout: Layout) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"batch[{name!r}]={x!r:.100}: must be a tensor, not {type(x).__name__}")
     square = x.ndim >= 4 and x.shape[-2:] == (layout.seq_len, layout.seq_len)
     if x.ndim < 2 or x.shape[1] != layout.seq_len or square:
         raise ArgumentError(

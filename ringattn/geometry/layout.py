@@ -12,6 +12,7 @@ Any length goes with any world size: shards may be uneven or empty, and nothing 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -139,6 +140,11 @@ class Layout:
         return Segments(owner[first], start, stop)
 
     @cached_property
+    def digest(self) -> str:
+        """A digest of the content that is the same in every process, as `hash` is not."""
+        return hashlib.sha256(repr(self.rank_ranges).encode()).hexdigest()[:16]
+
+    @cached_property
     def _hash(self) -> int:
         return hash((self.seq_len, self.rank_ranges))
 
@@ -174,7 +180,14 @@ def _even_cuts(seq_len: int, parts: int) -> list[range]:
 
 @lru_cache(maxsize=256, typed=True)
 def contiguous(seq_len: int, world_size: int) -> Layout:
-    """Rank r holds the r-th of `world_size` runs; their lengths differ by at most one position."""
+    """Rank r holds the r-th of `world_size` runs; their lengths differ by at most one position.
+
+    Args:
+        seq_len: positions, 0 or more.
+        world_size: ranks, 1 or more.
+    Raises:
+        LayoutError: when a number is not allowed.
+    """
     seq_len, world_size = _checked(seq_len, world_size)
     ranges = tuple((run,) for run in _even_cuts(seq_len, world_size))
     return Layout(seq_len, ranges, f"contiguous({seq_len}, {world_size})")
@@ -187,6 +200,11 @@ def zigzag(seq_len: int, world_size: int) -> Layout:
         position  0 ........................................ seq_len
         rank      0    1    2    3    3    2    1    0
 
+    Args:
+        seq_len: positions, 0 or more.
+        world_size: ranks, 1 or more.
+    Raises:
+        LayoutError: when a number is not allowed.
     Source: Llama 3's and Megatron-LM's context parallelism; Zhu's zigzag ring.
     """
     seq_len, world_size = _checked(seq_len, world_size)
@@ -200,6 +218,13 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
     """Blocks of `block` positions are dealt to the ranks in turn.
 
     With block=1 a rank holds every W-th position, as one range of step W.
+
+    Args:
+        seq_len: positions, 0 or more.
+        world_size: ranks, 1 or more.
+        block: positions in a block, 1 or more; the last block may be shorter.
+    Raises:
+        LayoutError: when a number is not allowed.
     Source: Brandon et al. 2023, arXiv:2311.09431.
     """
     seq_len, world_size = _checked(seq_len, world_size)

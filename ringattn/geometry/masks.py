@@ -10,6 +10,7 @@ this module knows masks in any other form: a new mask is one constructor here th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -61,6 +62,12 @@ class Mask:
             MaskError: when the mask was made for sequences of another length.
         """
         return _slices(self, q_len, k_len)
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the content that is the same in every process, as `hash` is not."""
+        content = [(term.name, term.parameters) for term in self.terms]
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     @cached_property
     def _hash(self) -> int:
@@ -212,7 +219,13 @@ def documents(cu_seqlens: Sequence[int] | npt.ArrayLike | _HasToList) -> Mask:
 
 
 def prefix_lm(prefix_len: int) -> Mask:
-    """A query sees the whole prefix, and after it the keys up to its own position: k < prefix_len or k <= q."""
+    """A query sees the whole prefix, and after it the keys up to its own position: k < prefix_len or k <= q.
+
+    Args:
+        prefix_len: positions of the prefix, 0 or more; it may be longer than the sequence.
+    Raises:
+        MaskError: when the number is not allowed.
+    """
     prefix = _count("prefix_len", prefix_len, 0)
 
     def list_slices(q_len: int, k_len: int) -> Ints:
@@ -226,6 +239,11 @@ def chunked(size: int) -> Mask:
     """A query sees its own chunk of `size` positions, both ways: q // size == k // size.
 
     `chunked(size) & causal()` is the local attention of Llama 4.
+
+    Args:
+        size: positions in a chunk, 1 or more; the last chunk may be shorter.
+    Raises:
+        MaskError: when the number is not allowed.
     """
     size = _count("size", size, 1)
 

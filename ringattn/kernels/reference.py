@@ -111,7 +111,7 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     batch, heads, rows, cols = weights.shape
     kv_heads = values.shape[2]
     grouped = weights.reshape(batch, kv_heads, heads // kv_heads, rows, cols)
-    return torch.einsum("bhgqk,bkhd->bqhgd", grouped, values).reshape(batch, rows, heads, -1)
+    return torch.einsum("bhgqk,bkhd->bqhgd", grouped, values).reshape(batch, rows, heads, values.shape[3])
 
 
 def _weighted_transposed(weights: Tensor, values: Tensor, kv_heads: int) -> Tensor:
@@ -119,4 +119,4 @@ def _weighted_transposed(weights: Tensor, values: Tensor, kv_heads: int) -> Tens
     batch, heads, rows, cols = weights.shape
     group = heads // kv_heads
     grouped = weights.reshape(batch, kv_heads, group, rows, cols)
-    return torch.einsum("bhgqk,bqhgd->bkhd", grouped, values.reshape(batch, rows, kv_heads, group, -1))
+    return torch.einsum("bhgqk,bqhgd->bkhd", grouped, values.reshape(batch, rows, kv_heads, group, values.shape[3]))

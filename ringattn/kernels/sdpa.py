@@ -65,6 +65,9 @@ class FusedKernel:
             reasons.append(f"takes {', '.join(map(str, op.dtypes))}, not {call.dtype}")
         if call.spec.softcap is not None:
             reasons.append("has no softcap")
+        if call.spec.scale <= 0:
+            # They mask scores before they scale them, and 0 x -inf is NaN.
+            reasons.append(f"takes a positive scale, not {call.spec.scale}")
         dim = max(call.head_dim, call.v_head_dim)
         if op.max_dim is not None and dim > op.max_dim:
             reasons.append(f"takes head dims up to {op.max_dim}, not {dim}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -10,8 +12,46 @@ from torch import Tensor
 
 import ringattn
 from tests.harness import oracle
-from tests.harness.cases import LayoutCase, MaskCase, Tensors, tensors
+from tests.harness.cases import Bools, LayoutCase, MaskCase, Positions, Tensors, tensors
+from tests.harness.compare import assert_close
 from tests.harness.poison import poisoned_empty
+from tests.harness.ranks import RankPool
+
+WORLDS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class OwnCase(MaskCase):
+    """A mask of a test's own numbers, which travels to a rank by them."""
+
+    make: tuple[Callable[..., MaskCase], tuple[int, ...]] = (MaskCase, ())
+
+    def __reduce__(self) -> tuple[Callable[..., MaskCase], tuple[int, ...]]:  # type: ignore[override]
+        return self.make
+
+
+def window_case(left: int, right: int) -> MaskCase:
+    """A sliding window of these widths, whatever the length."""
+
+    def sees(q: Positions, k: Positions, _: int) -> Bools:
+        return (-left <= k - q) & (k - q <= right)
+
+    made = (window_case, (left, right))
+    return OwnCase(f"window_{left}_{right}", lambda _: ringattn.sliding_window(left, right), sees, make=made)
+
+
+def documents_case(*lengths: int) -> MaskCase:
+    """Documents of these lengths, causal: a packed batch."""
+    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+    def sees(q: Positions, k: Positions, _: int) -> Bools:
+        together = [(a <= q) & (q < b) & (a <= k) & (k < b) for a, b in pairwise(ends)]
+        return sum(together[1:], together[0]) & (k <= q)
+
+    made = (documents_case, lengths)
+    return OwnCase(
+        f"documents_{lengths}", lambda _: ringattn.documents(ends) & ringattn.causal(), sees, cross=False, make=made
+    )
 
 
 @dataclass(frozen=True)
@@ -38,6 +78,15 @@ class Problem:
     @property
     def keys(self) -> int:
         return self.q_len if self.k_len is None else self.k_len
+
+    def told(self) -> str:
+        """What differs from the defaults, for messages."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ", ".join(
+            f"{f.name}={getattr(values[f.name], 'name', values[f.name])}"
+            for f in fields(self)
+            if values[f.name] != f.default
+        )
 
     def tensors(self) -> Tensors:
         """The whole tensors."""
@@ -97,19 +146,7 @@ def _solve(group: dist.ProcessGroup, problem: Problem) -> dict[str, Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     sink = problem.sink_logits()
     leaves = [q, k, v] if sink is None else [q, k, v, sink.requires_grad_()]
-    out, lse = ringattn.ring_attention_with_lse(
-        q,
-        k,
-        v,
-        group,
-        mask=problem.built_mask(),
-        layout=layout,
-        kv_layout=kv_layout,
-        scale=problem.scale,
-        softcap=problem.softcap,
-        sink=sink,
-        backend=problem.backend,
-    )
+    out, lse = attend(group, problem, q, k, v, sink)
     grads = torch.autograd.grad([out, lse], leaves, [dout, dlse])
     result = {"out": out.detach(), "lse": lse.detach()}
     result.update(zip(("dq", "dk", "dv", "dsink"), grads, strict=False))
@@ -130,3 +167,61 @@ def whole(problem: Problem, results: list[dict[str, Tensor]]) -> dict[str, Tenso
         parts = torch.cat([r[name] for r in results], dim)
         found[name] = parts.index_select(dim, torch.argsort(order))
     return found
+
+
+def solve_each(group: dist.ProcessGroup, problems: Sequence[Problem]) -> list[dict[str, Tensor]]:
+    """Runs on one rank: `solve` for one problem after the other."""
+    return [solve(group, problem) for problem in problems]
+
+
+def check(pool: RankPool, problems: Sequence[Problem], worlds: Sequence[int] = WORLDS, atol: float = 1e-10) -> None:
+    """Solves the problems on groups of these sizes and compares everything with the oracle."""
+    expected = [problem.expected() for problem in problems]
+    for world_size in worlds:
+        by_rank = pool.run(solve_each, world_size, tuple(problems))
+        for problem, wanted, results in zip(problems, expected, zip(*by_rank, strict=True), strict=True):
+            for name, actual in whole(problem, list(results)).items():
+                assert_close(
+                    actual, getattr(wanted, name), atol=atol, name=f"{name} of {world_size} ranks, {problem.told()}"
+                )
+
+
+def rows_of(x: Tensor, layout: ringattn.Layout, rank: int, dim: int = 1) -> Tensor:
+    """A rank's rows, by the layout's positions."""
+    return x.index_select(dim, torch.from_numpy(layout.positions(rank)))
+
+
+def share_of(problem: Problem, rank: int, world_size: int) -> tuple[Tensors, oracle.Gradients]:
+    """A rank's rows of the tensors and of the oracle's answer; the sink's gradient is whole."""
+    held = dict(zip(("q", "k"), problem.layouts(world_size), strict=True))
+
+    def local(x: Tensor, of: str, dim: int = 1) -> Tensor:
+        return rows_of(x, held[of], rank, dim)
+
+    t, e = problem.tensors(), problem.expected()
+    return (
+        Tensors(local(t.q, "q"), local(t.k, "k"), local(t.v, "k"), local(t.dout, "q"), local(t.dlse, "q", 2)),
+        oracle.Gradients(
+            local(e.out, "q"), local(e.lse, "q", 2), local(e.dq, "q"), local(e.dk, "k"), local(e.dv, "k"), e.dsink
+        ),
+    )
+
+
+def attend(
+    group: dist.ProcessGroup, problem: Problem, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Calls ring attention on local rows, with the problem's options."""
+    layout, kv_layout = problem.layouts(group.size())
+    return ringattn.ring_attention_with_lse(
+        q,
+        k,
+        v,
+        group,
+        mask=problem.built_mask(),
+        layout=layout,
+        kv_layout=kv_layout,
+        scale=problem.scale,
+        softcap=problem.softcap,
+        sink=sink,
+        backend=problem.backend,
+    )

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attention.problem import Problem, solve, whole
+from tests.attention.problem import WORLDS, Problem, check
 from tests.harness.cases import LAYOUT_CASES, MASK_CASES, LayoutCase, MaskCase, case_ids
-from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
-
-WORLDS = (1, 2, 3, 4)
-
-
-def check(pool: RankPool, problem: Problem, world_size: int) -> None:
-    expected = problem.expected()
-    found = whole(problem, pool.run(solve, world_size, problem))
-    for name, actual in found.items():
-        assert_close(actual, getattr(expected, name), atol=1e-10, name=f"{name} of {world_size} ranks")
 
 
 @pytest.mark.parametrize("mask", MASK_CASES, ids=case_ids(MASK_CASES))
@@ -36,4 +26,4 @@ def test_layouts_and_masks(pool: RankPool, layout: LayoutCase, mask: MaskCase) -
                 batch=1 + q_len % 2,
                 poison=True,
             )
-            check(pool, problem, world_size)
+            check(pool, [problem], [world_size])

@@ -1,0 +1,72 @@
+"""The programs in benchmarks/ run, as small as they can be, and write what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def torchrun(module: str, *flags: str) -> str:
+    """Runs a module on two ranks and returns what it printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        module,
+        *flags,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train(tmp_path: Path) -> None:
+    flags = ["--context", "256", "--steps", "2", "--layers", "1", "--dim", "32", "--heads", "2", "--kv-heads", "1"]
+    told = torchrun("benchmarks.train", *flags, "--out", str(tmp_path))
+    for name in ("losses.png", "timeline.png"):
+        picture = (tmp_path / name).read_bytes()
+        assert picture.startswith(PNG)
+        assert len(picture) > 2000
+    together, alone = lines(tmp_path / "train.jsonl")
+    assert (together["run"], alone["run"]) == ("2 ranks", "1 process")
+    assert len(together["losses"]) == len(alone["losses"]) == 2
+    for a, b in zip(together["losses"], alone["losses"], strict=True):
+        assert 1.0 < b < 10.0
+        assert abs(a - b) < 1e-4 * b
+    assert "losses equal to" in told
+
+
+@pytest.mark.parametrize("kv_heads", ["2", "1"])
+def test_attention(tmp_path: Path, kv_heads: str) -> None:
+    flags = ["--lengths", "256", "--rounds", "1", "--warmup", "0", "--heads", "2", "--kv-heads", kv_heads]
+    torchrun("benchmarks.attention", *flags, "--dtypes", "float32", "--out", str(tmp_path))
+    records = lines(tmp_path / "speed.jsonl")
+    assert {record["contender"] for record in records} >= {
+        "torch, one process",
+        "ringattn, one process",
+        "ringattn, ring",
+    }
+    assert {record["backward"] for record in records} == {False, True}
+    for record in records:
+        assert record["seq_len"] == 256
+        assert record["ranks"] == 2
+        assert record["median_s"] > 0
+        assert len(record["rounds_s"]) == 1
+        assert record["ratio"] == 1.0 or record["contender"] != "torch, one process"

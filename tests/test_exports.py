@@ -1,0 +1,116 @@
+"""What the package shows to the world, and what it promises about its own source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import ringattn
+
+PACKAGE = Path(str(files("ringattn")))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MANUAL = PACKAGE.parent / "docs" / "api.md"
+MAX_LINES = 420
+
+CALLS = {"ring_attention", "ring_attention_with_lse", "shard", "shard_batch", "unshard"}
+LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
+MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}
+VALUES = {"Layout", "Mask"}
+ERRORS = {
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BackendError",
+    "DisagreementError",
+    "LayoutError",
+    "MaskError",
+    "RingAttnError",
+}
+
+
+def test_all_is_what_is_promised() -> None:
+    assert set(ringattn.__all__) == CALLS | LAYOUTS | MASKS | VALUES | ERRORS
+    assert list(ringattn.__all__) == sorted(ringattn.__all__)
+
+
+@pytest.mark.parametrize("name", ringattn.__all__)
+def test_names_exist_and_are_documented(name: str) -> None:
+    assert (inspect.getdoc(getattr(ringattn, name)) or "").strip()
+
+
+def test_the_manual_lists_every_name_and_no_other() -> None:
+    first_sections = MANUAL.read_text().partition("autoexception:: DisagreementError")
+    listed = re.findall(r"^\.\. auto(?:function|class|exception):: (\w+)", "".join(first_sections[:2]), re.MULTILINE)
+    assert sorted(listed) == sorted(ringattn.__all__)
+
+
+def sections_missing(function: Callable[..., object], sends: bool) -> list[str]:
+    """The sections, and parameters, that a function's docstring should have and has not."""
+    told = inspect.getdoc(function) or ""
+    parameters = list(inspect.signature(function).parameters)
+    missing = []
+    # A section may point at another function's: "Args, errors and communication are those of ...".
+    if parameters and not re.search(r"^Args\b", told, re.MULTILINE):
+        missing.append("Args")
+    if sends and not re.search(r"\bReturns\b", told):
+        missing.append("Returns")
+    if parameters and not re.search(r"^Raises:|^Args, errors", told, re.MULTILINE):
+        missing.append("Raises")
+    if sends and not re.search(r"^Communication: |^Args, errors and communication", told, re.MULTILINE):
+        missing.append("Communication")
+    if re.search(r"^Args:", told, re.MULTILINE):
+        described = re.findall(r"^ {4}(\w+): ", told, re.MULTILINE)
+        missing += [name for name in parameters if name not in described]
+    return missing
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_calls_tell_what_they_take_give_raise_and_send(name: str) -> None:
+    assert sections_missing(getattr(ringattn, name), sends=True) == []
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS | MASKS))
+def test_constructors_tell_what_they_take_and_raise(name: str) -> None:
+    assert sections_missing(getattr(ringattn, name), sends=False) == []
+
+
+def test_missing_sections_are_found() -> None:
+    def bare(x: int, y: int) -> int:
+        """Adds.
+
+        Args:
+            x: a number.
+        """
+        return x + y
+
+    assert sections_missing(bare, sends=True) == ["Returns", "Raises", "Communication", "y"]
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    for name in CALLS | LAYOUTS | MASKS:
+        signature = inspect.signature(getattr(ringattn, name))
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules(module: Path) -> None:
+    """None reads the environment, none is long, each says what it is for."""
+    source = module.read_text()
+    tree = ast.parse(source)
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not names & {"environ", "environb", "getenv", "putenv"}
+    assert len(source.splitlines()) < MAX_LINES
+    assert ast.get_docstring(tree)
+
+
+def test_there_are_modules() -> None:
+    assert len(MODULES) > 10

@@ -98,6 +98,8 @@ class FusedKernel:
                 state = _blocks(out[:, :, heads], 1, piece.q_start, piece.rows, piece, row)
                 state_lse = _blocks(lse[:, heads], 2, piece.q_start, piece.rows, piece, row)
                 merge_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
+                # Or the next launch's results would come to lie beside these.
+                del part, part_lse
 
     def backward(
         self,
@@ -152,6 +154,9 @@ class FusedKernel:
                 _blocks(dq[:, :, heads], 1, piece.q_start, piece.rows, piece, row).add_(part_dq[..., :dim])
                 _add_cols(dk[:, :, kv_heads], part_dk[..., :dim], piece, row)
                 _add_cols(dv[:, :, kv_heads], part_dv[..., :v_dim], piece, row)
+                # Or the next launch's results would come to lie beside these.
+                del parts, part_dq, part_dk, part_dv
+            del out_g
 
     def _op(self, q: Tensor) -> FusedOp:
         return next(op for op in self.ops if op.device_type == q.device.type)

@@ -66,7 +66,7 @@ def ring_attention(
         ArgumentError: when an argument is not allowed; LayoutError, MaskError when a layout or a mask does not fit.
         BackendError: when the backend cannot run this call.
         DisagreementError: when the ranks do not ask for the same. All of these on every rank, before anything is
-            sent.
+            sent, on the first call of a signature (shapes, dtypes, options); later calls of it are not compared.
     Communication: per rank and hop the block at hand, rows x H_kv x (D + Dv) elements per batch row; a block stops
         at the last rank that needs it, W - 1 hops away at most. In backward the same again; and the block's
         gradients in the accumulation dtype, one transfer more, as they go home.

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import warnings
@@ -62,14 +61,6 @@ def zigzag_ring_flash_attention(group: dist.ProcessGroup | None = None) -> Atten
     if isinstance(peer, str):
         return peer
     return functools.partial(peer, causal=True, group=group)
-
-
-def library_version() -> str | None:
-    """Version of the installed library, for reports; None where it has no package metadata."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache

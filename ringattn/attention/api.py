@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -153,13 +153,7 @@ def _autocast(request: _Request) -> _Request:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
         return x.to(dtype) if eligible else x
 
-    return _Request(request.exchange, cast_down(q), cast_down(k), cast_down(v), *_options(request))
-
-
-def _options(
-    r: _Request,
-) -> tuple[Masks, Layout | None, Layout | None, float | None, float | None, Tensor | None, str | None]:
-    return r.mask, r.layout, r.kv_layout, r.scale, r.softcap, r.sink, r.backend
+    return replace(request, q=cast_down(q), k=cast_down(k), v=cast_down(v))
 
 
 def _prepare(request: _Request, group: dist.ProcessGroup) -> tuple[Mapping[str, str], Job]:

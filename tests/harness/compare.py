@@ -25,11 +25,14 @@ def assert_within_rule(
     name: str,
     floor_factor: float = FLOOR_FACTOR,
     check_dtype: bool = True,
+    terms: Tensor | None = None,
 ) -> None:
     """Fail unless max|actual - expected64| <= 2 max|plain - expected64| + floor_factor eps max|expected64|.
 
     `plain` is what plain PyTorch gives in the same dtype, and eps is that of `actual`'s dtype. With
-    `check_dtype=False`, `actual` may have another dtype than `plain` (an fp32 lse of bf16 inputs).
+    `check_dtype=False`, `actual` may have another dtype than `plain` (an fp32 lse of bf16 inputs). Where terms cancel,
+    plain PyTorch may be exact by luck: then `terms`, the sizes of what is summed up, stand for `expected64` in the
+    floor, and the factor is 1.
     """
     __tracebackhide__ = True
     _check_comparable(actual, plain, name=name, check_dtype=check_dtype)
@@ -42,6 +45,8 @@ def assert_within_rule(
     finite = expected64[expected64.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     floor = floor_factor * torch.finfo(actual.dtype).eps * largest
+    if terms is not None and terms.numel():
+        floor = max(floor, torch.finfo(actual.dtype).eps * float(terms.max()))
     rule = f"2 x plain's {plain_error:.3g} + floor {floor:.3g}"
     _check_error(actual, expected64, 2 * plain_error + floor, name=name, rule=rule)
 

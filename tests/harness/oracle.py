@@ -110,3 +110,43 @@ def plain_gradients(
     leaves = [q, k, v] if sink is None else [q, k, v, sink]
     dq, dk, dv, *dsink = torch.autograd.grad([out, lse], leaves, [dout.to(out.dtype), dlse])
     return Gradients(out.detach(), lse.detach(), dq, dk, dv, dsink[0] if dsink else None)
+
+
+def sizes_of_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Gradients:
+    """What (out, lse, dq, dk, dv) would be if no two terms cancelled: what their roundings are measured by.
+
+    Weights are recomputed from scores and an lse that are both rounded, so each is off by as many roundings as the
+    larger of the two has units; hence the factor.
+    """
+    q, k, v, dout = q.double(), k.double(), v.double(), dout.double()
+    group = q.shape[2] // k.shape[2]
+    wide_k, wide_v = (x.repeat_interleave(group, dim=2).abs() for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.abs(), wide_k) * abs(scale)
+    units = 1.0 + (scores.max() if scores.numel() else scores.new_zeros(())).item()
+    out, lse = dense_attention(q, k, v, allowed, scale=scale, softcap=softcap)
+    eye = torch.eye(k.shape[1], dtype=torch.float64).expand(q.shape[0], k.shape[2], -1, -1).transpose(1, 2)
+    weights = dense_attention(q, k, eye, allowed, scale=scale, softcap=softcap)[0].transpose(1, 2)
+    delta = (dout * out).sum(-1).abs().transpose(1, 2) + (0 if dlse is None else dlse.double().abs())
+    ds = weights * (torch.einsum("bqhd,bkhd->bhqk", dout.abs(), wide_v) + delta[..., None]) * abs(scale)
+
+    def by_key(terms: Tensor, rows: Tensor) -> Tensor:
+        return torch.einsum("bhqk,bqhd->bkhd", terms, rows.abs()).unflatten(2, (-1, group)).sum(3)
+
+    return Gradients(
+        out=torch.einsum("bhqk,bkhd->bqhd", weights, wide_v) * units,
+        lse=torch.full_like(lse, units),
+        dq=torch.einsum("bhqk,bkhd->bqhd", ds, wide_k) * units,
+        dk=by_key(ds, q) * units,
+        dv=by_key(weights, dout) * units,
+        dsink=None,
+    )

@@ -1,0 +1,20 @@
+// Vectors of 256 bits: AVX2 with FMA.
+#if defined(__x86_64__)
+#define RINGATTN_ISA avx2
+#define RINGATTN_X86
+#define RINGATTN_AVX2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "kernels.h"
+
+namespace ringattn {
+extern const Kernels AVX2;
+const Kernels AVX2 = avx2::table<avx2::Wide>("avx2");
+}  // namespace ringattn
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,21 @@
+// Vectors of 512 bits, and products of pairs of bfloat16: Cooper Lake, Sapphire Rapids, Zen 4.
+#if defined(__x86_64__)
+#define RINGATTN_ISA avx512_bf16
+#define RINGATTN_X86
+#define RINGATTN_AVX512
+#define RINGATTN_BF16
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+#include "kernels.h"
+
+namespace ringattn {
+extern const Kernels AVX512_BF16;
+const Kernels AVX512_BF16 = avx512_bf16::table<avx512_bf16::Pairs>("avx512_bf16");
+}  // namespace ringattn
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

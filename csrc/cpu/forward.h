@@ -1,0 +1,258 @@
+// Forward: blocks of queries stay in cache while chunks of keys go by; the running softmax is merged as they do.
+//
+// A vector's lanes are queries. So scores need no reduction across lanes, and keys and values are used as they lie in
+// memory, an element broadcast at a time. Dao 2023, arXiv:2307.08691, for the order of the loops.
+#pragma once
+#include "product.h"
+
+namespace ringattn::RINGATTN_ISA {
+
+template <class Arithmetic>
+struct Forward {
+  static constexpr int64_t CHUNK = 64;  // keys
+  static constexpr int PER_WORD = Arithmetic::PER_WORD;
+
+  struct Sizes {
+    int64_t words;    // of a row of q and k
+    int64_t k_pitch;  // q rows, too: whole vectors, as transposing wants
+    int64_t v_pitch;
+    int64_t blocks;   // of a task, so that its queries and outputs fill about half of a second-level cache
+    explicit Sizes(const Problem& p)
+        : words((p.dim + PER_WORD - 1) / PER_WORD),
+          k_pitch(round_up(words, W)),
+          v_pitch(round_up(p.v_dim, TILE)),
+          blocks(most(1, least(16, (384 << 10) / (4 * BLOCK * (words + v_pitch))))) {}
+  };
+
+  // What a task keeps of a block of queries.
+  struct Block {
+    int64_t head, row, stop;
+    float *q, *out, *top, *sum;  // (words, BLOCK), (v_pitch, BLOCK), (BLOCK), (BLOCK)
+  };
+
+  static int64_t blocks_per_task(const Problem& p) { return Sizes(p).blocks; }
+
+  static int64_t scratch(const Problem& p) {
+    const Sizes s(p);
+    const int64_t floats = s.blocks * BLOCK * (s.words + s.v_pitch + 2) + CHUNK * (s.k_pitch + s.v_pitch + BLOCK) +
+                           BLOCK * s.k_pitch;
+    return 4 * floats + 64 * (5 + 5 * s.blocks) + s.blocks * (int64_t)sizeof(Block);
+  }
+
+  const Problem& p;
+  const ForwardTask& task;
+  const Sizes s;
+  const float factor;  // of scores, in powers of two
+  float *k, *v, *scores, *rows;
+  Block* blocks;
+
+  Forward(const Problem& problem, const ForwardTask& t, void* memory)
+      : p(problem), task(t), s(problem), factor(problem.scale == 0 ? 1.0f : __builtin_fabsf(problem.scale) * LOG2_E) {
+    Arena arena{static_cast<char*>(memory)};
+    k = arena.take(CHUNK * s.k_pitch);
+    v = arena.take(CHUNK * s.v_pitch);
+    scores = arena.take(CHUNK * BLOCK);
+    rows = arena.take(BLOCK * s.k_pitch);
+    blocks = reinterpret_cast<Block*>(arena.take(s.blocks * sizeof(Block) / 4 + 1));
+    for (int64_t i = 0; i < task.count; ++i) {
+      Block& b = blocks[i];
+      const int64_t index = task.first + i;
+      b.row = task.segment->q_start + index / p.group() * BLOCK;
+      b.stop = least(b.row + BLOCK, task.segment->q_stop);
+      b.head = task.kv_head * p.group() + index % p.group();
+      b.q = arena.take(s.words * BLOCK);
+      b.out = arena.take(s.v_pitch * BLOCK);
+      b.top = arena.take(BLOCK);
+      b.sum = arena.take(BLOCK);
+    }
+  }
+
+  void run() {
+    for (int64_t i = 0; i < task.count; ++i) begin(blocks[i]);
+    const int64_t row = blocks[0].row, stop = blocks[task.count - 1].stop;
+    for (int64_t i = 0; i < task.segment->num_tiles; ++i) {
+      const Tile& tile = *task.segment->tiles[i];
+      const int64_t first = most(tile.k_start, row + tile.lo), last = least(tile.k_stop, stop + tile.hi);
+      for (int64_t start = first; start < last; start += CHUNK) {
+        const int64_t n = least(CHUNK, last - start), n_pad = round_up(n, TILE);
+        Arithmetic::copy_rows(k, s.k_pitch, {p.k, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.dim});
+        Arithmetic::stack_rows(v, s.v_pitch, {p.v, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.v_dim});
+        for (int64_t b = 0; b < task.count; ++b) attend(blocks[b], {blocks[b].row, blocks[b].stop, start, n, tile});
+      }
+    }
+    for (int64_t i = 0; i < task.count; ++i) end(blocks[i]);
+  }
+
+  // Loads a block's queries, and the state that it goes on from: as if one key of weight 1 had been seen.
+  void begin(Block& b) {
+    const int64_t n = b.stop - b.row;
+    Arithmetic::copy_rows(rows, s.k_pitch, {p.q, p.dtype, task.batch, b.head, b.row, n, n, p.dim});
+    rows_to_lanes(b.q, rows, s.k_pitch, n, s.words);
+    if (p.scale < 0) {
+      // The sign goes to the queries, so that the largest product is the largest score.
+      const ivec signs = broadcast((int32_t)(PER_WORD == 2 ? 0x80008000 : 0x80000000));
+      for (int64_t i = 0; i < s.words * BLOCK; i += W) store(b.q + i, (vec)((ivec)load(b.q + i) ^ signs));
+    }
+    if (p.scale == 0) {
+      for (int64_t i = 0; i < s.words * BLOCK; i += W) store(b.q + i, vec{});
+    }
+    bool seen = false;
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      const float lse = i < n ? *lse_of(b, i) : -INFINITE;
+      b.top[i] = lse * LOG2_E;
+      b.sum[i] = lse == -INFINITE ? 0.0f : 1.0f;
+      seen |= lse != -INFINITE;
+    }
+    for (int64_t i = 0; i < s.v_pitch * BLOCK; i += W) store(b.out + i, vec{});
+    if (!seen) return;
+    for (int64_t i = 0; i < n; i += W) {
+      for (int64_t d = 0; d < p.v_dim; d += W) {
+        const int64_t here = least(W, p.v_dim - d);
+        vec block[W];
+        for (int r = 0; r < W; ++r) {
+          block[r] = vec{};
+          if (i + r < n) std::memcpy(&block[r], out_of(b, i + r) + d, here * sizeof(float));
+        }
+        transpose(block);
+        for (int r = 0; r < here; ++r) store(b.out + (d + r) * BLOCK + i, block[r]);
+      }
+    }
+  }
+
+  void end(Block& b) {
+    const int64_t n = b.stop - b.row;
+    float inverse[BLOCK];
+    for (int64_t i = 0; i < n; ++i) {
+      inverse[i] = b.sum[i] == 0.0f ? 0.0f : 1.0f / b.sum[i];
+      *lse_of(b, i) = b.sum[i] == 0.0f ? -INFINITE : LN_2 * b.top[i] + __builtin_logf(b.sum[i]);
+    }
+    lanes_to_rows(b.out, n, p.v_dim, [&](int64_t i, int64_t d, vec values, int64_t count) {
+      values *= inverse[i];
+      std::memcpy(out_of(b, i) + d, &values, count * sizeof(float));
+    });
+  }
+
+  void attend(Block& b, const Band& band) {
+    const int64_t begin = band.begin(), end = band.end();
+    if (begin >= end) return;
+    // A vector holds the last queries alone where they are few.
+    const int64_t vecs = (b.stop - b.row + W - 1) / W;
+    if (vecs == BLOCK_VECS) {
+      attend<BLOCK_VECS>(b, band, begin / TILE * TILE, round_up(end, TILE));
+    } else if (vecs == 2) {
+      attend<2>(b, band, begin / TILE * TILE, round_up(end, TILE));
+    } else {
+      attend<1>(b, band, begin / TILE * TILE, round_up(end, TILE));
+    }
+  }
+
+  template <int C>
+  void attend(Block& b, const Band& band, int64_t begin, int64_t end) {
+    vec top[C];
+    const bool masked = score<C>(b, band, begin, end, top);
+    vec rescale[C];
+    RINGATTN_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const vec before = load(b.top + c * W), now = max(before, p.softcap != 0.0f ? top[c] : top[c] * factor);
+      // Nothing seen yet, neither before nor now: any finite number will do, for there is nothing to rescale.
+      top[c] = select(now == broadcast(-INFINITE), vec{}, now);
+      rescale[c] = exp2(before - top[c]);
+      store(b.top + c * W, now);
+      store(b.sum + c * W, load(b.sum + c * W) * rescale[c]);
+    }
+    if (masked) {
+      weigh<C, true>(b, begin, end, top);
+    } else {
+      weigh<C, false>(b, begin, end, top);
+    }
+    for (int64_t d = 0; d < s.v_pitch; d += TILE) {
+      vec sums[TILE][C];
+      fill(sums, vec{});
+      multiply<Arithmetic>(sums, v + begin / PER_WORD * s.v_pitch + d, 1, s.v_pitch, scores + begin / PER_WORD * BLOCK,
+                           BLOCK, (end - begin) / PER_WORD);
+      RINGATTN_UNROLL
+      for (int r = 0; r < TILE; ++r) {
+        RINGATTN_UNROLL
+        for (int c = 0; c < C; ++c) {
+          float* out = b.out + (d + r) * BLOCK + c * W;
+          store(out, fma(load(out), rescale[c], sums[r][c]));
+        }
+      }
+    }
+  }
+
+  // Writes the products of keys and queries, -inf where the mask forbids, and their largest; says whether it forbids any.
+  // With a softcap, it is the capped scores, in powers of two.
+  template <int C>
+  bool score(const Block& b, const Band& band, int64_t begin, int64_t end, vec (&top)[C]) {
+    bool masked = false;
+    RINGATTN_UNROLL
+    for (int c = 0; c < C; ++c) top[c] = broadcast(-INFINITE);
+    for (int64_t j = begin; j < end; j += TILE) {
+      vec sums[TILE][C];
+      fill(sums, vec{});
+      multiply<Arithmetic>(sums, k + j * s.k_pitch, s.k_pitch, 1, b.q, BLOCK, s.words);
+      if (__builtin_expect(p.softcap != 0.0f, 0)) cap(sums);
+      if (__builtin_expect(!band.whole(j, TILE), 0)) {
+        masked = true;
+        for (int r = 0; r < TILE; ++r) {
+          const LaneRange lanes = band.lanes(j + r);
+          for (int c = 0; c < C; ++c) sums[r][c] = select(LaneRange::mask(lanes, c), sums[r][c], broadcast(-INFINITE));
+        }
+      }
+      RINGATTN_UNROLL
+      for (int r = 0; r < TILE; ++r) {
+        RINGATTN_UNROLL
+        for (int c = 0; c < C; ++c) {
+          top[c] = max(top[c], sums[r][c]);
+          store(scores + (j + r) * BLOCK + c * W, sums[r][c]);
+        }
+      }
+    }
+    return masked;
+  }
+
+  template <int C>
+  __attribute__((noinline)) void cap(vec (&sums)[TILE][C]) {
+    const float inner = __builtin_fabsf(p.scale) / p.softcap, outer = p.softcap * LOG2_E;
+    for (int r = 0; r < TILE; ++r) {
+      for (int c = 0; c < C; ++c) sums[r][c] = tanh(sums[r][c] * inner) * outer;
+    }
+  }
+
+  // Turns scores into weights, in place, and adds them to the blocks' sums.
+  template <int C, bool MASKED>
+  void weigh(Block& b, int64_t begin, int64_t end, const vec (&top)[C]) {
+    const vec scaled = broadcast(p.softcap != 0.0f ? 1.0f : factor);
+    vec sums[C];
+    RINGATTN_UNROLL
+    for (int c = 0; c < C; ++c) sums[c] = vec{};
+    for (int64_t j = begin; j < end; j += 2) {
+      float *even = scores + j * BLOCK, *odd = even + BLOCK, *to = scores + j / PER_WORD * BLOCK;
+      RINGATTN_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const vec a = weight<MASKED>(load(even + c * W), scaled, top[c]);
+        const vec z = weight<MASKED>(load(odd + c * W), scaled, top[c]);
+        sums[c] += a + z;
+        Arithmetic::put_across(to + c * W, BLOCK, a, z);
+      }
+    }
+    RINGATTN_UNROLL
+    for (int c = 0; c < C; ++c) store(b.sum + c * W, load(b.sum + c * W) + sums[c]);
+  }
+
+  template <bool MASKED>
+  RINGATTN_INLINE vec weight(vec score, vec scaled, vec top) {
+    const vec w = exp2(fma(score, scaled, -top));
+    return MASKED ? select(score == broadcast(-INFINITE), vec{}, w) : w;
+  }
+
+  float* out_of(const Block& b, int64_t i) const {
+    return p.out.data + task.batch * p.out.batch + (b.row + i) * p.out.row + b.head * p.out.head;
+  }
+  float* lse_of(const Block& b, int64_t i) const {
+    return p.lse.data + task.batch * p.lse.batch + (b.row + i) * p.lse.row + b.head * p.lse.head;
+  }
+};
+
+}  // namespace ringattn::RINGATTN_ISA

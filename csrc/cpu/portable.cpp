@@ -1,0 +1,8 @@
+// Vectors of 128 bits, which every 64-bit processor has: SSE2, NEON.
+#define RINGATTN_ISA portable
+#include "kernels.h"
+
+namespace ringattn {
+extern const Kernels PORTABLE;
+const Kernels PORTABLE = portable::table<portable::Wide>("portable");
+}  // namespace ringattn

@@ -1,0 +1,69 @@
+// What a kernel is asked to do: pointers, strides and integers, free of torch and of any instruction set.
+#pragma once
+#include <cstdint>
+
+namespace ringattn {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+
+// A tensor (batch, rows, heads, dim) whose last dim is contiguous; strides count elements.
+template <class Pointer>
+struct View {
+  Pointer data;
+  int64_t batch, row, head;
+};
+using Input = View<const void*>;   // of the problem's dtype
+using State = View<float*>;        // accumulators
+using Statistic = View<float*>;    // (batch, heads, rows), a number a row
+
+// Queries [q_start, q_stop) attend to keys [k_start, k_stop) where lo <= j - i <= hi, in every batch row, or in one.
+struct Tile {
+  int64_t q_start, q_stop, k_start, k_stop, lo, hi, batch;
+};
+
+struct Problem {
+  Input q, k, v, dout;
+  State out, dq, dk, dv;
+  Statistic lse, delta;
+  int64_t batch, heads, kv_heads, dim, v_dim;
+  Dtype dtype;
+  float scale;
+  float softcap;  // 0: none
+  int64_t group() const { return heads / kv_heads; }
+};
+
+// Queries of one interval, all of which see the same tiles, and none other.
+struct Segment {
+  int64_t q_start, q_stop;
+  const Tile* const* tiles;
+  int64_t num_tiles;
+};
+
+// Query blocks [first, first + count) of a segment, for all heads of one kv head: block i is block i / group of the
+// rows, for head i % group. So blocks next to each other share keys.
+struct ForwardTask {
+  int64_t batch, kv_head;
+  const Segment* segment;
+  int64_t first, count;
+};
+
+// Keys [k_start, k_stop) against all queries that see them. dq may be a private accumulator of the task's part.
+struct BackwardTask {
+  int64_t batch, kv_head, k_start, k_stop;
+  const Segment* segments;
+  int64_t num_segments;
+  State dq;
+};
+
+// One instruction set's kernels. Scratch is in bytes, aligned to 64.
+struct Kernels {
+  const char* name;
+  int64_t block_rows;  // queries of a block
+  int64_t (*blocks_per_task)(const Problem&);
+  int64_t (*forward_scratch)(const Problem&);
+  void (*forward)(const Problem&, const ForwardTask&, void* scratch);
+  int64_t (*backward_scratch)(const Problem&);
+  void (*backward)(const Problem&, const BackwardTask&, void* scratch);
+};
+
+}  // namespace ringattn

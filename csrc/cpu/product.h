@@ -1,0 +1,112 @@
+// Products of small matrices in registers, and turning rows into lanes.
+#pragma once
+#include "arithmetic.h"
+
+namespace ringattn::RINGATTN_ISA {
+
+constexpr int BLOCK_VECS = 3;                         // vectors of a block of queries
+constexpr int BLOCK = BLOCK_VECS * W;                 // queries of a block: the lanes of every matrix below
+constexpr int TILE = ACCUMULATORS / BLOCK_VECS;       // rows of a tile of a product over a block
+constexpr int MOST_ROWS = ACCUMULATORS;               // rows of a tile of a product over one vector
+
+// sums[r][c] += sum over t of a[r * a_row + t * a_step] * b[t * b_step + c], for R rows and C vectors of columns.
+template <class Arithmetic, int R, int C>
+RINGATTN_INLINE void multiply(vec (&sums)[R][C], const float* a, int64_t a_row, int64_t a_step, const float* b,
+                              int64_t b_step, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t) {
+    vec columns[C];
+    RINGATTN_UNROLL
+    for (int c = 0; c < C; ++c) columns[c] = load(b + c * W);
+    RINGATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vec x = broadcast(a[r * a_row]);
+      RINGATTN_UNROLL
+      for (int c = 0; c < C; ++c) sums[r][c] = Arithmetic::dot(x, columns[c], sums[r][c]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+}
+
+template <int R, int C>
+RINGATTN_INLINE void fill(vec (&sums)[R][C], vec x) {
+  RINGATTN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    RINGATTN_UNROLL
+    for (int c = 0; c < C; ++c) sums[r][c] = x;
+  }
+}
+
+// Turns n rows of `words` words into columns: to[w * BLOCK + i] = from[i * pitch + w]. Columns from n on, up to a
+// whole vector, become zero. `pitch` must hold whole vectors.
+RINGATTN_INLINE void rows_to_lanes(float* to, const float* from, int64_t pitch, int64_t n, int64_t words) {
+  for (int64_t i = 0; i < n; i += W) {
+    for (int64_t w = 0; w < words; w += W) {
+      vec block[W];
+      RINGATTN_UNROLL
+      for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(from + (i + r) * pitch + w) : vec{};
+      transpose(block);
+      const int64_t here = least(W, words - w);
+      for (int r = 0; r < here; ++r) store(to + (w + r) * BLOCK + i, block[r]);
+    }
+  }
+}
+
+// Calls put(row, first, values, count) for pieces of the rows of a matrix whose columns are from[w * BLOCK + i].
+template <class Put>
+RINGATTN_INLINE void lanes_to_rows(const float* from, int64_t n, int64_t words, const Put& put) {
+  for (int64_t i = 0; i < n; i += W) {
+    for (int64_t w = 0; w < words; w += W) {
+      const int64_t count = least(W, words - w);
+      vec block[W];
+      for (int r = 0; r < W; ++r) block[r] = r < count ? load(from + (w + r) * BLOCK + i) : vec{};
+      transpose(block);
+      for (int r = 0; r < W && i + r < n; ++r) put(i + r, w, block[r], count);
+    }
+  }
+}
+
+// Which of a block's lanes may attend to a key: those in [first, last].
+struct LaneRange {
+  int32_t first, last;
+  RINGATTN_INLINE ivec mask(const LaneRange& range, int c) {
+    const ivec lane = lane_numbers() + c * W;
+    return (lane >= broadcast(range.first)) & (lane <= broadcast(range.last));
+  }
+};
+
+// A block of queries [row, stop) against the keys of a chunk, [start, start + n), through one tile of the mask.
+struct Band {
+  int64_t row, stop, start, n;
+  const Tile& tile;
+
+  // The first and last key, counted from the chunk's start, that any query of the block sees.
+  int64_t begin() const { return most(0, most(tile.k_start, row + tile.lo) - start); }
+  int64_t end() const { return least(n, least(tile.k_stop, stop + tile.hi) - start); }
+
+  // Whether all queries of the block see all of `count` keys from key j of the chunk on.
+  bool whole(int64_t j, int64_t count) const {
+    return start + j >= most(tile.k_start, stop - 1 + tile.lo) && j + count <= n &&
+           start + j + count <= least(tile.k_stop, row + tile.hi + 1);
+  }
+
+  LaneRange lanes(int64_t j) const {
+    const int64_t key = start + j;
+    if (j >= n || key < tile.k_start || key >= tile.k_stop) return {1, 0};
+    const int64_t first = most(0, key - tile.hi - row), last = least(BLOCK - 1, key - tile.lo - row);
+    return first <= last ? LaneRange{(int32_t)first, (int32_t)last} : LaneRange{1, 0};
+  }
+};
+
+// Memory handed out piece by piece, each aligned to a cache line.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* piece = reinterpret_cast<float*>(base + used);
+    used += round_up(floats * (int64_t)sizeof(float), 64);
+    return piece;
+  }
+};
+
+}  // namespace ringattn::RINGATTN_ISA

@@ -66,7 +66,7 @@ def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -
 
 
 def _compile(files: Sequence[Path], flags: Sequence[str], work: Path) -> Path:
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler: str = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     target = work / "library.so"
 

@@ -89,7 +89,7 @@ def _table(tiles: Tiles) -> Tensor:
 def _load() -> str:
     """Loads the library into torch, which is for good; returns why it cannot be, or ""."""
     try:
-        torch.ops.load_library(library("cpu"))
+        torch.ops.load_library(library("cpu"))  # type: ignore[no-untyped-call]
     except (BuildError, OSError) as error:
         warnings.warn(f"ringattn works without its own CPU kernel, and slower: {error}", stacklevel=2)
         return str(error)

@@ -140,7 +140,8 @@ def sizes_of_terms(
     ds = weights * (torch.einsum("bqhd,bkhd->bhqk", dout.abs(), wide_v) + delta[..., None]) * abs(scale)
 
     def by_key(terms: Tensor, rows: Tensor) -> Tensor:
-        return torch.einsum("bhqk,bqhd->bkhd", terms, rows.abs()).unflatten(2, (-1, group)).sum(3)
+        by_head = torch.einsum("bhqk,bqhd->bkhd", terms, rows.abs())
+        return by_head.reshape(*k.shape[:3], group, rows.shape[3]).sum(3)
 
     return Gradients(
         out=torch.einsum("bhqk,bkhd->bqhd", weights, wide_v) * units,

@@ -16,7 +16,8 @@ RINGATTN_INLINE float as_float(uint32_t bits) {
 
 RINGATTN_INLINE void to_float32(float* to, const void* from, Dtype dtype, int64_t n) {
   if (dtype == Dtype::float32) {
-    std::memcpy(to, from, n * sizeof(float));
+    const float* x = static_cast<const float*>(from);
+    for (int64_t i = 0; i < n; i += W) store(to + i, load(x + i, least(W, n - i)), least(W, n - i));
   } else if (dtype == Dtype::bfloat16) {
     const uint16_t* x = static_cast<const uint16_t*>(from);
     for (int64_t i = 0; i < n; ++i) to[i] = as_float((uint32_t)x[i] << 16);
@@ -63,6 +64,7 @@ struct Wide {
   // A word holds an element of a row.
   RINGATTN_INLINE void copy_rows(float* to, int64_t pitch, const Rows& rows) {
     for (int64_t i = 0; i < rows.n; ++i) {
+      if (i + 8 < rows.n) __builtin_prefetch(rows.at(i + 8));
       to_float32(to + i * pitch, rows.at(i), rows.dtype, rows.dim);
       for (int64_t e = rows.dim; e < pitch; ++e) to[i * pitch + e] = 0;
     }

@@ -9,7 +9,7 @@ namespace ringattn::RINGATTN_ISA {
 
 template <class Arithmetic>
 struct Backward {
-  static constexpr int64_t CHUNK = 48;  // keys
+  static constexpr int64_t CHUNK = 96;  // keys
   static constexpr int PER_WORD = Arithmetic::PER_WORD;
   static constexpr int64_t ALONG = BLOCK / PER_WORD;  // words of a row of weights
 
@@ -25,7 +25,7 @@ struct Backward {
           v_pitch(round_up(v_words, W)),
           dim_pitch(round_up(round_up(p.dim, W), TILE)),
           v_dim_pitch(round_up(round_up(p.v_dim, W), TILE)),
-          blocks(most(1, least(8, (512 << 10) / (4 * block_floats())))) {}
+          blocks(most(1, least(8, (640 << 10) / (4 * block_floats())))) {}
     int64_t block_floats() const {
       return BLOCK * (k_words + v_words + dim_pitch + 2) + BLOCK / PER_WORD * (dim_pitch + v_dim_pitch);
     }
@@ -144,7 +144,7 @@ struct Backward {
     float* dq = task.dq.data + task.batch * task.dq.batch + b.row * task.dq.row + b.head * task.dq.head;
     lanes_to_rows(b.dq, b.stop - b.row, p.dim, [&](int64_t i, int64_t d, vec values, int64_t count) {
       float* to = dq + i * task.dq.row + d;
-      for (int64_t e = 0; e < count; ++e) to[e] += values[e] * p.scale;
+      store(to, load(to, count) + values * p.scale, count);
     });
   }
 

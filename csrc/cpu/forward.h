@@ -21,7 +21,7 @@ struct Forward {
         : words((p.dim + PER_WORD - 1) / PER_WORD),
           k_pitch(round_up(words, W)),
           v_pitch(round_up(p.v_dim, TILE)),
-          blocks(most(1, least(16, (384 << 10) / (4 * BLOCK * (words + v_pitch))))) {}
+          blocks(most(1, least(16, (512 << 10) / (4 * BLOCK * (words + v_pitch))))) {}
   };
 
   // What a task keeps of a block of queries.
@@ -109,10 +109,7 @@ struct Forward {
       for (int64_t d = 0; d < p.v_dim; d += W) {
         const int64_t here = least(W, p.v_dim - d);
         vec block[W];
-        for (int r = 0; r < W; ++r) {
-          block[r] = vec{};
-          if (i + r < n) std::memcpy(&block[r], out_of(b, i + r) + d, here * sizeof(float));
-        }
+        for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(out_of(b, i + r) + d, here) : vec{};
         transpose(block);
         for (int r = 0; r < here; ++r) store(b.out + (d + r) * BLOCK + i, block[r]);
       }
@@ -127,8 +124,7 @@ struct Forward {
       *lse_of(b, i) = b.sum[i] == 0.0f ? -INFINITE : LN_2 * b.top[i] + __builtin_logf(b.sum[i]);
     }
     lanes_to_rows(b.out, n, p.v_dim, [&](int64_t i, int64_t d, vec values, int64_t count) {
-      values *= inverse[i];
-      std::memcpy(out_of(b, i) + d, &values, count * sizeof(float));
+      store(out_of(b, i) + d, values * inverse[i], count);
     });
   }
 

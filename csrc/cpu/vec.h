@@ -45,6 +45,20 @@ RINGATTN_INLINE vec load(const float* p) {
   return x;
 }
 RINGATTN_INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+// The first n <= W lanes; a call of memcpy for a whole vector would cost more than the vector.
+RINGATTN_INLINE vec load(const float* p, int64_t n) {
+  if (n == W) return load(p);
+  vec x{};
+  std::memcpy(&x, p, n * sizeof(float));
+  return x;
+}
+RINGATTN_INLINE void store(float* p, vec x, int64_t n) {
+  if (n == W) {
+    store(p, x);
+  } else {
+    std::memcpy(p, &x, n * sizeof(float));
+  }
+}
 RINGATTN_INLINE vec broadcast(float x) { return x - vec{}; }  // not +: -0.0 + 0.0 is 0.0
 RINGATTN_INLINE ivec broadcast(int32_t x) { return ivec{} + x; }
 RINGATTN_INLINE vec select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }

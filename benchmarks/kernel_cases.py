@@ -19,7 +19,7 @@ RING_RANKS = 4
 # Of four ranks, this one meets every kind of step: its own block, blocks before it and blocks after it.
 RING_RANK = 1
 # Packed documents: a long tail, as in corpora of text. Median, spread (of the logarithm), and bounds, in tokens.
-MEDIAN, SPREAD, SHORTEST, LONGEST = 1024, 1.3, 128, 16384
+MEDIAN, SPREAD, SHORTEST, LONGEST, SEED = 1024, 1.5, 128, 16384, 1
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,15 @@ class Case:
 def document_lengths(seq_len: int) -> list[int]:
     """Returns the lengths of packed documents that fill seq_len tokens: the same ones every time.
 
-    They are log-normal between SHORTEST and LONGEST, and none takes more than a quarter of the sequence.
+    They are log-normal between SHORTEST and LONGEST; in sequences too short for that, all of them are shorter.
     """
-    longest = max(1, min(LONGEST, seq_len // 4))
-    shortest = min(SHORTEST, longest)
-    generator = np.random.default_rng(0)
+    longest, median, shortest = (
+        max(1, min(bound, seq_len // part)) for bound, part in ((LONGEST, 4), (MEDIAN, 16), (SHORTEST, 64))
+    )
+    generator = np.random.default_rng(SEED)
     lengths: list[int] = []
     while (left := seq_len - sum(lengths)) > 0:
-        length = int(np.clip(generator.lognormal(np.log(MEDIAN), SPREAD), shortest, longest))
+        length = int(np.clip(generator.lognormal(np.log(median), SPREAD), shortest, longest))
         if left - length < shortest:  # what would remain must be a document, too
             length = left if left <= longest else left - shortest
         lengths.append(length)

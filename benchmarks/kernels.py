@@ -34,7 +34,7 @@ from benchmarks.kernel_cases import CASES, Problem
 from benchmarks.kernel_rivals import Way, ways
 from benchmarks.measure import Clock, Contender, Lines, OneDevice, progress, race, ratio
 from ringattn.errors import BackendError
-from ringattn.kernels import BACKENDS, BlockKernel, select
+from ringattn.kernels import BACKENDS, BlockKernel, refusals
 from ringattn.softmax import empty_state
 
 MATMUL = "matmul"
@@ -109,7 +109,9 @@ def candidates(problem: Problem, device: torch.device, backends: Sequence[str]) 
     for name in backends:
 
         def prepare(name: str = name) -> tuple[Work, Callable[[Tensor], Tensor]]:
-            return backend_work(select(name, problem.call(device)), problem, tensors), lambda x: x
+            if why := refusals(name, problem.call(device)):
+                raise BackendError("; ".join(why))
+            return backend_work(BACKENDS[name], problem, tensors), lambda x: x
 
         yield Candidate(name, "backend", prepare)
 
@@ -121,20 +123,19 @@ def entries(problem: Problem, device: torch.device, backends: Sequence[str]) -> 
     for candidate in candidates(problem, device, backends):
         try:
             work, unpack = candidate.prepare()
-            start = perf_counter()
-            results = [unpack(x.detach()) for x in work()]
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = perf_counter() - start
+            taken, results = tried(work, device)
+            if taken > PATIENCE_S:  # compiling, perhaps
+                taken, results = tried(work, device)
+            results = [unpack(x.detach()) for x in results]
         except BackendError as error:
-            refused[candidate.name] = str(error).partition("(")[2].partition(")")[0]
+            refused[candidate.name] = str(error)
             continue
-        except (RuntimeError, TypeError, NotImplementedError, ImportError) as error:
+        except Exception as error:
             # Whatever a foreign kernel thinks of these inputs, the others can still be measured.
-            refused[candidate.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            refused[candidate.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        if seconds > PATIENCE_S:
-            refused[candidate.name] = f"took {seconds:.0f} s for a call; {PATIENCE_S:.0f} s are allowed"
+        if taken > PATIENCE_S:
+            refused[candidate.name] = f"took {taken:.0f} s for a call; {PATIENCE_S:.0f} s are allowed"
             continue
         first = first or [x.clone() for x in results]
         if (worst := min(map(cosine, results, first))) < LEAST_COSINE:
@@ -142,6 +143,15 @@ def entries(problem: Problem, device: torch.device, backends: Sequence[str]) -> 
             continue
         found.append(Entry(Contender(candidate.name, work, problem.threads), candidate.kind, problem.flops))
     return found, refused
+
+
+def tried(work: Work, device: torch.device) -> tuple[float, Sequence[Tensor]]:
+    """Returns how long one call took, its compiling included, and its results."""
+    start = perf_counter()
+    results = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - start, results
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -52,14 +52,13 @@ class OneDevice:
 
     Args:
         device: where the work runs.
-        least_s: runs are repeated until they have taken so long together.
     """
 
+    LEAST_S = 0.02  # work is repeated until it has taken so long, at most so often
     MOST_RUNS = 50
     FLUSH_BYTES = 256 << 20  # several times the second-level cache of any GPU
 
-    def __init__(self, device: torch.device, least_s: float = 0.02) -> None:
-        self.least_s = least_s
+    def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self._flush = torch.empty(self.FLUSH_BYTES, dtype=torch.int8, device=device) if cuda else None
 
@@ -68,7 +67,7 @@ class OneDevice:
         if work is None:
             raise ValueError("work=None: a process alone waits for nobody")
         times: list[float] = []
-        while not times or (sum(times) < self.least_s and len(times) < self.MOST_RUNS):
+        while not times or (sum(times) < self.LEAST_S and len(times) < self.MOST_RUNS):
             times.append(self._once(work))
         return statistics.median(times)
 

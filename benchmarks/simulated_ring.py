@@ -32,7 +32,7 @@ from benchmarks.measure import Clock, Contender, Lines, OneDevice, progress, rac
 from ringattn.errors import BackendError
 from ringattn.geometry.plan import build_plan
 from ringattn.geometry.tiles import Tile, Tiles, tiles_of_rank
-from ringattn.kernels import BACKENDS, BlockKernel, Call, Spec, select
+from ringattn.kernels import BACKENDS, BlockKernel, Call, Spec, refusals
 from ringattn.softmax import accumulation_dtype, empty_state
 
 RING, DENSE, COPY = "ring", "dense", "copy"
@@ -62,7 +62,9 @@ class Case:
         """Returns the backend, or raises BackendError with every reason."""
         dim, dtype = self.head_dim, getattr(torch, self.dtype)
         call = Call(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.spec)
-        return select(self.backend, call)
+        if why := refusals(self.backend, call):
+            raise BackendError("; ".join(why))
+        return BACKENDS[self.backend]
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Returns q, k, v, dout, (ranks, rows, heads, head_dim): a rank's shard each, in the order of the layout."""
@@ -273,9 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in cases:
             try:
                 records = measure(case, args.rounds, args.warmup, clock, device)
-            except (BackendError, RuntimeError) as error:
+            except Exception as error:
                 # One backend that cannot, or has not the memory, must not take the others' figures with it.
-                reason = str(error).splitlines()[0]
+                reason = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+                reason = reason.splitlines()[0]
                 left_out.setdefault(case.backend, reason)
                 lines.add({**asdict(case), "left_out": reason})
                 tick()

@@ -71,8 +71,13 @@ def ways(problem: Problem, device: torch.device) -> Iterator[Way]:
         yield from _padded(problem, problem.pattern.cu_seqlens, device)
         yield from _one_by_one(problem, problem.pattern.cu_seqlens, device)
     if device.type == "cuda":
-        yield from _torch_varlen(problem, device)
-        yield from _flash_attn(problem, device)
+        yield from ways_of_gpus(problem, device)
+
+
+def ways_of_gpus(problem: Problem, device: torch.device) -> Iterator[Way]:
+    """Yields those that have no kernel for CPUs."""
+    yield from _torch_varlen(problem, device)
+    yield from _flash_attn(problem, device)
 
 
 def square(tiles: Tiles) -> bool | None:

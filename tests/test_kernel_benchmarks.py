@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor
 
 import ringattn
-from benchmarks import goals, kernels, simulated_ring
+from benchmarks import goals, kernel_rivals, kernels, simulated_ring
 from benchmarks.goals import Goal, judge
 from benchmarks.kernel_cases import CASES, LONGEST, RING_RANK, RING_RANKS, SHORTEST, Problem, document_lengths, flops
-from benchmarks.kernel_rivals import dense_mask, square
+from benchmarks.kernel_rivals import FLASH_ATTN, dense_mask, square
 from benchmarks.measure import Contender, OneDevice, race
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels import BACKENDS, Spec
@@ -206,6 +208,78 @@ def test_who_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch
         assert "reference" in {entry.contender.name for entry in found}
         if not torch.cuda.is_available():
             assert refused["cudnn"] == "torch sees no CUDA device"
+
+
+def _packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: tuple[int, int]
+) -> Tensor:
+    """(S, H, D) by plain maths, told as flash-attn is told: aligned to the last key, -1 for no bound."""
+    rows, cols = torch.arange(len(q))[:, None], torch.arange(len(k))
+    shift = rows + len(k) - len(q)
+    seen = torch.bucketize(rows, cu_seqlens, right=True) == torch.bucketize(cols, cu_seqlens, right=True)
+    if len(q) != len(k):
+        seen = torch.ones_like(seen)
+    if causal or window[1] == 0:
+        seen &= cols <= shift
+    if window[0] >= 0:
+        seen &= cols >= shift - window[0]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+class _FlashAttn:
+    """Stands for flash-attn where there is none; release 2 returns out, later ones (out, lse)."""
+
+    @staticmethod
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
+    ) -> Tensor | tuple[Tensor, None]:
+        whole = torch.tensor([0, max(q.shape[1], k.shape[1])])
+        return _packed_attention(q[0], k[0], v[0], whole, causal, window_size)[None], None
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool = False,
+    ) -> Tensor:
+        assert cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_k.diff().max())
+        return _packed_attention(q, k, v, cu_seqlens_k, causal, (-1, -1))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_rivals_that_need_a_gpu_are_called_right(case: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their place something plain with their signatures, on the CPU: it must agree with torch in every case."""
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args: object, **options: object) -> Tensor:
+        told = signature.bind(*args, **options).arguments
+        return _packed_attention(
+            told["query"], told["key"], told["value"], told["cu_seq_k"], False, told["window_size"]
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    for name in FLASH_ATTN.values():
+        monkeypatch.setitem(sys.modules, name, _FlashAttn)
+    problem = _problem(case, 96, backward=backward)
+    every = [*kernel_rivals.ways(problem, CPU), *kernel_rivals.ways_of_gpus(problem, CPU)]
+    names = {way.name for way in every}
+    assert names >= set(FLASH_ATTN)
+    assert ("torch varlen" in names) == (case in ("window", "packed"))
+    tensors = problem.tensors(CPU)
+    results = [[way.unpack(x.detach()) for x in kernels.rival_work(way, problem, tensors)()] for way in every]
+    for way, found in zip(every, results, strict=True):
+        for actual, expected in zip(found, results[0], strict=True):
+            assert (actual - expected).abs().max() < 1e-5, way.name
 
 
 @pytest.mark.parametrize("backward", [False, True])

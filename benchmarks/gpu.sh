@@ -51,13 +51,14 @@ for name in ("triton", "flash_attn", "flash_attn_interface", "flash_attn.cute"):
 '
 stage versions 30 "$python" -c "$versions"
 stage info 30 "$python" -c 'from ringattn.cli import main; main(["info"])'
-stage contract 150 "$python" -m pytest tests/kernels -q -p no:cacheprovider -k cuda
+stage contract 130 "$python" -m pytest tests/kernels -q -p no:cacheprovider -k cuda
 stage dense 90 "$python" -m benchmarks.kernels --device cuda --cases causal --lengths 16384 65536 --dtypes bfloat16 \
     --head-dims 128 --kv-heads 16 --rounds 7 --out "$out/dense"
-stage packed 80 "$python" -m benchmarks.kernels --device cuda --cases causal window packed --lengths 65536 \
+stage packed 70 "$python" -m benchmarks.kernels --device cuda --cases causal window packed --lengths 65536 \
     --dtypes bfloat16 --head-dims 128 --kv-heads 16 --rounds 3 --warmup 1 --out "$out/packed"
 stage simulated_ring 60 "$python" -m benchmarks.simulated_ring --device cuda --rounds 3 --out "$out/simulated_ring"
-stage others 60 "$python" -m benchmarks.kernels --device cuda --rounds 3 --warmup 1 --out "$out/others"
+stage others 60 "$python" -m benchmarks.kernels --device cuda --kv-heads 4 --rounds 3 --warmup 1 \
+    --out "$out/others"
 if command -v compute-sanitizer >/dev/null; then
     sanitize memcheck 40
     sanitize racecheck 40

@@ -89,7 +89,8 @@ def backend_work(kernel: BlockKernel, problem: Problem, tensors: Sequence[Tensor
 
 def rival_work(way: Way, problem: Problem, tensors: Sequence[Tensor]) -> Work:
     """Returns one forward, or one backward of a forward that is done: (out,) or (dq, dk, dv) in the way's own form."""
-    q, k, v = (way.pack(x).requires_grad_(problem.backward) for x in tensors[:3])
+    # Detached, as packing may return the very tensor, which others use as well.
+    q, k, v = (way.pack(x).detach().requires_grad_(problem.backward) for x in tensors[:3])
     if not problem.backward:
         return lambda: (way.attention(q, k, v),)
     dout = way.pack(tensors[3][:, problem.pattern.tiles.frame.q])
@@ -123,10 +124,10 @@ def entries(problem: Problem, device: torch.device, backends: Sequence[str]) -> 
     for candidate in candidates(problem, device, backends):
         try:
             work, unpack = candidate.prepare()
-            taken, results = tried(work, device)
+            taken, raw = tried(work, device)
             if taken > PATIENCE_S:  # compiling, perhaps
-                taken, results = tried(work, device)
-            results = [unpack(x.detach()) for x in results]
+                taken, raw = tried(work, device)
+            shown = [unpack(x.detach()) for x in raw]
         except BackendError as error:
             refused[candidate.name] = str(error)
             continue
@@ -137,8 +138,8 @@ def entries(problem: Problem, device: torch.device, backends: Sequence[str]) -> 
         if taken > PATIENCE_S:
             refused[candidate.name] = f"took {taken:.0f} s for a call; {PATIENCE_S:.0f} s are allowed"
             continue
-        first = first or [x.clone() for x in results]
-        if (worst := min(map(cosine, results, first))) < LEAST_COSINE:
+        first = first or [x.clone() for x in shown]
+        if (worst := min(map(cosine, shown, first))) < LEAST_COSINE:
             refused[candidate.name] = f"computed something else: the cosine to the first one's results is {worst:.4f}"
             continue
         found.append(Entry(Contender(candidate.name, work, problem.threads), candidate.kind, problem.flops))
@@ -148,10 +149,10 @@ def entries(problem: Problem, device: torch.device, backends: Sequence[str]) -> 
 def tried(work: Work, device: torch.device) -> tuple[float, Sequence[Tensor]]:
     """Returns how long one call took, its compiling included, and its results."""
     start = perf_counter()
-    results = work()
+    raw = work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return perf_counter() - start, results
+    return perf_counter() - start, raw
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -167,7 +168,7 @@ def _matmul(problem: Problem, device: torch.device) -> Entry:
     return Entry(Contender(MATMUL, lambda: a @ b, problem.threads), MATMUL, 2.0 * size**3)
 
 
-def results(problem: Problem, found: Sequence[Entry], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def as_records(problem: Problem, found: Sequence[Entry], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Returns a record for each entry."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rivals = [entry.contender.name for entry in found if entry.kind == "torch"]
@@ -252,7 +253,7 @@ def measure(problem: Problem, args: argparse.Namespace, clock: Clock) -> tuple[l
     found, refused = entries(problem, torch.device(args.device), args.backends)
     contenders = [entry.contender for entry in found]
     seconds = race(contenders, args.rounds, args.warmup, lambda: None, clock)
-    return results(problem, found, seconds), refused
+    return as_records(problem, found, seconds), refused
 
 
 def main(argv: Sequence[str] | None = None) -> None:

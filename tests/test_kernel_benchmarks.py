@@ -277,6 +277,7 @@ def test_rivals_that_need_a_gpu_are_called_right(case: str, backward: bool, monk
     assert ("torch varlen" in names) == (case in ("window", "packed"))
     tensors = problem.tensors(CPU)
     results = [[way.unpack(x.detach()) for x in kernels.rival_work(way, problem, tensors)()] for way in every]
+    assert not any(x.requires_grad for x in tensors)
     for way, found in zip(every, results, strict=True):
         for actual, expected in zip(found, results[0], strict=True):
             assert (actual - expected).abs().max() < 1e-5, way.name
@@ -391,7 +392,7 @@ def test_gpu_script_goes_on_and_sums_up(tmp_path: Path) -> None:
     assert [stage["stage"] for stage in stages[: len(wanted)]] == wanted
     assert all(stage["status"] == 3 for stage in stages[: len(wanted)])
     assert (out / "summary.txt").read_text().count("FAILED: exit status 3") >= len(wanted)
-    assert sum(stage.get("limit_s", 0) for stage in stages) <= 600
+    assert sum(stage.get("limit_s", 0) for stage in stages) <= 600  # seconds
 
 
 def test_packed_lengths_are_those_of_the_mask() -> None:

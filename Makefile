@@ -40,9 +40,11 @@ bench: $(READY)  ## speed, memory and accuracy beside one process and other libr
 	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.memory --out results/memory
 	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.accuracy --out results/accuracy
 	$(BIN)/python -m benchmarks.kernels --out results/kernels
-	$(BIN)/python -m benchmarks.kernels --cases causal window packed --lengths 8192 --kv-heads 4 --out results/kernels-8k
+	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal --out results/kernels-long
+	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal window packed \
+	    --dtypes float32 --head-dims 64 --out results/kernels-masks
 	$(BIN)/python -m benchmarks.simulated_ring --out results/simulated_ring
-	-$(BIN)/python -m benchmarks.goals results/kernels/kernels.jsonl results/kernels-8k/kernels.jsonl
+	-$(BIN)/python -m benchmarks.goals results/kernels*/kernels.jsonl
 
 bench-gpu: $(READY)  ## the contract, the sanitizer, the kernels and their goals on one GPU, in under ten minutes
 	PYTHON=$(BIN)/python benchmarks/gpu.sh results/gpu

@@ -98,7 +98,7 @@ GOALS = (
     Goal("Triton, dense causal forward, beside torch's best", "triton", {**_ON_GPU, "backward": False}, _TORCH, 0.75),
     Goal("Triton, dense causal backward, beside torch's best", "triton", {**_ON_GPU, "backward": True}, _TORCH, 0.7),
     *(
-        Goal(f"the adapter {adapter}, beside the kernel it wraps", adapter, {"case": "causal"}, beside(wrapped), 0.95)
+        Goal(f"the adapter {adapter}, beside the kernel it wraps", adapter, _ON_GPU, beside(wrapped), 0.95)
         for adapter, wrapped in (
             ("flash2", "flash-attn 2"),
             ("flash3", "flash-attn 3"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ringattn
+import ringattn.kernels as kernels
 from ringattn import cli
 from ringattn.kernels import BACKENDS, Call, Spec, select
 
@@ -27,6 +28,12 @@ class Unavailable:
         return ["not asked, as it cannot run at all"]
 
 
+def table(patch: pytest.MonkeyPatch, backends: dict[str, object]) -> None:
+    """Puts other backends in the place of those that there are, in this order."""
+    for module in (cli, kernels):
+        patch.setattr(module, "BACKENDS", backends)
+
+
 def info(capsys: pytest.CaptureFixture[str]) -> str:
     assert cli.main(["info"]) == 0
     return capsys.readouterr().out
@@ -41,7 +48,7 @@ def test_info_lists_backends_in_order(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_info_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "BACKENDS", {"broken": Unavailable(), **BACKENDS})
+    table(monkeypatch, {"broken": Unavailable(), **BACKENDS})
     told = info(capsys)
     assert re.search(r"^  1\. broken +unavailable: no such device; too old a driver$", told, re.MULTILINE)
     assert re.search(r"^  2\. sdpa ", told, re.MULTILINE)
@@ -83,7 +90,7 @@ def test_which_agrees_with_select(dtype: str, softcap: float | None, capsys: pyt
 
 
 def test_which_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "broken", Unavailable())
+    table(monkeypatch, {"broken": Unavailable(), **BACKENDS})
     status, told = which(capsys, "--device", "cpu")
     assert status == 0
     assert re.search(r"^  \d+\. broken +refuses: no such device; too old a driver$", told, re.MULTILINE)
@@ -95,9 +102,7 @@ def test_which_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_which_fails_where_nobody_can(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(BACKENDS):
-        monkeypatch.delitem(BACKENDS, name)
-    monkeypatch.setitem(BACKENDS, "broken", Unavailable())
+    table(monkeypatch, {"broken": Unavailable()})
     status, told = which(capsys)
     assert status == 1
     assert told.startswith("no backend runs this call:\n  1. broken ")

@@ -7,7 +7,7 @@ RANKS  ?= 2
 # A thread for each rank: ranks share the cores.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 
-.PHONY: demo test test-long lint bench docs clean help
+.PHONY: demo test test-long lint bench bench-gpu docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +39,15 @@ bench: $(READY)  ## speed, memory and accuracy beside one process and other libr
 	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.memory --out results/memory
 	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.memory --out results/memory
 	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.accuracy --out results/accuracy
+	$(BIN)/python -m benchmarks.kernels --out results/kernels
+	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal --out results/kernels-long
+	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal window packed \
+	    --dtypes float32 --head-dims 64 --out results/kernels-masks
+	$(BIN)/python -m benchmarks.simulated_ring --out results/simulated_ring
+	-$(BIN)/python -m benchmarks.goals results/kernels*/kernels.jsonl
+
+bench-gpu: $(READY)  ## the contract, the sanitizer, the kernels and their goals on one GPU, in under ten minutes
+	PYTHON=$(BIN)/python benchmarks/gpu.sh results/gpu
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

@@ -1,1 +1,1 @@
-"""Programs that measure: run with torchrun, cases as data, JSON lines out."""
+"""Programs that measure: one process or torchrun, cases as data, JSON lines out."""

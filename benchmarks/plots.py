@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -79,5 +80,37 @@ def speed(results: Path, path: Path) -> None:
     axes[0][0].set_ylabel("times as fast as torch, one process")
     axes[0][0].set_ylim(bottom=0)
     axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def kernels(results: Path, path: Path) -> None:
+    """Draws a kernels.jsonl: a panel for each setting and pass, in it each case's share of the matmul rate."""
+    records = [r for r in map(json.loads, results.read_text().splitlines()) if "left_out" not in r]
+    names = ("dtype", "head_dim", "heads", "kv_heads", "seq_len", "threads")
+    settings = list(dict.fromkeys(tuple(r[name] for name in names) for r in records))
+    passes = list(dict.fromkeys(r["backward"] for r in records))
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    bars = ["best of torch", *dict.fromkeys(r["contender"] for r in records if r["kind"] in ("flash-attn", "backend"))]
+    size = (2 + 3.2 * len(settings), 0.8 + 2.6 * len(passes))
+    figure, axes = plt.subplots(
+        len(passes), len(settings), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for (line, backward), (column, setting) in product(enumerate(passes), enumerate(settings)):
+        here = [r for r in records if r["backward"] == backward and tuple(r[name] for name in names) == setting]
+        heights = {(r["case"], r["contender"]): r["of_matmul"] for r in here}
+        heights |= {(r["case"], "best of torch"): r["of_matmul"] for r in here if r["contender"] == r["baseline"]}
+        axis, width = axes[line][column], 0.8 / len(bars)
+        for index, name in enumerate(bars):
+            places = [x + (index - (len(bars) - 1) / 2) * width for x in range(len(cases))]
+            axis.bar(places, [heights.get((case, name), 0.0) for case in cases], width, label=name)
+        axis.set_xticks(range(len(cases)), cases, rotation=45, ha="right")
+        axis.grid(axis="y", alpha=0.3)
+        dtype, head_dim, heads, kv_heads, seq_len, threads = setting
+        title = f"{dtype}, D {head_dim}, heads {heads}/{kv_heads}\n{seq_len:,} tokens, {threads} threads"
+        axis.set_title(f"{title}, {'backward' if backward else 'forward'}", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("of the matmul rate")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The command line: `ringattn info` tells what this machine offers."""
+"""The command line: `ringattn info` tells what this machine offers, `ringattn which` what runs a given call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.kernels import BACKENDS
+from ringattn.kernels import BACKENDS, Call, Spec, refusals
 
 
 def info() -> str:
@@ -44,12 +44,64 @@ def _exchanges() -> list[str]:
     return [name for name, available in found.items() if available]
 
 
+def which(call: Call) -> tuple[str, bool]:
+    """Returns what each backend says to a call, in order, and whether any of them runs it."""
+    reasons = {name: refusals(name, call) for name in BACKENDS}
+    chosen = next((name for name, why in reasons.items() if not why), None)
+    lines = []
+    for number, (name, why) in enumerate(reasons.items(), 1):
+        told = "refuses: " + "; ".join(why) if why else "runs it" if name == chosen else "could run it"
+        lines.append(f"  {number}. {name:<10} {told}")
+    answer = "no backend runs this call" if chosen is None else f"backend=None takes {chosen!r}"
+    return "\n".join([f"{answer}:", *lines]), chosen is not None
+
+
+def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Call:
+    """Returns the call that the flags describe; those left out are as in attention with as many heads all over."""
+    head_dim, heads = args.head_dim, args.heads
+    kv_heads = heads if args.kv_heads is None else args.kv_heads
+    v_head_dim = head_dim if args.v_head_dim is None else args.v_head_dim
+    if heads % kv_heads:
+        parser.error(f"--heads {heads}: must be a multiple of --kv-heads {kv_heads}")
+    if args.softcap is not None and not args.softcap > 0:
+        parser.error(f"--softcap {args.softcap}: must be above 0")
+    spec = Spec(head_dim**-0.5, args.softcap)
+    dtype = getattr(torch, args.dtype)
+    return Call(args.device, dtype, heads, kv_heads, head_dim, v_head_dim, not args.forward_only, spec)
+
+
+def _positive(text: str) -> int:
+    """Returns a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be 1 or more")
+    return number
+
+
+def _add_call_flags(parser: argparse.ArgumentParser) -> None:
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("float64", "float32", "bfloat16", "float16"))
+    parser.add_argument("--head-dim", type=_positive, default=128)
+    parser.add_argument("--v-head-dim", type=_positive, help="of the values; --head-dim if left out")
+    parser.add_argument("--heads", type=_positive, default=8)
+    parser.add_argument("--kv-heads", type=_positive, help="--heads if left out")
+    parser.add_argument("--softcap", type=float)
+    parser.add_argument("--forward-only", action="store_true", help="no gradients are needed")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Runs the command line and returns the exit status: 1 if `which` finds no backend."""
     parser = argparse.ArgumentParser(prog="ringattn", description="Exact attention over sharded sequences.")
     parser.add_argument("--version", action="version", version=f"ringattn {ringattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="tell what this machine offers: torch, devices, each backend and its refusals")
-    parser.parse_args(argv)
-    print(info())
-    return 0
+    asking = commands.add_parser("which", help="tell which backend runs a call, and why others refuse it")
+    _add_call_flags(asking)
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info())
+        return 0
+    told, runs = which(_call(asking, args))
+    print(told)
+    return 0 if runs else 1

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import ringattn
+import ringattn.kernels as kernels
 from ringattn import cli
-from ringattn.kernels import BACKENDS
+from ringattn.kernels import BACKENDS, Call, Spec, select
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class Unavailable:
 
     def available(self) -> list[str]:
         return ["no such device", "too old a driver"]
+
+    def unsupported(self, call: Call) -> list[str]:
+        return ["not asked, as it cannot run at all"]
+
+
+def table(patch: pytest.MonkeyPatch, backends: dict[str, object]) -> None:
+    """Puts other backends in the place of those that there are, in this order."""
+    for module in (cli, kernels):
+        patch.setattr(module, "BACKENDS", backends)
 
 
 def info(capsys: pytest.CaptureFixture[str]) -> str:
@@ -38,7 +48,7 @@ def test_info_lists_backends_in_order(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_info_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "BACKENDS", {"broken": Unavailable(), **BACKENDS})
+    table(monkeypatch, {"broken": Unavailable(), **BACKENDS})
     told = info(capsys)
     assert re.search(r"^  1\. broken +unavailable: no such device; too old a driver$", told, re.MULTILINE)
     assert re.search(r"^  2\. sdpa ", told, re.MULTILINE)
@@ -57,6 +67,64 @@ def test_info_tells_versions_and_exchanges(capsys: pytest.CaptureFixture[str]) -
     assert torch.__version__ in told
     assert ringattn.__version__ in told
     assert re.search(r"^exchange +.*gloo", told, re.MULTILINE)
+
+
+def which(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    status = cli.main(["which", *flags])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_which_agrees_with_select(dtype: str, softcap: float | None, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cpu", "--dtype", dtype, "--head-dim", "64", "--heads", "6", "--kv-heads", "2"]
+    status, told = which(capsys, *flags, *(["--softcap", str(softcap)] if softcap else []))
+    call = Call("cpu", getattr(torch, dtype), 6, 2, 64, 64, True, Spec(0.125, softcap))
+    chosen = select(None, call).name
+    assert status == 0
+    assert told.startswith(f"backend=None takes '{chosen}':\n")
+    assert re.search(rf"^  \d+\. {chosen} +runs it$", told, re.MULTILINE)
+    assert told.count(" runs it") == 1
+    listed = re.findall(r"^  (\d+)\. (\S+) ", told, re.MULTILINE)
+    assert listed == [(str(i), name) for i, name in enumerate(BACKENDS, 1)]
+
+
+def test_which_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    table(monkeypatch, {"broken": Unavailable(), **BACKENDS})
+    status, told = which(capsys, "--device", "cpu")
+    assert status == 0
+    assert re.search(r"^  \d+\. broken +refuses: no such device; too old a driver$", told, re.MULTILINE)
+    status, told = which(capsys, "--device", "cuda", "--dtype", "float64", "--head-dim", "512", "--softcap", "3")
+    assert status == 0
+    if not torch.cuda.is_available():
+        assert re.search(r"^  \d+\. cudnn +refuses: torch sees no CUDA device$", told, re.MULTILINE)
+    assert re.search(r"^  \d+\. sdpa +refuses: .*float64; has no softcap; .*512$", told, re.MULTILINE)
+
+
+def test_which_fails_where_nobody_can(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    table(monkeypatch, {"broken": Unavailable()})
+    status, told = which(capsys)
+    assert status == 1
+    assert told.startswith("no backend runs this call:\n  1. broken ")
+
+
+WRONG_CALLS = [
+    ["--heads", "6", "--kv-heads", "4"],
+    ["--kv-heads", "0"],
+    ["--dtype", "int8"],
+    ["--head-dim", "x"],
+    ["--softcap", "0"],
+]
+
+
+@pytest.mark.parametrize("flags", WRONG_CALLS)
+def test_which_refuses_what_is_no_call(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["which", *flags])
+    assert caught.value.code == 2
+    told = capsys.readouterr()
+    assert flags[0] in told.err
+    assert told.out == ""
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "more"], ["--nothing"], ["info", "--nothing"]])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.contract import Call, Spec
 from ringattn.kernels.delta import out_for_delta
-from ringattn.kernels.flash_library import missing
+from ringattn.kernels.flash_library import installed, missing
 from ringattn.kernels.flash_ops import FlashOp, Gradients, Segments
 from ringattn.kernels.merge import merge_part_
 from ringattn.kernels.reference import ReferenceKernel
@@ -47,7 +46,7 @@ class FlashKernel:
     def available(self) -> list[str]:
         """Needs the package, in a version with the functions called here, and a GPU that it is made for."""
         package = self.op.module.partition(".")[0]
-        reasons = [] if find_spec(package) is not None else [f"{package} is not installed"]
+        reasons = [] if installed(package) else [f"{package} is not installed"]
         if not torch.cuda.is_available():
             return [*reasons, "torch sees no CUDA device"]
         if torch.version.hip is not None:
@@ -73,7 +72,7 @@ class FlashKernel:
         if self.op.widths(call.head_dim, call.v_head_dim) is None:
             reasons.append(f"takes head dims up to 256, not {max(call.head_dim, call.v_head_dim)}")
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-        if (lacking := self.op.lacks(call.spec, call.needs_grad, capability)) is not None:
+        if (lacking := self.op.lacks(call, capability)) is not None:
             reasons.append(f"has {lacking} on compute capability {capability[0]}.{capability[1]}")
         return reasons
 
@@ -92,9 +91,9 @@ class FlashKernel:
                 spec,
             )
             batch, length, heads, _ = here.shape
-            part = part.view(batch, length, heads, v_dim)[..., : v.shape[3]]
+            part = part.reshape(batch, length, heads, v_dim)[..., : v.shape[3]]
             if segments is not None:
-                part_lse = part_lse.view(heads, batch, length).transpose(0, 1)
+                part_lse = part_lse.reshape(heads, batch, length).transpose(0, 1)
             merge_part_(here, here_lse, part, part_lse, rows)
             # Or the next launch's results would come to lie beside these.
             del part, part_lse

@@ -13,6 +13,15 @@ from types import ModuleType
 Functions = tuple[tuple[str, tuple[str, ...]], ...]
 
 
+def installed(package: str) -> bool:
+    """Returns whether a top-level package is there, without importing it."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:
+        # Somebody's stand-in, which tells nothing of where it comes from.
+        return False
+
+
 @cache
 def library(module: str) -> ModuleType:
     """Returns a module, imported once.
@@ -20,8 +29,9 @@ def library(module: str) -> ModuleType:
     Raises:
         ImportError: when it is absent, or broken in whatever way.
     """
-    if find_spec(module.partition(".")[0]) is None:
-        raise ImportError(f"{module.partition('.')[0]} is not installed")
+    package = module.partition(".")[0]
+    if not installed(package):
+        raise ImportError(f"{package} is not installed")
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

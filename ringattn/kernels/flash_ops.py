@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ringattn.kernels.contract import Spec
+from ringattn.kernels.contract import Call, Spec
 from ringattn.kernels.flash_library import Functions, library
 from ringattn.kernels.varlen import Window
 
@@ -61,8 +61,8 @@ class FlashOp(Protocol):
         """Returns the head dims that it computes these in, by padding with zeros; None if there are none."""
         ...
 
-    def lacks(self, spec: Spec, needs_grad: bool, capability: tuple[int, int]) -> str | None:
-        """Returns what of the options it lacks there."""
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+        """Returns what of a call's options it lacks on a GPU of this compute capability."""
         ...
 
     def forward(
@@ -109,7 +109,7 @@ class Flash2:
         """All of q, k and v have one head dim, a multiple of 8 up to 256."""
         return _equal_widths(dim, v_dim, 256)
 
-    def lacks(self, spec: Spec, needs_grad: bool, capability: tuple[int, int]) -> str | None:
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
         """Nothing."""
         return None
 
@@ -195,9 +195,11 @@ class Flash3:
         """One head dim, a multiple of 8 up to 256, or 192 with values of 128."""
         return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 256)
 
-    def lacks(self, spec: Spec, needs_grad: bool, capability: tuple[int, int]) -> str | None:
-        """Nothing."""
-        return None
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+        """It has no deterministic gradients of the widest heads."""
+        wide = max(call.head_dim, call.v_head_dim) > 192
+        deterministic = call.needs_grad and torch.are_deterministic_algorithms_enabled()
+        return "no deterministic gradients of head dims above 192" if wide and deterministic else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
@@ -265,9 +267,13 @@ class Flash4:
         """One head dim, a multiple of 8 up to 128, or 192 with values of 128, or 256: what Blackwell has."""
         return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 128) or _exactly(256, dim, v_dim)
 
-    def lacks(self, spec: Spec, needs_grad: bool, capability: tuple[int, int]) -> str | None:
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
         """On compute capability 12.x its backward takes no changes of scores, which softcap is to it."""
-        return "no gradient of softcap" if spec.softcap and needs_grad and capability[0] == 12 else None
+        if not call.needs_grad or capability[0] != 12:
+            return None
+        if call.spec.softcap:
+            return "no gradient of softcap"
+        return "no deterministic gradients" if torch.are_deterministic_algorithms_enabled() else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec

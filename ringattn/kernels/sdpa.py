@@ -25,9 +25,9 @@ from ringattn.geometry.tiles import EVERY_BATCH_ROW, Tiles
 from ringattn.kernels.contract import Call, Spec
 from ringattn.kernels.delta import out_for_delta
 from ringattn.kernels.fused_ops import FusedOp
+from ringattn.kernels.merge import merge_part_
 from ringattn.kernels.pieces import Piece, Shape, masked_tiles, pieces_of
 from ringattn.kernels.reference import ReferenceKernel
-from ringattn.softmax import merge_
 
 # Intermediate results of a group of heads take at most about this much in all, unless one head takes more.
 GROUP_BYTES = 6 << 20
@@ -96,7 +96,7 @@ class FusedKernel:
                 part, part_lse = _oriented(part, piece), _oriented(part_lse, piece)
                 state = _blocks(out[:, :, heads], 1, piece.q_start, piece.rows, piece, row)
                 state_lse = _blocks(lse[:, heads], 2, piece.q_start, piece.rows, piece, row)
-                merge_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
+                merge_part_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
                 # Or the next launch's results would come to lie beside these.
                 del part, part_lse
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -220,6 +221,17 @@ def test_softcap_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         assert BACKENDS["flash4"].unsupported(other) == []
 
 
+@pytest.mark.parametrize(("name", "capability"), [("flash3", (9, 0)), ("flash4", (12, 0))])
+def test_determinism(name: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    call = Call("cuda", torch.bfloat16, 4, 2, 256, 256, True, Spec(0.1))
+    assert BACKENDS[name].unsupported(call) == []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert [reason[:30] for reason in BACKENDS[name].unsupported(call)] == ["has no deterministic gradients"]
+    assert BACKENDS[name].unsupported(replace(call, needs_grad=False)) == []
+
+
 def test_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MI300 calls itself 9.4, which is not Hopper's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -284,6 +296,32 @@ def test_import_is_lazy_and_told_of_when_broken(tmp_path: Path) -> None:
     assert second == fourth == "flash_attn_2_cuda is not installed"
     assert third == "importing flash_attn_interface fails: OSError: undefined symbol: x"
     assert "unavailable: torch sees no CUDA device" in done.stdout or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_nothing_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for a rectangle within a larger batch, nor for packed rows."""
+    kernel = BACKENDS[name]
+    assert isinstance(kernel, FlashKernel)
+    seen: list[int] = []
+    real = type(kernel.op).forward
+
+    def forward(self: flash_ops.FlashOp, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        seen.extend(x.untyped_storage().data_ptr() for x in (q, k, v))
+        return real(self, q, k, v, *others)
+
+    monkeypatch.setattr(type(kernel.op), "forward", forward)
+    for batch, tiles in ((2, (tile(range(4, 13), range(3, 11)),)), (2, DOCUMENTS), (1, WINDOWS)):
+        q, k, v = (torch.randn(batch, rows, 2, 16, dtype=torch.bfloat16) for rows in (13, 11, 11))
+        out, lse = torch.zeros(batch, 13, 2, 16), torch.full((batch, 2, 13), -torch.inf)
+        seen.clear()
+        kernel.forward(q, k, v, Tiles.of(*tiles), Spec(0.1), out, lse)
+        assert seen == [x.untyped_storage().data_ptr() for x in (q, k, v)], "one call, on the tensors themselves"
+
+
+def test_a_stand_in_without_a_spec_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    assert BACKENDS["flash3"].available()[0] == "flash_attn_interface is not installed"
 
 
 def test_not_chosen_on_a_cpu() -> None:

@@ -22,7 +22,7 @@ def merge_part_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: 
             writes the latter.
         rows: integers below B * S: the rows, counted over the batch, to merge; None for all.
     """
-    if out.is_cuda and out.dtype is torch.float32 and _has_triton():
+    if runs_triton(out):
         from ringattn.kernels.triton.merge import merge_rows_
 
         merge_rows_(out, lse, part, part_lse, rows)
@@ -35,6 +35,11 @@ def merge_part_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: 
     some, some_lse = out[b, i], lse[b, :, i]
     merge_(some[None], some_lse.T[None], part[b, i][None], part_lse[b, :, i].T[None])
     out[b, i], lse[b, :, i] = some, some_lse
+
+
+def runs_triton(state: Tensor) -> bool:
+    """Returns whether passes over a state like this run as Triton kernels: in fp32, on a GPU, and where Triton is."""
+    return state.is_cuda and state.dtype is torch.float32 and _has_triton()
 
 
 @cache

@@ -1,4 +1,7 @@
-"""Merging a foreign kernel's partial results: tensor operations, and a Triton kernel, interpreted and compiled."""
+"""The passes around foreign kernels, which merge their results and hand delta over.
+
+They exist as tensor operations, and as Triton kernels: interpreted here, and compiled for GPUs that need not be here.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ringattn.kernels.delta import out_for_delta
 from ringattn.kernels.merge import merge_part_
 from tests.harness.compare import assert_close
 
@@ -99,8 +104,35 @@ def test_a_part_that_is_nan_shows() -> None:
     assert int(lse.isnan().sum()) == 1
 
 
+def check_delta(dim: int, dtype: torch.dtype) -> None:
+    """The Triton kernel against the definition, and against tensor operations."""
+    from ringattn.kernels.triton.delta import out_for_rows
+
+    generator = torch.Generator().manual_seed(dim)
+    dout = torch.randn(BATCH, HEADS, ROWS, dim + 8, generator=generator).to(dtype).transpose(1, 2)[..., :dim]
+    delta = torch.randn(BATCH, HEADS, ROWS, generator=generator).transpose(1, 2)
+    dout[:, 3] = 0
+    dout[:, 4] *= 2.0**-14
+    delta[:, 4] *= 2.0**-14
+    found, eager = out_for_rows(dout, delta), out_for_delta(dout, delta)
+    assert found.dtype is dtype
+    assert_close(found.float(), eager.float(), atol=2 * torch.finfo(dtype).eps * float(eager.abs().max()), name="out")
+    assert (found[:, 3] == 0).all()
+    some = torch.arange(ROWS) != 3
+    products = (dout.double() * found.double())[:, some]
+    # A rounding of each number of `out`, and those of its factor, in fp32.
+    eps = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
+    assert ((products.sum(-1) - delta[:, some]).abs() <= eps * products.abs().sum(-1)).all()
+
+
 def interpreted() -> None:
-    """The Triton kernel, in a process where Triton interprets."""
+    """The Triton kernels, in a process where Triton interprets."""
+    for dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (7, torch.float32)):
+        check_delta(dim, dtype)
+    check_merge()
+
+
+def check_merge() -> None:
     from ringattn.kernels.triton.merge import merge_rows_
 
     cases = ((128, torch.bfloat16), (64, torch.float16), (80, torch.float32), (1, torch.float32))
@@ -127,7 +159,7 @@ def interpreted() -> None:
     merge_rows_(out[:, :0], lse[:, :, :0], part[:, :0], part_lse[:, :, :0])
 
 
-def test_triton_kernel_interpreted() -> None:
+def test_triton_kernels_interpreted() -> None:
     pytest.importorskip("triton")
     program = "import torch; torch.set_num_threads(1); from tests.kernels.test_merge import interpreted; interpreted()"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -138,58 +170,69 @@ def test_triton_kernel_interpreted() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def compiled(backend: str, arch: int | str, warp: int, part: str, dim: int, indexed: bool) -> dict[str, object]:
-    """The kernel's code for a GPU that need not be here, as if every stride were a multiple of 16."""
+def signature_of(name: str, part: str, dim: int, indexed: bool) -> tuple[Any, dict[str, str], dict[str, object]]:
+    """A kernel, the types of its arguments, and its constants."""
+    import triton
+
+    from ringattn.kernels.triton import delta, merge
+
+    width = triton.next_power_of_2(dim)
+    constants: dict[str, object] = {"DIM": dim, "WIDTH": width, "BLOCK": merge.BLOCK_SIZE // width}
+    pointers = {"out": "*fp32", "lse": "*fp32", "part": f"*{part}", "part_lse": "*fp32", "rows": "*i32"}
+    kernel = merge.merge_kernel
+    if name == "delta":
+        kernel, pointers = delta.delta_kernel, {"dout": f"*{part}", "delta": "*fp32", "out": f"*{part}"}
+    else:
+        # Rows of an lse lie next to one another.
+        constants |= {"INDEXED": indexed, "lse_row": 1, "part_lse_row": 1}
+    types = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
+    return kernel, types, constants
+
+
+def compiled(name: str, backend: str, arch: int | str, warp: int, dim: int, indexed: bool = False) -> dict[str, Any]:
+    """A kernel's code for a GPU, as if every stride were a multiple of 16, as those of usual head dims are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ringattn.kernels.triton import merge
+    from ringattn.kernels.triton.merge import NUM_WARPS
 
-    names = merge.merge_kernel.arg_names
-    pointers = {"out": "*fp32", "lse": "*fp32", "part": f"*{part}", "part_lse": "*fp32", "rows": "*i32"}
-    constants = {
-        "DIM": dim,
-        "WIDTH": triton.next_power_of_2(dim),
-        "BLOCK": merge.BLOCK_SIZE // triton.next_power_of_2(dim),
-        "INDEXED": indexed,
-    }
-    # lse and part_lse lie row by row, next to one another.
-    constants |= {"lse_row": 1, "part_lse_row": 1}
-    signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
+    kernel, types, constants = signature_of(name, "bf16", dim, indexed)
+    places = {n: (i,) for i, n in enumerate(kernel.arg_names)}
     source = ASTSource(
-        fn=merge.merge_kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs=aligned,
+        fn=kernel,
+        signature=types,
+        constexprs={places[n]: value for n, value in constants.items()},
+        attrs={place: [["tt.divisibility", 16]] for n, place in places.items() if n not in constants},
     )
-    target = GPUTarget(backend, arch, warp)
-    return dict(triton.compile(source, target=target, options={"num_warps": merge.NUM_WARPS}).asm)
+    return dict(triton.compile(source, target=GPUTarget(backend, arch, warp), options={"num_warps": NUM_WARPS}).asm)
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=["all rows", "some rows"])
+KERNELS = (("merge", False), ("merge", True), ("delta", False))
+
+
+@pytest.mark.parametrize(("name", "indexed"), KERNELS)
 @pytest.mark.parametrize(("arch", "dim"), [(80, 128), (90, 64), (90, 128), (90, 256), (100, 128)])
-def test_compiles_for_nvidia(arch: int, dim: int, indexed: bool, tmp_path: Path) -> None:
+def test_compiles_for_nvidia(name: str, indexed: bool, arch: int, dim: int, tmp_path: Path) -> None:
     """Whole vectors of 16 bytes, and nothing spilled."""
     pytest.importorskip("triton")
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptx = str(compiled("cuda", arch, 32, "bf16", dim, indexed)["ptx"])
+    ptx = str(compiled(name, "cuda", arch, 32, dim, indexed)["ptx"])
     assert "ld.global.v4" in ptx
     assert "st.global.v4" in ptx
-    assert not re.search(r"(ld|st)\.global\.b16", ptx), "out or part is read number by number"
-    (tmp_path / "merge.ptx").write_text(ptx)
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(tmp_path / "merge.ptx"), "-o", str(tmp_path / "x")]
+    assert not re.search(r"(ld|st)\.global\.b16", ptx), "rows are read number by number"
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    gpu = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    command = [get_ptxas(arch).path, "-v", f"--gpu-name={gpu}", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "x")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"], told
     assert int(re.findall(r"Used (\d+) registers", told)[0]) <= 128, "fewer than four blocks of a multiprocessor"
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=["all rows", "some rows"])
-def test_compiles_for_amd(indexed: bool) -> None:
+@pytest.mark.parametrize(("name", "indexed"), KERNELS)
+def test_compiles_for_amd(name: str, indexed: bool) -> None:
     pytest.importorskip("triton")
-    code = str(compiled("hip", "gfx942", 64, "bf16", 128, indexed)["amdgcn"])
+    code = str(compiled(name, "hip", "gfx942", 64, 128, indexed)["amdgcn"])
     assert "global_load_dwordx4" in code
     assert set(re.findall(r"(?:s|v)gpr_spill_count:\s*(\d+)", code)) == {"0"}

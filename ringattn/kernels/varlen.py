@@ -9,14 +9,16 @@ no less than zero. Tiles share a call when
   causal document that is shorter than the window goes with the longer ones;
 - their queries and their keys are disjoint, and in the same order. What lies between them becomes segments without
   keys, or without queries, so that nothing is copied. Tiles that share keys or cross go into further calls: rows
-  gathered for one call would cost a pass over them, and gradients a scattered sum.
+  gathered for one call would cost a pass over them, and gradients a scattered sum. Steps of a staircase, which a
+  layout of blocks makes of a causal mask, are cut at halves, quarters, ... of the keys: pieces over the same keys
+  join, and those of one size make one call, so that n steps take about log2(n) calls.
 
 A call of one tile needs no segments: it is a rectangle of the tensors as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -111,7 +113,11 @@ def launches_of(tiles: Tiles, batch: int, num_q: int, num_k: int) -> tuple[Launc
     alike = all(tile.batch == EVERY_BATCH_ROW for tile in tiles)
     segments = _segments(tiles, 1 if alike else batch, num_q, num_k)
     repeats = range(batch if alike else 1)
-    return tuple(_launch(chain, repeats, num_q, num_k) for group in _by_window(segments) for chain in _chains(group))
+    return tuple(
+        _launch(chain, repeats, num_q, num_k)
+        for window, group in _by_window(segments).items()
+        for chain in _fewest_chains(group, window)
+    )
 
 
 def _segments(tiles: Tiles, batch: int, num_q: int, num_k: int) -> list[_Segment]:
@@ -127,13 +133,49 @@ def _segments(tiles: Tiles, batch: int, num_q: int, num_k: int) -> list[_Segment
     return found
 
 
-def _by_window(segments: list[_Segment]) -> list[list[_Segment]]:
+def _by_window(segments: list[_Segment]) -> dict[Window, list[_Segment]]:
     """Groups segments that one window fits, those first that leave no choice."""
     groups: dict[Window, list[_Segment]] = {}
     for segment in sorted(segments, key=lambda s: s.window.count(None)):
         window = next((window for window in groups if segment.fits(window)), segment.window)
         groups.setdefault(window, []).append(segment)
-    return list(groups.values())
+    return groups
+
+
+def _fewest_chains(segments: list[_Segment], window: Window) -> list[list[_Segment]]:
+    chains = _chains(segments)
+    if len(chains) > 1 and window == Window(None, None):
+        chains = min(chains, _chains(_halved(segments)), key=len)
+    return chains
+
+
+def _halved(segments: list[_Segment]) -> list[_Segment]:
+    """Cuts rectangles along their keys, at the largest powers of two of a unit, and joins those over the same keys."""
+    unit = min(s.q_stop - s.q_start for s in segments)
+    origin = min(s.k_start for s in segments)
+    rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for segment in sorted(segments):
+        for keys in _powers(segment.k_start - origin, segment.k_stop - origin, unit):
+            ranges = rows.setdefault(keys, [])
+            start = segment.q_start
+            if ranges and ranges[-1][1] == start:
+                start = ranges.pop()[0]
+            ranges.append((start, segment.q_stop))
+    return [
+        _Segment(i, i_stop, origin + j, origin + j_stop, j_stop - j - 1, i_stop - i - 1)
+        for (j, j_stop), ranges in rows.items()
+        for i, i_stop in ranges
+    ]
+
+
+def _powers(start: int, stop: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Ranges that make up [start, stop): units times powers of two, each at a multiple of its size, and rests."""
+    while start < stop:
+        size = unit - start % unit
+        while size % unit == 0 and start % (2 * size) == 0 and start + 2 * size <= stop:
+            size *= 2
+        yield start, min(start + size, stop)
+        start += size
 
 
 def _chains(segments: list[_Segment]) -> list[list[_Segment]]:

@@ -122,6 +122,17 @@ def test_a_prefix_is_what_several_calls_are_for() -> None:
     assert packed == [False, False]
 
 
+@pytest.mark.parametrize(
+    ("layout", "most"), [(striped(4096, 4, 16), 8), (striped(4100, 4, 16), 9), (striped(4096, 4), 1)]
+)
+def test_staircases_take_few_calls(layout: Layout, most: int) -> None:
+    """64 steps, of which each takes the keys of the one before."""
+    for rank in range(4):
+        for source, found in tiles_of_rank((causal(),), layout, layout, rank).items():
+            num_q, num_k = layout.num_tokens(rank), layout.num_tokens(source)
+            assert len(check(found, 1, num_q, num_k)) <= most
+
+
 def test_crossed_tiles_are_not_gathered() -> None:
     found = Tiles.of(Tile(0, 4, 6, 9, -99, 99), Tile(4, 8, 0, 5, -99, 99), Tile(9, 11, 2, 5, -99, 99))
     assert len(check(found, 2, 13, 9)) == 3

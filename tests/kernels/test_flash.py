@@ -41,6 +41,11 @@ DOCUMENTS = tuple(tile(range(a, b), range(a, b), hi=0) for a, b in ((0, 4), (4, 
 WINDOWS = tuple(tile(range(a, b), range(a, b), -3, 0) for a, b in ((0, 2), (3, 11)))
 # Keys in the other order than queries, and keys that two share.
 CROSSED = tuple(tile(range(a, a + 3), range(b, b + 4)) for a, b in ((0, 6), (4, 0), (8, 2)))
+# Each step takes the keys of the one before, or its queries.
+STAIRCASE = (
+    tuple(tile(range(i, i + 2), range(i)) for i in range(2, 11, 2)),
+    tuple(tile(range(i, 13), range(i, i + 1)) for i in range(5)),
+)
 
 OWN = (
     Case("single queries", (SINGLES,), heads=4, kv_heads=2, batch=1),
@@ -51,6 +56,7 @@ OWN = (
     Case("packed documents, strided", (DOCUMENTS, WINDOWS), strided=True, previous=True),
     Case("packed windows of different lengths", (WINDOWS,)),
     Case("crossed", (CROSSED,), batch=3),
+    *(Case(f"staircase {i}", (t,), cols=12, heads=4, kv_heads=2) for i, t in enumerate(STAIRCASE)),
     Case("packed documents, bfloat16", (DOCUMENTS, WINDOWS), dtype=torch.bfloat16, dim=64, v_dim=64),
     Case("latent heads", (DOCUMENTS,), dim=136, v_dim=100, lse_grad=True),
     Case("wide heads", (DOCUMENTS,), dim=200, v_dim=180),

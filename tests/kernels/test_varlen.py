@@ -123,7 +123,7 @@ def test_a_prefix_is_what_several_calls_are_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "most"), [(striped(4096, 4, 16), 8), (striped(4100, 4, 16), 9), (striped(4096, 4), 1)]
+    ("layout", "most"), [(striped(1024, 4, 4), 8), (striped(1027, 4, 4), 9), (striped(1024, 4), 1)]
 )
 def test_staircases_take_few_calls(layout: Layout, most: int) -> None:
     """64 steps, of which each takes the keys of the one before."""

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 from ringattn.errors import BackendError
 from ringattn.kernels.contract import BlockKernel, Call, Spec
+from ringattn.kernels.flash import FlashKernel
+from ringattn.kernels.flash_ops import Flash2, Flash3, Flash4
 from ringattn.kernels.fused_ops import CpuFlash, CudaFlash, CudnnFlash
 from ringattn.kernels.native import NativeKernel
 from ringattn.kernels.reference import ReferenceKernel
@@ -20,6 +22,13 @@ BACKENDS: dict[str, BlockKernel] = {
         NativeKernel(),
         FusedKernel("sdpa", "torch's flash attention on CPU and CUDA; no softcap", (CpuFlash(), CudaFlash())),
         FusedKernel("cudnn", "cuDNN's flash attention, through torch; no softcap", (CudnnFlash(),)),
+        FlashKernel(
+            "flash4", "flash-attn 4, if installed: Hopper and Blackwell; packed masks and windows in one call", Flash4()
+        ),
+        FlashKernel("flash3", "flash-attn 3, if installed: Hopper; packed masks and windows in one call", Flash3()),
+        FlashKernel(
+            "flash2", "flash-attn 2, if installed: from Ampere on; packed masks and windows in one call", Flash2()
+        ),
         ReferenceKernel(),
     )
 }

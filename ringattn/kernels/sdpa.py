@@ -3,9 +3,7 @@
 They compute one dense rectangle or triangle, and return their own (out, lse), or fresh gradients. Here tiles are
 cut into such pieces, results merged into the running state, and the edges translated:
 
-- delta: these kernels recompute rowsum(dout * out) from an `out`; the contract gives its result. They get the
-  multiple of dout that has this very product: bounded by |out|, and exact up to rounding. When delta also
-  holds a gradient of lse there may be no such multiple (dout can be 0); then one more column carries it.
+- delta: these kernels recompute rowsum(dout * out) from an `out`; the contract gives its result: see delta.py.
 - Dv != D: the narrower is padded with zeros, which changes nothing.
 - every piece is square where it is causal, so that top-left and bottom-right alignment agree; no row of a piece
   is without a key, so that what a kernel says of empty rows (CPU flash: lse = 0) never shows.
@@ -25,10 +23,11 @@ from torch import Tensor
 
 from ringattn.geometry.tiles import EVERY_BATCH_ROW, Tiles
 from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.delta import out_for_delta
 from ringattn.kernels.fused_ops import FusedOp
+from ringattn.kernels.merge import merge_part_
 from ringattn.kernels.pieces import Piece, Shape, masked_tiles, pieces_of
 from ringattn.kernels.reference import ReferenceKernel
-from ringattn.softmax import merge_
 
 # Intermediate results of a group of heads take at most about this much in all, unless one head takes more.
 GROUP_BYTES = 6 << 20
@@ -97,7 +96,7 @@ class FusedKernel:
                 part, part_lse = _oriented(part, piece), _oriented(part_lse, piece)
                 state = _blocks(out[:, :, heads], 1, piece.q_start, piece.rows, piece, row)
                 state_lse = _blocks(lse[:, heads], 2, piece.q_start, piece.rows, piece, row)
-                merge_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
+                merge_part_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
                 # Or the next launch's results would come to lie beside these.
                 del part, part_lse
 
@@ -132,12 +131,8 @@ class FusedKernel:
         for heads, kv_heads in _head_groups(q, k, 9, -(-LAUNCH_WORK * len(launches) // head_work)):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
             dout_g, lse_g = inputs.pack("dout", dout, heads), lse[:, heads]
-            if spec.lse_grad:
-                # There is a padding column at least, in a copy that is ours.
-                out_g = torch.zeros_like(dout_g)
-                out_g[..., v_dim], dout_g[..., v_dim] = delta[:, heads].to(out_g.dtype), 1.0
-            else:
-                out_g = _multiple_with_product(dout_g, delta[:, heads])
+            # With a gradient of lse there is a padding column at least, in a copy that is ours.
+            out_g = out_for_delta(dout_g, delta[:, heads], v_dim if spec.lse_grad else None)
             for piece, row, causal, mask in launches:
                 parts = op.backward(
                     _rows(dout_g, piece, row),
@@ -213,17 +208,6 @@ class _Inputs:
         buffer[..., x.shape[3] :].zero_()
         self._packed[name] = heads, buffer
         return buffer
-
-
-def _multiple_with_product(dout: Tensor, delta: Tensor) -> Tensor:
-    """Returns the multiple of dout whose row-wise product with dout is delta (0 where dout is 0)."""
-    acc = dout.to(delta.dtype)
-    # Rows are scaled to 1 first: squares of small gradients would underflow.
-    largest = acc.abs().amax(dim=-1, keepdim=True)
-    unit = (acc / largest).nan_to_num_(nan=0.0)
-    factor = (delta.unsqueeze(-1) / largest).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    factor /= torch.linalg.vecdot(unit, unit).clamp_(min=1.0).unsqueeze(-1)
-    return unit.mul_(factor).to(dout.dtype)
 
 
 class _Launch(NamedTuple):

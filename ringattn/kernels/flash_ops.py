@@ -1,0 +1,359 @@
+"""FlashAttention 2, 3 and 4 as installed, in one form. None of them is imported before it is asked for.
+
+What they have in common: a window is counted from the last query and the last key; lse is a natural logarithm in fp32,
+(B, H, S), or (H, total) where rows are packed; partial results come in the dtype of the inputs. What they differ in is
+translated here, each time beside the reason, as read in the sources of flash-attn 2.8, flash-attn-3 of August
+2026, and flash-attn-4 4.0.0b36.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.flash_library import Functions, library
+from ringattn.kernels.varlen import Window
+
+
+class Segments(NamedTuple):
+    """Where packed rows end, int32 (segments + 1,) on the device of the rows, and the longest segments."""
+
+    q_ends: Tensor
+    k_ends: Tensor
+    max_q: int
+    max_k: int
+
+
+class Gradients(NamedTuple):
+    """Where a backward writes dq, dk and dv: of the shapes and dtypes of q, k and v."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class FlashOp(Protocol):
+    """One generation of FlashAttention: (B, S, H, D) tensors, or (total, H, D) with segments."""
+
+    @property
+    def module(self) -> str:
+        """Where its functions are."""
+        ...
+
+    @property
+    def functions(self) -> Functions:
+        """What is called there, and the parameters that tell this interface from older ones."""
+        ...
+
+    @property
+    def takes_dlse(self) -> bool:
+        """Whether its backward takes a gradient of lse."""
+        ...
+
+    def devices(self, capability: tuple[int, int]) -> str | None:
+        """Returns what it runs on, if that is not a GPU of this compute capability."""
+        ...
+
+    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """Returns the head dims that it computes these in, by padding with zeros; None if there are none."""
+        ...
+
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+        """Returns what of a call's options it lacks on a GPU of this compute capability."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        """Returns out (..., H, Dv) and lse."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        window: Window,
+        segments: Segments | None,
+        spec: Spec,
+        into: Gradients,
+    ) -> None:
+        """Writes dq, dk and dv of the rows that are in segments; others may be left as they are."""
+        ...
+
+
+class Flash2:
+    """flash-attn 2, for NVIDIA GPUs from Ampere on."""
+
+    module = "flash_attn.flash_attn_interface"
+    functions = (
+        ("_flash_attn_forward", ("window_size_left", "softcap")),
+        ("_flash_attn_varlen_forward", ("window_size_left", "softcap")),
+        ("_flash_attn_backward", ("window_size_left", "softcap")),
+        ("_flash_attn_varlen_backward", ("window_size_left", "softcap")),
+    )
+    takes_dlse = False
+
+    def devices(self, capability: tuple[int, int]) -> str | None:
+        """See FlashOp.devices."""
+        return None if capability >= (8, 0) else "compute capability 8.0 and newer"
+
+    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """All of q, k and v have one head dim, a multiple of 8 up to 256."""
+        return _equal_widths(dim, v_dim, 256)
+
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+        """Nothing."""
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        """See FlashOp.forward. Rows without keys get lse = +inf: see merge.py."""
+        flash = library(self.module)
+        options = _windows(window, -1) | {
+            "dropout_p": 0.0,
+            "softmax_scale": spec.scale,
+            "causal": window.causal,
+            "softcap": spec.softcap or 0.0,
+            "alibi_slopes": None,
+            "return_softmax": False,
+        }
+        if segments is None:
+            found = flash._flash_attn_forward(q, k, v, **options)
+        else:
+            found = flash._flash_attn_varlen_forward(q, k, v, **self._told(segments, window), **options)
+        return found[0], found[1]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        window: Window,
+        segments: Segments | None,
+        spec: Spec,
+        into: Gradients,
+    ) -> None:
+        """See FlashOp.backward."""
+        flash = library(self.module)
+        options = _windows(window, -1) | {
+            "dropout_p": 0.0,
+            "softmax_scale": spec.scale,
+            "causal": window.causal,
+            "softcap": spec.softcap or 0.0,
+            "alibi_slopes": None,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        if segments is None:
+            flash._flash_attn_backward(dout, q, k, v, out, lse, *into, **options)
+        else:
+            told = self._told(segments, window)
+            flash._flash_attn_varlen_backward(dout, q, k, v, out, lse, *into, **told, **options)
+
+    def _told(self, segments: Segments, window: Window) -> dict[str, Any]:
+        """What to tell of the segments; their lengths need only be bounds."""
+        # Where no segment has more than one query, each is believed to have just one.
+        max_q = max(segments.max_q, 2)
+        # A limit of as many keys as the longest segment has, or more, is taken for none, and none beside a limit for
+        # as many keys: both cut too little, or too much, off the first of more queries.
+        limited = not window.causal and (window.left is not None or window.right is not None)
+        return {
+            "cu_seqlens_q": segments.q_ends,
+            "cu_seqlens_k": segments.k_ends,
+            "max_seqlen_q": max_q,
+            "max_seqlen_k": max(segments.max_k, max_q) if limited else segments.max_k,
+        }
+
+
+class Flash3:
+    """flash-attn 3, for Hopper."""
+
+    module = "flash_attn_interface"
+    functions = (
+        ("_flash_attn_forward", ("cu_seqlens_q", "window_size_left", "softcap")),
+        ("_flash_attn_backward", ("cu_seqlens_q", "is_causal", "window_size_left", "softcap")),
+    )
+    takes_dlse = False
+
+    def devices(self, capability: tuple[int, int]) -> str | None:
+        """Its kernels use what Hopper has, and neither those before nor those after."""
+        return None if capability == (9, 0) else "compute capability 9.0"
+
+    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """One head dim, a multiple of 8 up to 256, or 192 with values of 128."""
+        return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 256)
+
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+        """It has no deterministic gradients of the widest heads."""
+        wide = max(call.head_dim, call.v_head_dim) > 192
+        deterministic = call.needs_grad and torch.are_deterministic_algorithms_enabled()
+        return "no deterministic gradients of head dims above 192" if wide and deterministic else None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        """See FlashOp.forward. Rows without keys get lse = -inf."""
+        found = library(self.module)._flash_attn_forward(
+            q,
+            k,
+            v,
+            **_told(segments),
+            **_windows(window, -1),
+            softmax_scale=spec.scale,
+            causal=window.causal,
+            softcap=spec.softcap or 0.0,
+        )
+        return found[0], found[1]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        window: Window,
+        segments: Segments | None,
+        spec: Spec,
+        into: Gradients,
+    ) -> None:
+        """See FlashOp.backward."""
+        library(self.module)._flash_attn_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            **_told(segments),
+            **into._asdict(),
+            **_windows(window, -1),
+            softmax_scale=spec.scale,
+            is_causal=window.causal,
+            softcap=spec.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+class Flash4:
+    """flash-attn 4, in CuTe: compiled on the first call of each kind, for Hopper and Blackwell."""
+
+    module = "flash_attn.cute.interface"
+    functions = (
+        ("_flash_attn_fwd", ("cu_seqlens_q", "window_size_left", "softcap", "return_lse")),
+        ("_flash_attn_bwd", ("cu_seqlens_q", "window_size_left", "softcap", "dq", "dlse")),
+    )
+    takes_dlse = True
+
+    def devices(self, capability: tuple[int, int]) -> str | None:
+        """Its backward has no kernels for Ampere."""
+        return None if 9 <= capability[0] <= 12 else "compute capabilities 9.0 to 12.x"
+
+    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """One head dim, a multiple of 8 up to 128, or 192 with values of 128, or 256: what Blackwell has."""
+        return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 128) or _exactly(256, dim, v_dim)
+
+    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+        """On compute capability 12.x its backward takes no changes of scores, which softcap is to it."""
+        if not call.needs_grad or capability[0] != 12:
+            return None
+        if call.spec.softcap:
+            return "no gradient of softcap"
+        return "no deterministic gradients" if torch.are_deterministic_algorithms_enabled() else None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        """See FlashOp.forward. Rows without keys get lse = -inf. A limit of -1 is a limit here: none is None."""
+        found = library(self.module)._flash_attn_fwd(
+            q,
+            k,
+            v,
+            **_told(segments),
+            **_windows(window, None),
+            softmax_scale=spec.scale,
+            causal=window.causal,
+            softcap=spec.softcap,
+            return_lse=True,
+        )
+        return found[0], found[1]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        window: Window,
+        segments: Segments | None,
+        spec: Spec,
+        into: Gradients,
+    ) -> None:
+        """See FlashOp.backward."""
+        library(self.module)._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            **_told(segments),
+            **into._asdict(),
+            **_windows(window, None),
+            softmax_scale=spec.scale,
+            causal=window.causal,
+            softcap=spec.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            dlse=dlse,
+        )
+
+
+def _told(segments: Segments | None) -> dict[str, Any]:
+    if segments is None:
+        return {}
+    return {
+        "cu_seqlens_q": segments.q_ends,
+        "cu_seqlens_k": segments.k_ends,
+        "max_seqlen_q": segments.max_q,
+        "max_seqlen_k": segments.max_k,
+    }
+
+
+def _windows(window: Window, unlimited: int | None) -> dict[str, int | None]:
+    """A causal window is told by its flag alone."""
+    left, right = (None, None) if window.causal else window
+    return {
+        "window_size_left": unlimited if left is None else left,
+        "window_size_right": unlimited if right is None else right,
+    }
+
+
+def _equal_widths(dim: int, v_dim: int, most: int) -> tuple[int, int] | None:
+    width = -(-max(dim, v_dim) // 8) * 8
+    return (width, width) if width <= most else None
+
+
+def _exactly(width: int, dim: int, v_dim: int) -> tuple[int, int] | None:
+    return (width, width) if max(dim, v_dim) <= width else None
+
+
+def _latent_widths(dim: int, v_dim: int) -> tuple[int, int] | None:
+    """The dims of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), which have kernels of their own."""
+    return (192, 128) if 128 < dim <= 192 and v_dim <= 128 else None

@@ -1,0 +1,1 @@
+"""Triton kernels. Triton itself is imported when a kernel first runs."""

@@ -1,0 +1,81 @@
+"""The merge of partial attention as one kernel: a pass over memory, where tensor operations take five.
+
+Each program merges a few rows of one head. Rows of a head lie far apart in `out`, but each is hundreds of bytes long;
+their lse lie side by side. Programs of neighbouring heads run next to one another, so that together they read
+whole pages. Rows where the part attended to nothing are neither read nor written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Numbers of `out` that a program holds: 32 for each of its threads.
+BLOCK_SIZE = 4096
+NUM_WARPS = 4
+
+
+@triton.jit
+def merge_kernel(
+    out, lse, part, part_lse, rows,
+    num_rows, rows_per_batch, num_heads,
+    out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
+    part_batch, part_row, part_head, part_lse_batch, part_lse_head, part_lse_row,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """A program for each block of rows and head. See merge_rows_."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program % num_heads
+    index = program // num_heads * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_rows
+    if INDEXED:
+        index = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
+    batch, row = index // rows_per_batch, index % rows_per_batch
+
+    lse += batch * lse_batch + head * lse_head + row * lse_row
+    part_lse += batch * part_lse_batch + head * part_lse_head + row * part_lse_row
+    new = tl.load(part_lse, mask=inside, other=float("-inf"))
+    # NaN is not nothing: it must show.
+    some = (new != float("-inf")) & (new != float("inf"))
+    old = tl.load(lse, mask=some, other=float("-inf"))
+    # Differences are of -inf and a number at most, since rows with -inf on the part's side are left out.
+    new = tl.where(some, new, 0.0)
+    weight = 1.0 / (1.0 + tl.exp(old - new))
+    larger = tl.maximum(old, new, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(lse, larger + tl.log(1.0 + tl.exp(-tl.abs(old - new))), mask=some)
+
+    dims = tl.arange(0, WIDTH)
+    mask = some[:, None] & (dims < DIM)[None, :]
+    out += (batch * out_batch + head * out_head + row * out_row)[:, None] + dims[None, :]
+    part += (batch * part_batch + head * part_head + row * part_row)[:, None] + dims[None, :]
+    before = tl.load(out, mask=mask, other=0.0)
+    further = tl.load(part, mask=mask, other=0.0).to(tl.float32)
+    # From the nearer end, so that no small difference of large numbers decides.
+    way, w = further - before, weight[:, None]
+    merged = tl.where(w < 0.5, before + w * way, further - (1.0 - w) * way)
+    tl.store(out, merged, mask=mask)
+
+
+def merge_rows_(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """Does what merge.merge_part_ says, for an fp32 state; `rows` are int32, each at most once."""
+    batch, length, heads, dim = out.shape
+    num_rows = batch * length if rows is None else rows.numel()
+    if not (num_rows and heads and dim):
+        return
+    part = part if part.stride(3) == 1 else part.contiguous()
+    if out.stride(3) != 1:
+        raise ValueError(f"out must be contiguous in its last dim, but its strides are {out.stride()}")
+    width = triton.next_power_of_2(dim)
+    block = max(BLOCK_SIZE // width, 1)
+    merge_kernel[(heads * triton.cdiv(num_rows, block),)](
+        out, lse, part, part_lse, part_lse if rows is None else rows,
+        num_rows, length, heads,
+        out.stride(0), out.stride(1), out.stride(2), *lse.stride(),
+        part.stride(0), part.stride(1), part.stride(2), *part_lse.stride(),
+        DIM=dim, WIDTH=width, BLOCK=block, INDEXED=rows is not None, num_warps=NUM_WARPS,
+    )  # fmt: skip

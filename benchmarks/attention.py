@@ -3,8 +3,9 @@
     torchrun --nproc-per-node=2 -m benchmarks.attention --lengths 4096 8192 16384 --out results/attention
 
 Contenders, in one run and in turns: torch's own attention in one process with as many threads as there are ranks;
-ringattn in one process with as many threads (what its kernel adapter alone gains or costs); ringattn over all
-ranks with one thread each; ring-flash-attention likewise. Ratios above 1 are faster than torch in one process.
+ringattn in one process with as many threads (what its kernel alone gains or costs); ringattn over all ranks with
+one thread each; ring-flash-attention likewise, over torch's kernel and over ours. Ratios above 1 are faster than
+torch in one process.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.measure import Contender, Lines, progress, race, ratio
 from benchmarks.session import session
 
 TORCH, OWN, RING, PEER = "torch, one process", "ringattn, one process", "ringattn, ring", "ring-flash-attn"
+PEER_OWN = f"{PEER}, our kernel"
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,13 @@ def contenders(case: Case, alone: dist.ProcessGroup | None, device: torch.device
         Contender(OWN, work(one_process, everything, case) if alone is not None else None, world),
         Contender(RING, work(ring, local, case), 1),
     ]
-    peer = peers.zigzag_ring_flash_attention(None) if case.heads == case.kv_heads else "run here without GQA only"
-    if isinstance(peer, str):
-        return found, peer
-    return [*found, Contender(PEER, work(peer, local, case), 1)], ""
+    if case.heads != case.kv_heads:
+        return found, "run here without GQA only"
+    for name, backend in ((PEER, "sdpa"), (PEER_OWN, "native")):
+        if isinstance(peer := peers.zigzag_ring_flash_attention(None, backend), str):
+            return found, peer
+        found.append(Contender(name, work(peer, local, case), 1))
+    return found, ""
 
 
 def work(

@@ -6,7 +6,7 @@ the schedule, the merging of blocks and all communication. It is made for CUDA, 
 way, each only where the real one is missing:
 
 * ``flash_attn`` (CUDA only) becomes a stand-in during the import. Its ``_flash_attn_forward`` and
-  ``_flash_attn_backward`` call torch's CPU flash attention kernel. That kernel returns new gradients where
+  ``_flash_attn_backward`` call torch's CPU flash attention kernel, or our native one. These return new gradients where
   flash_attn fills buffers, so the stand-in copies each gradient once per block; this is O(S D) work next to
   O(S^2 D), and is the one cost that the library would not have on CUDA. Dropout, windows, softcap, ALiBi and
   grouped heads are refused. All other names of flash_attn (varlen and so on) import, and raise when called.
@@ -29,14 +29,18 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ringattn.geometry.tiles import Tile, Tiles
+from ringattn.kernels import BACKENDS, Spec
+from ringattn.softmax import empty_state
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,11 +49,12 @@ _PACKAGE = "ring_flash_attn"
 _ZIGZAG = f"{_PACKAGE}.zigzag_ring_flash_attn"
 
 
-def zigzag_ring_flash_attention(group: dist.ProcessGroup | None = None) -> Attention | str:
+def zigzag_ring_flash_attention(group: dist.ProcessGroup | None = None, backend: str = "sdpa") -> Attention | str:
     """Causal ``zigzag_ring_flash_attn_func`` of the installed library over `group`, or why it can't be run.
 
     The callable takes this rank's (B, S_local, H, D) tensors in zigzag order: of 2W chunks, rank r holds
-    chunks r and 2W-1-r. It is differentiable.
+    chunks r and 2W-1-r. It is differentiable. On CPUs, `backend` says whose kernel computes its blocks: "sdpa" is
+    torch's, "native" our own.
     """
     if not dist.is_initialized():
         return "torch.distributed is not initialized"
@@ -60,7 +65,14 @@ def zigzag_ring_flash_attention(group: dist.ProcessGroup | None = None) -> Atten
     peer = _load()
     if isinstance(peer, str):
         return peer
-    return functools.partial(peer, causal=True, group=group)
+    library = peer
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The library looks its functions up once, at its import. Its backward comes before the next forward.
+        _Current.kernel = _KERNELS[backend]
+        return library(q, k, v, causal=True, group=group)
+
+    return attention
 
 
 @functools.cache
@@ -149,6 +161,60 @@ class _TorchWithCopyingBuffers(ModuleType):
         return torch.empty(*args, **kwargs).as_subclass(_CopyingBuffer)
 
 
+class _Kernel(Protocol):
+    """A block kernel as flash_attn has it: out and lse of one block, or its gradients, all new."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> Sequence[Tensor]: ...
+
+
+class _Torch(_Kernel):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *map(_heads_first, (q, k, v)), 0.0, causal, scale=scale
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> Sequence[Tensor]:
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *map(_heads_first, (dout, q, k, v, out)), lse, 0.0, causal, scale=scale
+        )
+        return [grad.transpose(1, 2) for grad in grads]
+
+
+class _Native(_Kernel):
+    """Ours, from an empty state and into gradients of zero; it needs rowsum(dout * out), as flash_attn's own does."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = empty_state(q, v.shape[3])
+        BACKENDS["native"].forward(q, k, v, self._tiles(q, k, causal), Spec(scale), out, lse)
+        return out.to(q.dtype), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> Sequence[Tensor]:
+        grads = [torch.zeros(x.shape) for x in (q, k, v)]
+        delta = (dout.float() * out).sum(-1).transpose(1, 2)
+        tiles = self._tiles(q, k, causal)
+        BACKENDS["native"].backward(dout, q, k, v, lse, delta, tiles, Spec(scale), *grads)
+        return grads
+
+    def _tiles(self, q: Tensor, k: Tensor, causal: bool) -> Tiles:
+        return Tiles.of(Tile(0, q.shape[1], 0, k.shape[1], -q.shape[1], 0 if causal else k.shape[1]))
+
+
+_KERNELS: dict[str, _Kernel] = {"sdpa": _Torch(), "native": _Native()}
+
+
+class _Current:
+    kernel: _Kernel = _KERNELS["sdpa"]
+
+
 # The library reads the names and defaults of these two with `inspect` and calls them by keyword. The names
 # are flash_attn's (2.7 and later); they must stay positional-or-keyword: keyword-only ones are not looked at.
 
@@ -170,10 +236,7 @@ def _flash_attn_forward(
     if return_softmax:
         raise NotImplementedError("the CPU kernel returns no softmax")
     _check(q, k, dropout_p, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=softmax_scale
-    )
-    return out.transpose(1, 2), lse, None, None
+    return *_Current.kernel.forward(q, k, v, softmax_scale, causal), None, None
 
 
 def _flash_attn_backward(
@@ -198,11 +261,9 @@ def _flash_attn_backward(
 ) -> None:
     """Gradients of one block, into dq, dk and dv; out and softmax_lse are those of the whole row."""
     _check(q, k, dropout_p, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_heads_first(x) for x in (dout, q, k, v, out)), softmax_lse, 0.0, causal, scale=softmax_scale
-    )
+    grads = _Current.kernel.backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
     for buffer, grad in zip((dq, dk, dv), grads, strict=True):
-        buffer.copy_(grad.transpose(1, 2))
+        buffer.copy_(grad)
 
 
 def _heads_first(x: Tensor) -> Tensor:

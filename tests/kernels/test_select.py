@@ -87,10 +87,13 @@ def test_unknown_names(name: str) -> None:
         assert words in str(told.value)
 
 
-def test_reference_takes_what_the_others_refuse() -> None:
+def test_each_call_goes_to_the_first_that_takes_it() -> None:
     capped = replace(CALL, spec=Spec(0.125, softcap=30.0))
-    assert select(None, capped).name == "reference"
-    assert select(None, CALL).name == "sdpa"
+    exact = replace(CALL, dtype=torch.float64)
+    assert select(None, CALL).name == "native"
+    assert select(None, capped).name == "native"
+    assert select(None, exact).name == "sdpa"
+    assert select(None, replace(exact, spec=capped.spec)).name == "reference"
     with pytest.raises(BackendError, match="sdpa: has no softcap"):
         select("sdpa", capped)
 

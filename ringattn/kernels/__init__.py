@@ -9,6 +9,7 @@ from ringattn.kernels.contract import BlockKernel, Call, Spec
 from ringattn.kernels.fused_ops import CpuFlash, CudaFlash, CudnnFlash
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.sdpa import FusedKernel
+from ringattn.kernels.triton import TritonKernel
 
 __all__ = ["BACKENDS", "BlockKernel", "Call", "Spec", "refusals", "select"]
 
@@ -16,6 +17,7 @@ __all__ = ["BACKENDS", "BlockKernel", "Call", "Spec", "refusals", "select"]
 BACKENDS: dict[str, BlockKernel] = {
     kernel.name: kernel
     for kernel in (
+        TritonKernel(),
         FusedKernel("sdpa", "torch's flash attention on CPU and CUDA; no softcap", (CpuFlash(), CudaFlash())),
         FusedKernel("cudnn", "cuDNN's flash attention, through torch; no softcap", (CudnnFlash(),)),
         ReferenceKernel(),

@@ -1,0 +1,126 @@
+"""From tensors to launches: the schedule on its device, the configuration, and every argument of a kernel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ringattn.geometry.tiles import Tiles
+from ringattn.kernels.contract import Spec
+from ringattn.kernels.triton.backward import dkdv_kernel, dq_kernel
+from ringattn.kernels.triton.configs import INTERPRETER, Config, Pass, architecture, config, padded
+from ringattn.kernels.triton.forward import forward_kernel
+from ringattn.kernels.triton.schedule import build, heads_together, transposed
+
+# What heads that run together may read: well within the second-level cache of any data centre's GPU.
+CACHE_BYTES = 24 << 20
+
+
+class Scores(NamedTuple):
+    """How a kernel turns q·k into a score: q·k * factor, or tanh(q·k * inner) * factor."""
+
+    inner: float
+    factor: float
+
+    @classmethod
+    def of(cls, spec: Spec) -> Scores:
+        """Returns those of a call."""
+        if spec.softcap is None:
+            return cls(0.0, spec.scale)
+        return cls(spec.scale / spec.softcap, spec.softcap)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    """See contract.BlockKernel.forward."""
+    chosen = _config(q, v, "forward")
+    items, runs = _work(tiles, q.shape[1], q.shape[0], chosen.block_m, chosen.block_n, False, q.device)
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
+    with torch.cuda.device_of(q):
+        forward_kernel[(len(items) * heads,)](
+            q, k, v, out, lse, items, runs,
+            *_strides(q, k, v, out), *lse.stride(),
+            q.shape[1], heads, group, section, *Scores.of(spec),
+            **_constants(q, v, spec, chosen),
+        )  # fmt: skip
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    tiles: Tiles,
+    spec: Spec,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """See contract.BlockKernel.backward."""
+    batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
+    group = heads // kv_heads
+    inputs = _strides(dout, q, k, v) + [*lse.stride(), *delta.stride()]
+    with torch.cuda.device_of(q):
+        chosen = _config(q, v, "dq")
+        items, runs = _work(tiles, q.shape[1], batch, chosen.block_m, chosen.block_n, False, q.device)
+        section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
+        dq_kernel[(len(items) * heads,)](
+            dout, q, k, v, lse, delta, dq, items, runs,
+            *inputs, *_strides(dq),
+            q.shape[1], heads, group, section, *Scores.of(spec), spec.scale,
+            **_constants(q, v, spec, chosen),
+        )  # fmt: skip
+        chosen = _config(q, v, "dkdv")
+        items, runs = _work(tiles, k.shape[1], batch, chosen.block_n, chosen.block_m, True, q.device)
+        section = heads_together(kv_heads, 1, group * (_bytes_per_head(q) + _bytes_per_head(dout)), CACHE_BYTES)
+        dkdv_kernel[(len(items) * kv_heads,)](
+            dout, q, k, v, lse, delta, dk, dv, items, runs,
+            *inputs, *_strides(dk, dv),
+            k.shape[1], kv_heads, group, section, *Scores.of(spec), spec.scale,
+            **_constants(q, v, spec, chosen),
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _work(
+    tiles: Tiles, num_rows: int, batch: int, block: int, step: int, of_keys: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The schedule's tables on a device."""
+    table = transposed(tiles.table) if of_keys else tiles.table
+    items, runs = build(table, num_rows, batch, block, step)
+    return torch.from_numpy(items).to(device), torch.from_numpy(runs).to(device)
+
+
+def _config(q: Tensor, v: Tensor, which: Pass) -> Config:
+    arch = architecture(q.device) if q.device.type == "cuda" else INTERPRETER
+    assert arch is not None, "a device that TritonKernel.available refuses"
+    return config(arch, q.dtype.itemsize, padded(q.shape[3]), padded(v.shape[3]), which)
+
+
+def _constants(q: Tensor, v: Tensor, spec: Spec, chosen: Config) -> dict[str, int | bool]:
+    return {
+        "DIM": q.shape[3],
+        "V_DIM": v.shape[3],
+        "WIDTH": padded(q.shape[3]),
+        "V_WIDTH": padded(v.shape[3]),
+        "BLOCK_M": chosen.block_m,
+        "BLOCK_N": chosen.block_n,
+        "CAPPED": spec.softcap is not None,
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages,
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of (B, S, H, D) tensors, those of batch, rows and heads; the last dim is contiguous."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _bytes_per_head(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.measure import Lines
 from ringattn.kernels.triton.backward import dkdv_kernel, dq_kernel
-from ringattn.kernels.triton.configs import PASSES, TARGETS, Config, Pass, config, padded
+from ringattn.kernels.triton.configs import PASSES, TARGETS, Config, Pass, config, described, padded
 from ringattn.kernels.triton.forward import forward_kernel
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
@@ -78,11 +78,20 @@ def compiled(build: Build, chosen: Config | None = None) -> Any:
         "V_WIDTH": padded(build.v_dim),
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": chosen.block_n,
+        "EDGE_STEP": chosen.edge_step,
         "CAPPED": build.capped,
+        "DESCRIBED": described(build.arch, DTYPES[build.dtype]),
         # Rows of lse and delta are next to each other.
         **{name: 1 for name in ("lse_row", "delta_row") if name in kernel.arg_names},
     }
     signature = {name: "constexpr" if name in constants else _type(name, build.dtype) for name in kernel.arg_names}
+    if constants["DESCRIBED"]:
+        rows = chosen.block_m if build.which == "dkdv" else chosen.block_n
+        dims = {"q": build.dim, "k": build.dim, "v": build.v_dim, "dout": build.v_dim}
+        for name in signature:
+            if name.endswith("_described"):
+                width = padded(dims[name.removesuffix("_described")])
+                signature[name] = f"tensordesc<{build.dtype}[1, {rows}, 1, {width}]>"
     aligned = [["tt.divisibility", 16]]
     attributes = {
         (index,): aligned
@@ -108,7 +117,7 @@ def report(build: Build, chosen: Config | None = None) -> Report:
 
 def _type(name: str, dtype: str) -> str:
     """The type of an argument, as triton writes it."""
-    if name in ("q", "k", "v", "dout"):
+    if name.removesuffix("_described") in ("q", "k", "v", "dout"):
         return f"*{dtype}"
     if name in ("out", "lse", "delta", "dq", "dk", "dv"):
         return "*fp32"
@@ -148,8 +157,10 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     options = parser.parse_args()
     lines = Lines(options.out / "report.jsonl")
-    row = "{:8} {:8} {:5} {:>9} {:>22} {:>5} {:>7} {:>9}  {}"
-    print(row.format("arch", "kernel", "dtype", "head dims", "m, n, warps, stages", "regs", "spills", "shared", "by"))
+    row = "{:8} {:8} {:5} {:>9} {:>24} {:>5} {:>7} {:>9}  {}"
+    print(
+        row.format("arch", "kernel", "dtype", "head dims", "m, n, e, warps, stages", "regs", "spills", "shared", "by")
+    )
     for build in builds(options.arch, options.dtype):
         found, chosen = report(build), build.config
         lines.add({**asdict(build), **chosen._asdict(), **asdict(found)})

@@ -19,6 +19,8 @@ np.seterr(over="ignore", invalid="ignore")
 _Handle = interpreter.TensorHandle
 _Builder = interpreter.InterpreterBuilder
 _patch_tensor, _create_dot, _cast = interpreter._patch_lang_tensor, _Builder.create_dot, _Builder.cast_impl
+_start = interpreter.GridExecutor.__call__
+_patched: set[Any] = set()
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -44,6 +46,21 @@ def _cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
     return _cast(self, _widened(src) if dst_type.scalar == tl.float32 else src, dst_type)
 
 
+def _call(self: Any, *args: Any, **options: Any) -> Any:
+    if self.fn not in _patched:
+        _patched.add(self.fn)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **options)
+
+
+def _launch(self: Any, *args: Any, **options: Any) -> Any:
+    _patched.clear()
+    return _start(self, *args, **options)
+
+
 interpreter._patch_lang_tensor = _patch_lang_tensor
+# Functions that a kernel calls are patched once in a launch, not at every call: that would take half of the time.
+interpreter.InterpretedFunction.__call__ = _call
+interpreter.GridExecutor.__call__ = _launch
 _Builder.create_dot = _dot
 _Builder.cast_impl = _cast_impl

@@ -13,7 +13,7 @@ from ringattn.kernels import BACKENDS, Spec
 from ringattn.kernels.reference import ReferenceKernel
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, tiles
-from tests.kernels.contract_suite import CASES, Case, check, why_not
+from tests.kernels.contract_suite import CASES, Case, check, suited, why_not
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # What must run, whatever machine this is: a suite of skips proves nothing.
@@ -24,6 +24,7 @@ NEVER_SKIPPED = (("reference", "cpu"), ("sdpa", "cpu"))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_case(case: Case, backend: str, device: str) -> None:
+    case = suited(backend, device, case)
     reasons = why_not(backend, device, case)
     optional = backend == "sdpa" and case.softcap is not None
     if (backend, device) in NEVER_SKIPPED and not optional:
@@ -53,6 +54,7 @@ def test_random_tiles(backend: str, data: st.DataObject) -> None:
         lse_grad=data.draw(st.booleans()), strided=data.draw(st.booleans()),
         previous=data.draw(st.booleans()), tile_by_tile=data.draw(st.booleans()),
     )  # fmt: skip
+    case = suited(backend, "cpu", case)
     if reasons := why_not(backend, "cpu", case):
         pytest.skip(f"{backend}: {' and '.join(reasons)}")
     check(backend, "cpu", case)

@@ -54,9 +54,13 @@ def row_pointers(base, first, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    base, first, stop, stride, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CUT: tl.constexpr
-):
+def entry_pointers(base, first, stride, SIZE: tl.constexpr):
+    """Pointers to entries [first, first + SIZE), as above."""
+    return base + tl.cast(first, tl.int64) * stride + tl.arange(0, SIZE).to(tl.int64) * stride
+
+
+@triton.jit
+def load_rows(base, first, stop, stride, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CUT: tl.constexpr):
     """Rows [first, first + SIZE), (SIZE, WIDTH); 0 from column DIM on and, if CUT, from row `stop` on."""
     pointers = row_pointers(base, first, stride, SIZE, WIDTH)
     here = (first + tl.arange(0, SIZE) < stop)[:, None]
@@ -71,6 +75,25 @@ def load_rows(
             rows = tl.load(pointers, mask=here & dims, other=0.0)
         else:
             rows = tl.load(pointers, mask=dims, other=0.0)
+    return rows
+
+
+@triton.jit
+def load_step(
+    source, first, stop, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, first + SIZE) of a source: (descriptor, pointer, stride of rows, batch row, head).
+
+    Whole steps come by the descriptor where there is one: the hardware then finds their addresses. At an edge rows
+    from `stop` on must not be read, which only pointers can tell.
+    """
+    described, base, stride, batch, head = source
+    if DESCRIBED and not EDGE:
+        place = [tl.cast(batch, tl.int32), first, tl.cast(head, tl.int32), 0]
+        rows = described.load(place).reshape([SIZE, WIDTH])
+    else:
+        rows = load_rows(base, first, stop, stride, SIZE, DIM, WIDTH, EDGE)
     return rows
 
 

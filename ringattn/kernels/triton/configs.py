@@ -18,10 +18,12 @@ class Config(NamedTuple):
 
     block_m: query rows at a time.
     block_n: key rows at a time.
+    edge_step: rows of the other side at a time where a mask is applied; there registers are short.
     """
 
     block_m: int
     block_n: int
+    edge_step: int
     num_warps: int
     num_stages: int
 
@@ -45,34 +47,37 @@ TARGETS: dict[str, Target] = {
 # No entry spills registers: tests/kernels/test_triton_compile.py.
 _WIDTHS = (64, 128, 256)
 _TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
-    ("sm_80", 2, "forward"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
-    ("sm_80", 2, "dq"): (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
-    ("sm_80", 2, "dkdv"): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1)),
-    ("sm_80", 4, "forward"): (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 8, 1)),
-    ("sm_80", 4, "dq"): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
-    ("sm_80", 4, "dkdv"): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
-    ("sm_90", 2, "forward"): (Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
-    ("sm_90", 2, "dq"): (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 1)),
-    ("sm_90", 2, "dkdv"): (Config(128, 128, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 8, 1)),
-    ("sm_90", 4, "forward"): (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 8, 1)),
-    ("sm_90", 4, "dq"): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
-    ("sm_90", 4, "dkdv"): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
-    ("sm_100", 2, "forward"): (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
-    ("sm_100", 2, "dq"): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 1)),
-    ("sm_100", 2, "dkdv"): (Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 8, 1)),
-    ("sm_100", 4, "forward"): (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 8, 1)),
-    ("sm_100", 4, "dq"): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
-    ("sm_100", 4, "dkdv"): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
-    ("gfx942", 2, "forward"): (Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(64, 32, 4, 1)),
-    ("gfx942", 2, "dq"): (Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
-    ("gfx942", 2, "dkdv"): (Config(64, 64, 4, 1), Config(32, 64, 4, 1), Config(32, 32, 4, 1)),
-    ("gfx942", 4, "forward"): (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 16, 4, 1)),
-    ("gfx942", 4, "dq"): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
-    ("gfx942", 4, "dkdv"): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
+    ("sm_80", 2, "forward"): (Config(128, 64, 32, 4, 3), Config(128, 64, 32, 8, 3), Config(64, 32, 16, 4, 2)),
+    ("sm_80", 2, "dq"): (Config(128, 64, 32, 8, 2), Config(128, 32, 16, 8, 2), Config(64, 32, 16, 8, 1)),
+    ("sm_80", 2, "dkdv"): (Config(64, 128, 32, 8, 2), Config(32, 128, 16, 8, 2), Config(32, 64, 16, 8, 1)),
+    ("sm_80", 4, "forward"): (Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(32, 16, 16, 8, 1)),
+    ("sm_80", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(32, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("sm_80", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 32, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("sm_90", 2, "forward"): (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(128, 64, 32, 8, 2)),
+    ("sm_90", 2, "dq"): (Config(128, 128, 64, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 1)),
+    ("sm_90", 2, "dkdv"): (Config(128, 128, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 1)),
+    ("sm_90", 4, "forward"): (Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(32, 16, 16, 8, 1)),
+    ("sm_90", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(32, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("sm_90", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 32, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("sm_100", 2, "forward"): (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 2)),
+    ("sm_100", 2, "dq"): (Config(128, 64, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 1)),
+    ("sm_100", 2, "dkdv"): (Config(64, 128, 32, 8, 2), Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 1)),
+    ("sm_100", 4, "forward"): (Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(32, 16, 16, 8, 1)),
+    ("sm_100", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(32, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("sm_100", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 32, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("gfx942", 2, "forward"): (Config(128, 64, 32, 4, 1), Config(128, 64, 32, 4, 1), Config(64, 32, 16, 4, 1)),
+    ("gfx942", 2, "dq"): (Config(64, 64, 32, 4, 1), Config(64, 32, 16, 4, 1), Config(32, 32, 16, 4, 1)),
+    ("gfx942", 2, "dkdv"): (Config(64, 64, 32, 4, 1), Config(32, 64, 16, 4, 1), Config(32, 32, 16, 4, 1)),
+    ("gfx942", 4, "forward"): (Config(64, 32, 16, 4, 1), Config(32, 32, 16, 4, 1), Config(32, 16, 16, 4, 1)),
+    ("gfx942", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(32, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("gfx942", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 32, 16, 4, 1), Config(16, 16, 16, 4, 1)),
 }
 INTERPRETER = "interpreter"
+
+# Where tensor descriptors pay: hardware that copies blocks by itself (TMA), and feeds matrix units from there.
+_DESCRIBED = {("sm_90", 2), ("sm_100", 2), (INTERPRETER, 2), (INTERPRETER, 4)}
 # Small, so that small tests have several blocks.
-_INTERPRETED = Config(32, 32, 1, 1)
+_INTERPRETED = Config(64, 64, 32, 1, 1)
 
 
 def padded(dim: int) -> int:
@@ -86,6 +91,11 @@ def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass) -> C
         return _INTERPRETED
     wider = max(width, v_width, _WIDTHS[0])
     return _TABLE[arch, itemsize, which][_WIDTHS.index(wider)]
+
+
+def described(arch: str, itemsize: int) -> bool:
+    """Returns whether kernels load whole blocks by tensor descriptors, where strides allow it."""
+    return (arch, itemsize) in _DESCRIBED
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,17 @@ Source: Dao 2023, arXiv:2307.08691; Milakov and Gimelshein 2018, arXiv:1805.0286
 import triton
 import triton.language as tl
 
-from ringattn.kernels.triton.blocks import LOG2E, find_item, find_run, load_rows, row_pointers, tanh, view_of_run
+from ringattn.kernels.triton.blocks import (
+    LOG2E,
+    entry_pointers,
+    find_item,
+    find_run,
+    load_rows,
+    load_step,
+    row_pointers,
+    tanh,
+    view_of_run,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 # The running maximum of nothing. Finite, so that differences to it are no NaN; less than any score.
@@ -18,43 +28,44 @@ LEAST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def attend(
-    q, k_base, v_base, k_row, v_row, start, stop, see_first, see_last, acc, total, most, inner, factor,
+    q, keys, values, start, stop, see_first, see_last, acc, total, most, inner, factor,
     DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr,
+    STEP: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over keys [start, start + BLOCK_N)."""
-    k = load_rows(k_base, start, stop, k_row, BLOCK_N, DIM, WIDTH, EDGE)
+    """One step of the online softmax, over keys [start, start + STEP)."""
+    k = load_step(keys, start, stop, STEP, DIM, WIDTH, EDGE, DESCRIBED)
     x = tl.dot(q, tl.trans(k), input_precision="ieee")
     if CAPPED:
         x = tanh(x * inner, q.dtype == tl.float32)
     if EDGE:
-        keys = start + tl.arange(0, BLOCK_N)[None, :]
-        x = tl.where((keys >= see_first[:, None]) & (keys <= see_last[:, None]), x, float("-inf"))
+        at = start + tl.arange(0, STEP)[None, :]
+        x = tl.where((at >= see_first[:, None]) & (at <= see_last[:, None]), x, float("-inf"))
     new_most = tl.maximum(most, tl.max(x, 1) * factor)
     p = tl.exp2(x * factor - new_most[:, None])
     decay = tl.exp2(most - new_most)
     total = total * decay + tl.sum(p, 1)
-    v = load_rows(v_base, start, stop, v_row, BLOCK_N, V_DIM, V_WIDTH, EDGE)
+    v = load_step(values, start, stop, STEP, V_DIM, V_WIDTH, EDGE, DESCRIBED)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, total, new_most
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, items, runs,
+    q, k, v, k_described, v_described, out, lse, items, runs,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
     num_rows, num_heads, group, section, inner, factor,
     DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr, CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """A program for each item and head: see schedule.py. `inner` and `factor`: see launch.Scores."""
     batch, head, first, full, edge, end = find_item(items, num_heads, section)
     rows = first + tl.arange(0, BLOCK_M)
     q_block = load_rows(q + batch * q_batch + head * q_head, first, num_rows, q_row, BLOCK_M, DIM, WIDTH, True)
-    k += batch * k_batch + head // group * k_head
-    v += batch * v_batch + head // group * v_head
-    lse += batch * lse_batch + head * lse_head + rows.to(tl.int64) * lse_row
+    kv_head = head // group
+    keys = (k_described, k + batch * k_batch + kv_head * k_head, k_row, batch, kv_head)
+    values = (v_described, v + batch * v_batch + kv_head * v_head, v_row, batch, kv_head)
+    lse = entry_pointers(lse + batch * lse_batch + head * lse_head, first, lse_row, BLOCK_M)
     out = row_pointers(out + batch * out_batch + head * out_head, first, out_row, BLOCK_M, V_WIDTH)
     here = rows < num_rows
     inside = here[:, None] & (tl.arange(0, V_WIDTH) < V_DIM)[None, :]
@@ -68,16 +79,16 @@ def forward_kernel(
         start, stop = find_run(runs, number)
         for at in range(start, stop, BLOCK_N):
             acc, total, most = attend(
-                q_block, k, v, k_row, v_row, at, stop, rows, rows, acc, total, most, inner, factor,
-                DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_N, CAPPED, False,
+                q_block, keys, values, at, stop, rows, rows, acc, total, most, inner, factor,
+                DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_N, CAPPED, False, DESCRIBED,
             )  # fmt: skip
     for number in range(edge, end):
         start, stop = find_run(runs, number)
         see_first, see_last = view_of_run(runs, number, rows)
-        for at in range(start, stop, BLOCK_N):
+        for at in range(start, stop, EDGE_STEP):
             acc, total, most = attend(
-                q_block, k, v, k_row, v_row, at, stop, see_first, see_last, acc, total, most, inner, factor,
-                DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_N, CAPPED, True,
+                q_block, keys, values, at, stop, see_first, see_last, acc, total, most, inner, factor,
+                DIM, V_DIM, WIDTH, V_WIDTH, EDGE_STEP, CAPPED, True, DESCRIBED,
             )  # fmt: skip
     # Rows of the block that no tile mentions, or that saw only what vanishes beside the rest, stay as they are.
     changed = here & ((total != old_total) | (most != old_most))

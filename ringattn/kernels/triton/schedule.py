@@ -71,7 +71,10 @@ def build(table: Ints, num_rows: int, batch: int, block: int, step: int) -> Sche
 
     bounds = [t[:, LO], t[:, HI], own_start, own_stop]
     runs = np.concatenate(
-        [np.stack([a, b, *bounds], axis=1) for a, b in ((full_start, full_stop), (start, full_start), (full_stop, stop))]
+        [
+            np.stack([a, b, *bounds], axis=1)
+            for a, b in ((full_start, full_stop), (start, full_start), (full_stop, stop))
+        ]
     )
     edge = np.repeat([0, 1, 1], len(t))
     block_key = np.tile(t[:, BATCH] * (num_rows // block + 1) + number, 3)

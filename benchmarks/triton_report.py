@@ -96,7 +96,7 @@ def compiled(build: Build, chosen: Config | None = None) -> Any:
     attributes = {
         (index,): aligned
         for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith(("_batch", "_row", "_head")) and name not in constants
+        if signature[name].startswith("*") or (name.endswith(("_batch", "_row", "_head")) and name not in constants)
     }
     target = TARGETS[build.arch]
     return triton.compile(

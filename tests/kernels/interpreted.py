@@ -31,7 +31,7 @@ def run(t: Tensors, tiles: Tiles) -> tuple[Tensor, ...]:
 
 
 def spread(x: Tensor, dim: int, file: Path) -> Tensor:
-    """A copy whose stride along `dim` is so large that products with it, or it itself, leave 32 bits; in a sparse file."""
+    """A copy, in a sparse file, whose stride along `dim`, or products with it, leave 32 bits."""
     stride = (1 << 30) + 8 if x.shape[dim] > 2 else (1 << 31) + 8
     strides = list(x.stride())
     strides[dim] = stride
@@ -44,7 +44,8 @@ def spread(x: Tensor, dim: int, file: Path) -> Tensor:
 def test_addresses_have_64_bits(dim: int, tmp_path: Path) -> None:
     t = tensors(5, 2, 5, 4, 2, 2, 16, 16, torch.float16)
     expected = run(t, CAUSAL)
-    far = Tensors(*(spread(x, dim, tmp_path / name) for name, x in zip("qkvd", t[:4], strict=True)), t.dlse)
+    q, k, v, dout = (spread(x, dim, tmp_path / name) for name, x in zip("qkvd", t[:4], strict=True))
+    far = Tensors(q, k, v, dout, t.dlse)
     assert all(x.stride(dim) > 1 << 30 for x in far[:4])
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), run(far, CAUSAL), expected, strict=True):
         assert torch.equal(a, b), name

@@ -55,7 +55,7 @@ def test_every_pair_is_met_as_often_as_tiles_hold_it(problem: tuple[Tiles, int, 
 @given(problem=problems())
 @examples(200)
 def test_a_block_has_one_program_and_long_ones_come_first(problem: tuple[Tiles, int, int, int, int]) -> None:
-    listed, rows, cols, block, step = problem
+    listed, rows, _, block, step = problem
     schedule = build(listed.table, rows, BATCH, block, step)
     blocks = [(row, first) for row, first, *_ in schedule.items.tolist()]
     assert len(set(blocks)) == len(blocks), "two programs would write to the same rows"

@@ -15,9 +15,11 @@ from ringattn.kernels.triton.blocks import (
     entry_pointers,
     find_item,
     find_run,
+    first_row,
     load_rows,
     load_step,
     probabilities,
+    store_rows,
     tanh,
     view_of_run,
 )
@@ -52,7 +54,8 @@ def dq_kernel(
     lse_batch, lse_head, lse_row, delta_batch, delta_head, delta_row, dq_batch, dq_row, dq_head,
     num_rows, num_heads, group, section, inner, factor, scale,
     DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr, CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr,
+    CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """A program for each item of the queries' schedule and head."""
     batch, head, first, full, edge, end = find_item(items, num_heads, section)
@@ -97,7 +100,7 @@ def dkdv_step(
     DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     STEP: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries [start, start + STEP) give to the gradients of keys and values. Scores are (keys, queries)."""
+    """Adds what queries [start, start + STEP) give to dk and dv. Scores are (keys, queries)."""
     rows = start + tl.arange(0, STEP)
     q = load_step(queries, start, stop, STEP, DIM, WIDTH, EDGE, DESCRIBED)
     dout = load_step(cotangents, start, stop, STEP, V_DIM, V_WIDTH, EDGE, DESCRIBED)
@@ -134,7 +137,8 @@ def dkdv_kernel(
     dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
     num_rows, num_heads, group, section, inner, factor, scale,
     DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr, CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr,
+    CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """A program for each item of the keys' schedule and kv head; it runs over the query heads that share it."""
     batch, kv_head, first, full, edge, end = find_item(items, num_heads, section)
@@ -142,30 +146,44 @@ def dkdv_kernel(
     k_block = load_rows(k + batch * k_batch + kv_head * k_head, first, num_rows, k_row, BLOCK_N, DIM, WIDTH, True)
     v_block = load_rows(v + batch * v_batch + kv_head * v_head, first, num_rows, v_row, BLOCK_N, V_DIM, V_WIDTH, True)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, V_WIDTH], dtype=tl.float32)
-    for head in range(kv_head * group, (kv_head + 1) * group):
+    # dv starts as what is there, so that at the end only one gradient has to be read beside the other's sum.
+    dv += batch * dv_batch + kv_head * dv_head
+    dv_acc = load_rows(dv, first, num_rows, dv_row, BLOCK_N, V_DIM, V_WIDTH, True)
+    # Full runs of all heads, then edges of all heads: what one loop keeps in registers, the other need not.
+    num_runs = edge - full
+    for index in range(0, group * num_runs):
+        head, number = kv_head * group + index // num_runs, full + index % num_runs
+        start, stop = find_run(runs, number)
         queries = (q_described, q + batch * q_batch + head * q_head, q_row, batch, head)
         cotangents = (dout_described, dout + batch * dout_batch + head * dout_head, dout_row, batch, head)
         lse_base, delta_base = (
             lse + batch * lse_batch + head * lse_head,
             delta + batch * delta_batch + head * delta_head,
         )
-        for number in range(full, edge):
-            start, stop = find_run(runs, number)
-            for at in range(start, stop, BLOCK_M):
-                dk_acc, dv_acc = dkdv_step(
-                    k_block, v_block, queries, cotangents, lse_base, delta_base, lse_row, delta_row,
-                    at, stop, keys, keys, dk_acc, dv_acc, inner, factor,
-                    DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_M, CAPPED, False, DESCRIBED,
-                )  # fmt: skip
-        for number in range(edge, end):
-            start, stop = find_run(runs, number)
-            see_first, see_last = view_of_run(runs, number, keys)
-            for at in range(start, stop, EDGE_STEP):
-                dk_acc, dv_acc = dkdv_step(
-                    k_block, v_block, queries, cotangents, lse_base, delta_base, lse_row, delta_row,
-                    at, stop, see_first, see_last, dk_acc, dv_acc, inner, factor,
-                    DIM, V_DIM, WIDTH, V_WIDTH, EDGE_STEP, CAPPED, True, DESCRIBED,
-                )  # fmt: skip
+        for at in range(start, stop, BLOCK_M):
+            dk_acc, dv_acc = dkdv_step(
+                k_block, v_block, queries, cotangents, lse_base, delta_base, lse_row, delta_row,
+                at, stop, keys, keys, dk_acc, dv_acc, inner, factor,
+                DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_M, CAPPED, False, DESCRIBED,
+            )  # fmt: skip
+    num_runs = end - edge
+    for index in range(0, group * num_runs):
+        head, number = kv_head * group + index // num_runs, edge + index % num_runs
+        start, stop = find_run(runs, number)
+        see_first, see_last = view_of_run(runs, number, keys)
+        queries = (q_described, q + batch * q_batch + head * q_head, q_row, batch, head)
+        cotangents = (dout_described, dout + batch * dout_batch + head * dout_head, dout_row, batch, head)
+        lse_base, delta_base = (
+            lse + batch * lse_batch + head * lse_head,
+            delta + batch * delta_batch + head * delta_head,
+        )
+        for at in range(start, stop, EDGE_STEP):
+            dk_acc, dv_acc = dkdv_step(
+                k_block, v_block, queries, cotangents, lse_base, delta_base, lse_row, delta_row,
+                at, stop, see_first, see_last, dk_acc, dv_acc, inner, factor,
+                DIM, V_DIM, WIDTH, V_WIDTH, EDGE_STEP, CAPPED, True, DESCRIBED,
+            )  # fmt: skip
+    # Asked for anew, so that no address of these rows is held through the loops.
+    first = first_row(items, num_heads, section)
+    store_rows(dv, first, num_rows, dv_row, dv_acc, BLOCK_N, V_DIM, V_WIDTH)
     add_rows(dk + batch * dk_batch + kv_head * dk_head, first, num_rows, dk_row, dk_acc * scale, BLOCK_N, DIM, WIDTH)
-    add_rows(dv + batch * dv_batch + kv_head * dv_head, first, num_rows, dv_row, dv_acc, BLOCK_N, V_DIM, V_WIDTH)

@@ -13,8 +13,8 @@ RUN_COLUMNS = tl.constexpr(6)
 
 
 @triton.jit
-def find_item(items, num_heads, section):
-    """(batch row, head, first own row, first full run, first edge run, end of the runs) of this program.
+def place_of_item(items, num_heads, section):
+    """Where this program's item stands, and its head.
 
     Sections of heads come one after the other; within one, items in the order of their list, heads innermost.
     """
@@ -23,10 +23,22 @@ def find_item(items, num_heads, section):
     head = number // (num_items * section) * section
     width = tl.minimum(section, num_heads - head)
     number -= num_items * head
-    head += number % width
-    item = items + (number // width) * ITEM_COLUMNS
+    return items + (number // width) * ITEM_COLUMNS, head + number % width
+
+
+@triton.jit
+def find_item(items, num_heads, section):
+    """(batch row, head, first own row, first full run, first edge run, end of the runs) of this program."""
+    item, head = place_of_item(items, num_heads, section)
     batch = tl.load(item).to(tl.int64)
     return batch, head.to(tl.int64), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+
+
+@triton.jit
+def first_row(items, num_heads, section):
+    """The first own row of this program, from memory once more."""
+    item, _ = place_of_item(items, num_heads, section)
+    return tl.load(item + 1, volatile=True)
 
 
 @triton.jit
@@ -95,6 +107,13 @@ def load_step(
     else:
         rows = load_rows(base, first, stop, stride, SIZE, DIM, WIDTH, EDGE)
     return rows
+
+
+@triton.jit
+def store_rows(base, first, stop, stride, rows, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes rows [first, stop) to memory."""
+    here = (first + tl.arange(0, SIZE) < stop)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+    tl.store(row_pointers(base, first, stride, SIZE, WIDTH), rows, mask=here)
 
 
 @triton.jit

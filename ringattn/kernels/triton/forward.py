@@ -56,7 +56,8 @@ def forward_kernel(
     out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
     num_rows, num_heads, group, section, inner, factor,
     DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr, CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr,
+    CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """A program for each item and head: see schedule.py. `inner` and `factor`: see launch.Scores."""
     batch, head, first, full, edge, end = find_item(items, num_heads, section)

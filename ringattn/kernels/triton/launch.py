@@ -41,7 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tens
     by_descriptor = _describable(k, v)
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         forward_kernel[(len(items) * heads,)](
             q, k, v, *_sources(by_descriptor, chosen.block_n, k, v), out, lse, items, runs,
             *_strides(q, k, v, out), *lse.stride(),
@@ -66,8 +66,8 @@ def backward(
     """See contract.BlockKernel.backward."""
     batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     group = heads // kv_heads
-    inputs = _strides(dout, q, k, v) + [*lse.stride(), *delta.stride()]
-    with torch.cuda.device_of(q):
+    inputs = [*_strides(dout, q, k, v), *lse.stride(), *delta.stride()]
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         chosen = _config(q, v, "dq")
         items, runs = _work(tiles, q.shape[1], batch, chosen.block_m, chosen.block_n, False, q.device)
         section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)

@@ -70,12 +70,8 @@ def build(table: Ints, num_rows: int, batch: int, block: int, step: int) -> Sche
     full_stop = full_start + num_full * step
 
     bounds = [t[:, LO], t[:, HI], own_start, own_stop]
-    runs = np.concatenate(
-        [
-            np.stack([a, b, *bounds], axis=1)
-            for a, b in ((full_start, full_stop), (start, full_start), (full_stop, stop))
-        ]
-    )
+    parts = ((full_start, full_stop), (start, full_start), (full_stop, stop))
+    runs = np.concatenate([np.stack([a, b, *bounds], axis=1) for a, b in parts])
     edge = np.repeat([0, 1, 1], len(t))
     block_key = np.tile(t[:, BATCH] * (num_rows // block + 1) + number, 3)
     order = np.lexsort((runs[:, 0], edge, block_key))

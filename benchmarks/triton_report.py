@@ -51,11 +51,17 @@ class Build:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of it. `matrix` are the matrix instructions found; spills are in bytes per thread."""
+    """What came of it.
+
+    matrix: the matrix instructions found.
+    spill_bytes: per thread.
+    tensor_columns: of Blackwell's tensor memory, of which there are 512.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    tensor_columns: int
     matrix: tuple[str, ...]
 
 
@@ -112,7 +118,8 @@ def report(build: Build, chosen: Config | None = None) -> Report:
     text = result.asm["ptx"] if "ptx" in result.asm else result.asm["amdgcn"]
     found = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)", text)
     registers, spilled = _nvidia(result) if "cubin" in result.asm else _amd(text)
-    return Report(registers, spilled, int(result.metadata.shared), tuple(sorted(set(found))))
+    columns = int(getattr(result.metadata, "tmem_size", None) or 0)
+    return Report(registers, spilled, int(result.metadata.shared), columns, tuple(sorted(set(found))))
 
 
 def _type(name: str, dtype: str) -> str:

@@ -20,8 +20,11 @@ CAPPED = [Build(which, arch, "bf16", 128, 128, capped=True) for arch in TARGETS 
 
 def check(build: Build) -> None:
     found = report(build)
-    assert found.spill_bytes == 0, f"{build} with {build.config} spills {found.spill_bytes} bytes"
+    # Exact float32 products are no matrix instructions: of head dims so wide, their rows alone fill the registers.
+    wide = build.dtype == "fp32" and max(build.dim, build.v_dim) > 128
+    assert found.spill_bytes <= (512 if wide else 0), f"{build} with {build.config} spills {found.spill_bytes} bytes"
     assert found.shared_bytes <= SHARED_BYTES[build.arch]
+    assert found.tensor_columns <= 512
     if build.dtype != "fp32":
         assert MATRIX[build.arch] in found.matrix
 
@@ -42,6 +45,7 @@ def test_every_build(build: Build) -> None:
 def test_softcaps(build: Build) -> None:
     found = report(build)
     assert found.shared_bytes <= SHARED_BYTES[build.arch]
+    assert found.tensor_columns <= 512
 
 
 def test_spills_are_seen() -> None:

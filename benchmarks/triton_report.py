@@ -74,8 +74,11 @@ def builds(archs: Sequence[str], dtypes: Sequence[str], dims: Sequence[tuple[int
                     yield Build(which, arch, dtype, dim, v_dim)
 
 
-def compiled(build: Build, chosen: Config | None = None) -> Any:
-    """Returns triton's result for a build, as for contiguous tensors of many rows, in its own or another config."""
+def compiled(build: Build, chosen: Config | None = None, ones: Sequence[str] = ("lse_row", "delta_row")) -> Any:
+    """Returns triton's result for a build, as for aligned tensors, in its own or another configuration.
+
+    `ones` are the arguments that are 1, which triton makes constants: rows of lse and delta are next to each other.
+    """
     kernel, chosen = KERNELS[build.which], chosen or build.config
     constants = {
         "DIM": build.dim,
@@ -87,8 +90,7 @@ def compiled(build: Build, chosen: Config | None = None) -> Any:
         "EDGE_STEP": chosen.edge_step,
         "CAPPED": build.capped,
         "DESCRIBED": described(build.arch, DTYPES[build.dtype]),
-        # Rows of lse and delta are next to each other.
-        **{name: 1 for name in ("lse_row", "delta_row") if name in kernel.arg_names},
+        **{name: 1 for name in ones if name in kernel.arg_names},
     }
     signature = {name: "constexpr" if name in constants else _type(name, build.dtype) for name in kernel.arg_names}
     if constants["DESCRIBED"]:

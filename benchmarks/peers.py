@@ -62,6 +62,8 @@ def zigzag_ring_flash_attention(group: dist.ProcessGroup | None = None, backend:
         return f"{DISTRIBUTION} can't run backward on one rank: it sends to itself"
     if _installed("flash_attn") and dist.get_backend(group) == "gloo":
         return "flash_attn is installed, and its kernels do not take CPU tensors"
+    if reasons := BACKENDS[backend].available():
+        return f"{backend}: {'; '.join(reasons)}"
     peer = _load()
     if isinstance(peer, str):
         return peer

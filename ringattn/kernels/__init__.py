@@ -12,6 +12,7 @@ from ringattn.kernels.fused_ops import CpuFlash, CudaFlash, CudnnFlash
 from ringattn.kernels.native import NativeKernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.sdpa import FusedKernel
+from ringattn.kernels.triton import TritonKernel
 
 __all__ = ["BACKENDS", "BlockKernel", "Call", "Spec", "refusals", "select"]
 
@@ -22,6 +23,7 @@ BACKENDS: dict[str, BlockKernel] = {
         NativeKernel(),
         FusedKernel("sdpa", "torch's flash attention on CPU and CUDA; no softcap", (CpuFlash(), CudaFlash())),
         FusedKernel("cudnn", "cuDNN's flash attention, through torch; no softcap", (CudnnFlash(),)),
+        TritonKernel(),
         FlashKernel(
             "flash4", "flash-attn 4, if installed: Hopper and Blackwell; packed masks and windows in one call", Flash4()
         ),

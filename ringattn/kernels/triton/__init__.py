@@ -1,1 +1,96 @@
-"""Triton kernels. Triton itself is imported when a kernel first runs."""
+"""Triton kernels over tile lists: one launch for the forward of a step, two for its backward, however many tiles.
+
+    schedule.py   tiles -> a work list of blocks, in numpy
+    configs.py    block sizes for each architecture
+    blocks.py     what the kernels share
+    forward.py    the forward kernel
+    backward.py   the kernels of dq, and of dk and dv
+    launch.py     tensors -> launches
+    merge.py      a foreign kernel's result into the running state, in one pass
+    delta.py      delta for foreign kernels, in one pass
+
+Triton itself is imported when a kernel first runs, so that the package can be imported without it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ringattn.geometry.tiles import Tiles
+from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.triton.configs import MAX_DIM, TARGETS, architecture
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonKernel:
+    """See contract.BlockKernel."""
+
+    name = "triton"
+    about = "kernels of our own, in Triton, for CUDA and ROCm: every mask in one launch, softcap; no float64"
+
+    def available(self) -> list[str]:
+        """Needs triton, and a GPU that configurations are known for, or triton's interpreter."""
+        if find_spec("triton") is None:
+            return ["triton is not installed"]
+        if _interpreting():
+            return []
+        if not torch.cuda.is_available():
+            return ["torch sees no GPU, and triton's interpreter is off"]
+        if architecture(torch.device("cuda", torch.cuda.current_device())) is None:
+            return [f"has configurations for {', '.join(TARGETS)}, not for {torch.cuda.get_device_name()}"]
+        return []
+
+    def unsupported(self, call: Call) -> list[str]:
+        """See contract.BlockKernel.unsupported."""
+        reasons = []
+        if call.device_type != "cuda" and not (call.device_type == "cpu" and _interpreting()):
+            reasons.append(f"runs on cuda, not on {call.device_type}")
+        if call.dtype not in DTYPES:
+            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {call.dtype}")
+        if call.spec.scale <= 0:
+            # The largest score is found before scores are scaled.
+            reasons.append(f"takes a positive scale, not {call.spec.scale}")
+        dim = max(call.head_dim, call.v_head_dim)
+        if dim > MAX_DIM:
+            reasons.append(f"takes head dims up to {MAX_DIM}, not {dim}")
+        return reasons
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+        """See contract.BlockKernel.forward."""
+        from ringattn.kernels.triton import launch
+
+        if tiles and q.shape[0]:
+            launch.forward(q, k, v, tiles, spec, out, lse)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        tiles: Tiles,
+        spec: Spec,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """See contract.BlockKernel.backward."""
+        from ringattn.kernels.triton import launch
+
+        if tiles and q.shape[0]:
+            launch.backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+
+
+def _interpreting() -> bool:
+    """Whether triton runs its kernels in Python, on the CPU: triton's own switch."""
+    if find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

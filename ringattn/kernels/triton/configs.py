@@ -1,0 +1,112 @@
+"""Block sizes, warps and pipeline stages for each architecture, in one table. No triton is needed to read it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+Pass = Literal["forward", "dq", "dkdv"]
+
+PASSES: tuple[Pass, ...] = ("forward", "dq", "dkdv")
+MIN_WIDTH, MAX_DIM = 16, 256
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled.
+
+    block_m: query rows at a time.
+    block_n: key rows at a time.
+    edge_step: rows of the other side at a time where a mask is applied; there registers are short.
+    """
+
+    block_m: int
+    block_n: int
+    edge_step: int
+    num_warps: int
+    num_stages: int
+
+
+class Target(NamedTuple):
+    """What the code for an architecture is made for."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+
+
+TARGETS: dict[str, Target] = {
+    "sm_80": Target("cuda", 80, 32),
+    "sm_90": Target("cuda", 90, 32),
+    "sm_100": Target("cuda", 100, 32),
+    "gfx942": Target("hip", "gfx942", 64),
+}
+
+# By architecture, bytes of an element, and pass: for padded head dims up to 64, 128 and 256.
+# What is held to: no entry spills registers, but those for float32 beyond 128, whose exact products take whole rows.
+_WIDTHS = (64, 128, 256)
+_TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
+    ("sm_80", 2, "forward"): (Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 2)),
+    ("sm_80", 2, "dq"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 2), Config(64, 32, 16, 8, 2)),
+    ("sm_80", 2, "dkdv"): (Config(32, 64, 32, 4, 2), Config(64, 64, 32, 8, 2), Config(32, 64, 16, 8, 2)),
+    ("sm_80", 4, "forward"): (Config(64, 32, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(16, 16, 16, 8, 1)),
+    ("sm_80", 4, "dq"): (Config(64, 32, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(16, 16, 16, 4, 1)),
+    ("sm_80", 4, "dkdv"): (Config(32, 32, 16, 4, 2), Config(16, 32, 16, 8, 2), Config(16, 16, 16, 8, 1)),
+    ("sm_90", 2, "forward"): (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 32, 8, 2)),
+    ("sm_90", 2, "dq"): (Config(128, 128, 64, 8, 2), Config(128, 128, 64, 8, 2), Config(64, 64, 16, 8, 2)),
+    ("sm_90", 2, "dkdv"): (Config(64, 128, 32, 8, 3), Config(32, 128, 32, 8, 3), Config(32, 64, 16, 8, 2)),
+    ("sm_90", 4, "forward"): (Config(64, 32, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(16, 16, 16, 8, 1)),
+    ("sm_90", 4, "dq"): (Config(64, 32, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(32, 16, 16, 8, 1)),
+    ("sm_90", 4, "dkdv"): (Config(32, 64, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(16, 16, 16, 8, 1)),
+    ("sm_100", 2, "forward"): (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(64, 64, 32, 8, 2)),
+    ("sm_100", 2, "dq"): (Config(128, 128, 64, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 32, 16, 8, 1)),
+    ("sm_100", 2, "dkdv"): (Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 2), Config(32, 32, 16, 8, 1)),
+    ("sm_100", 4, "forward"): (Config(64, 32, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(16, 16, 16, 8, 1)),
+    ("sm_100", 4, "dq"): (Config(64, 32, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(32, 16, 16, 8, 1)),
+    ("sm_100", 4, "dkdv"): (Config(32, 64, 16, 8, 2), Config(32, 32, 16, 8, 2), Config(16, 16, 16, 8, 1)),
+    ("gfx942", 2, "forward"): (Config(128, 64, 32, 4, 1), Config(128, 64, 32, 8, 1), Config(64, 32, 16, 4, 1)),
+    ("gfx942", 2, "dq"): (Config(64, 64, 32, 4, 1), Config(64, 32, 32, 4, 1), Config(32, 32, 16, 4, 1)),
+    ("gfx942", 2, "dkdv"): (Config(64, 64, 32, 4, 1), Config(32, 64, 16, 4, 1), Config(32, 32, 16, 4, 1)),
+    ("gfx942", 4, "forward"): (Config(32, 32, 16, 4, 1), Config(32, 32, 16, 8, 1), Config(16, 16, 16, 4, 1)),
+    ("gfx942", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+    ("gfx942", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
+}
+INTERPRETER = "interpreter"
+
+# Where tensor descriptors pay: hardware that copies blocks by itself (TMA), and feeds matrix units from there.
+_DESCRIBED = {("sm_90", 2), ("sm_100", 2), (INTERPRETER, 2), (INTERPRETER, 4)}
+# Small, so that small tests have several blocks.
+_INTERPRETED = Config(64, 64, 32, 1, 1)
+
+
+def padded(dim: int) -> int:
+    """Returns the width in which a head dim is computed: the next power of two from 16 on."""
+    return max(MIN_WIDTH, 1 << (dim - 1).bit_length())
+
+
+def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass) -> Config:
+    """Returns how to compile a pass for an architecture, element size in bytes, and padded head dims."""
+    if arch == INTERPRETER:
+        return _INTERPRETED
+    wider = max(width, v_width, _WIDTHS[0])
+    return _TABLE[arch, itemsize, which][_WIDTHS.index(wider)]
+
+
+def described(arch: str, itemsize: int) -> bool:
+    """Returns whether kernels load whole blocks by tensor descriptors, where strides allow it."""
+    return (arch, itemsize) in _DESCRIBED
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str | None:
+    """Returns the key in TARGETS of a GPU's family, or None where there is none."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = str(properties.gcnArchName).split(":")[0]
+    else:
+        name = f"sm_{properties.major}0"
+        # Those between have less shared memory than the configurations of their family take.
+        if (properties.major, properties.minor) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
+            return None
+    return name if name in TARGETS else None

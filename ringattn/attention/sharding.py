@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm.gather import gather_rows
-from ringattn.comm.group import agreed, resolve
+from ringattn.comm.group import agreed, resolve, team_of
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout
 
@@ -79,7 +79,7 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
         return {**told, "layout": f"{layout} #{layout.digest}"}, None
 
     key = ("unshard", x.shape, x.dtype, layout, dim) if isinstance(x, Tensor) and _hashable(layout, dim) else None
-    agreed(found, key, prepare)
+    agreed(team_of(found), key, prepare)
     return cast(Tensor, _Unshard.apply(x, layout, found, dim))  # type: ignore[no-untyped-call]
 
 

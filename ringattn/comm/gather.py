@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.ring import Message, launch
+from ringattn.comm.messages import Message, launch
 
 
 def gather_rows(x: Tensor, num_rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
@@ -24,9 +24,11 @@ def gather_rows(x: Tensor, num_rows: Sequence[int], group: dist.ProcessGroup) ->
     rows = [x if peer == rank else x.new_empty((count, *x.shape[1:])) for peer, count in enumerate(num_rows)]
     peers = [peer for peer in range(group.size()) if peer != rank]
     with torch.no_grad():
-        launch(
+        sends, receives = launch(
             group,
             [Message(x, peer, 0) for peer in peers],
             [Message(rows[peer], peer, 0) for peer in peers],
-        ).wait()
+        )
+        for flight in (*receives, *sends):
+            flight.wait()
     return rows

@@ -1,6 +1,15 @@
 """Exact attention over sequences too long for one device."""
 
-from ringattn.attention.api import ring_attention, ring_attention_with_lse
+from ringattn.attention.api import (
+    gather_attention,
+    gather_attention_with_lse,
+    hybrid_attention,
+    hybrid_attention_with_lse,
+    ring_attention,
+    ring_attention_with_lse,
+    ulysses_attention,
+    ulysses_attention_with_lse,
+)
 from ringattn.attention.sharding import shard, shard_batch, unshard
 from ringattn.errors import (
     ArgumentError,
@@ -32,6 +41,10 @@ __all__ = [
     "contiguous",
     "documents",
     "full",
+    "gather_attention",
+    "gather_attention_with_lse",
+    "hybrid_attention",
+    "hybrid_attention_with_lse",
     "prefix_lm",
     "ring_attention",
     "ring_attention_with_lse",
@@ -39,6 +52,8 @@ __all__ = [
     "shard_batch",
     "sliding_window",
     "striped",
+    "ulysses_attention",
+    "ulysses_attention_with_lse",
     "unshard",
     "zigzag",
 ]

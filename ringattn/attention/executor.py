@@ -1,13 +1,10 @@
-"""The executor: runs any plan, forward and backward. There is one, and one autograd.Function for it."""
+"""The executor: runs any plan, forward and backward. There is one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from ringattn.attention.blocks import Blocks
@@ -15,8 +12,9 @@ from ringattn.attention.sides import Queries, Side, side_of
 from ringattn.comm.group import Team
 from ringattn.geometry.heads import HeadRun, early_and_late
 from ringattn.geometry.plan import Payload, Plan, Program, Visit
+from ringattn.geometry.spread import Spread
 from ringattn.kernels import BlockKernel, Spec
-from ringattn.softmax import add_sink_, empty_state, sink_gradient
+from ringattn.softmax import add_sink_, empty_state
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,7 @@ class Job:
     """Everything about a call but its tensors: decided once per signature, the plan being this rank's own."""
 
     plan: Plan
+    spread: Spread | None  # how heads are spread first, if they are: the plan is then one for what comes of it
     kernel: BlockKernel
     spec: Spec
     head_runs: tuple[HeadRun, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
@@ -42,56 +41,8 @@ class Job:
         return self.wanted[0 if self.plan.backward.carried is Payload.Q else 1]
 
 
-class Attention(torch.autograd.Function):
-    """(q, k, v, sink, job, team) -> (out, lse), both differentiable."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job, team: Team
-    ) -> tuple[Tensor, Tensor]:
-        """Runs the plan's forward; see api.ring_attention_with_lse."""
-        ctx.set_materialize_grads(False)
-        ctx.job, ctx.team = job, team
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = run_forward(job, team, q, k, v)
-            if sink is not None:
-                add_sink_(out, lse, sink)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
-        """Runs the plan's backward: gradients of what every rank's out and lse contributed."""
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        job: Job = ctx.job
-        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
-        delta = _row_products(dout, out, lse.dtype)
-        if dlse is not None:
-            delta -= dlse
-        # Where other ranks' queries come, so do their gradients of lse.
-        comes = job.returns_lse and job.plan.backward.carried is Payload.Q
-        if dlse is not None or comes:
-            job = replace(job, spec=replace(job.spec, lse_grad=True))
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = run_backward(job, ctx.team, Queries(q, dout, lse, delta), k, v)
-            dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
-        needed = ctx.needs_input_grad
-        return (
-            _as_input(dq, q) if needed[0] else None,
-            _as_input(dk, k) if needed[1] else None,
-            _as_input(dv, v) if needed[2] else None,
-            dsink,
-            None,
-            None,
-        )
-
-
-def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of this rank's queries over all keys, in the accumulation dtype."""
+def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of this rank's queries over all keys and the sink, in the accumulation dtype."""
     out, lse = empty_state(q, v.shape[3])
     program = job.plan.forward
     blocks = Blocks(program, team, job.plan.rank, [x.transpose(1, 2) for x in (k, v)])
@@ -106,6 +57,8 @@ def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor) -> tuple[
                     kernel_inputs = q[:, :, heads], keys[:, :, kv], values[:, :, kv]
                     job.kernel.forward(*kernel_inputs, visit.tiles, job.spec, *state)
         blocks.end(step)
+    if sink is not None:
+        add_sink_(out, lse, sink)
     return out, lse
 
 
@@ -151,18 +104,3 @@ def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:
         total[:, : part.shape[1]] += part
     del aside
     compute(late, sums)
-
-
-def _as_input(gradient: Tensor, x: Tensor) -> Tensor:
-    """Returns the gradient in the dtype of its input, rows before heads in memory."""
-    if gradient.dtype == x.dtype and gradient.is_contiguous():
-        return gradient
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(gradient)
-
-
-def _row_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns rowsum(a * b), (B, S, H, D) x 2 -> (B, H, S); a head at a time, which bounds the memory."""
-    result = torch.empty(a.shape[0], a.shape[2], a.shape[1], dtype=dtype, device=a.device)
-    for head in range(a.shape[2]):
-        torch.sum(a[:, :, head].to(dtype) * b[:, :, head].to(dtype), dim=-1, out=result[:, head])
-    return result

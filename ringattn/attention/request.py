@@ -10,18 +10,23 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ringattn.attention.executor import Attention, Job
+from ringattn.attention.executor import Job
+from ringattn.attention.function import Attention
 from ringattn.comm.group import Team, agreed
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.exchanges import Exchange, Gather, Ring, build_plan, cheaper_backward
-from ringattn.geometry.heads import whole
+from ringattn.geometry.heads import shares_of, whole
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import Mask, check_mask
 from ringattn.geometry.sizes import Sizes
+from ringattn.geometry.spread import Spread, united
 from ringattn.kernels import Call, Spec, select
 from ringattn.softmax import accumulation_dtype
 
 Masks = Mask | Sequence[Mask] | None
+
+# Operations that spread heads over the last axis, and run a plan along the first, if there are two.
+_SPREADING = ("ulysses_attention", "hybrid_attention")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,9 +123,24 @@ def _prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
         "which of q, k, v, sink require gradients": str(grads),
     }
     wanted = (grads[0], grads[1] or grads[2])
+    spread, rank = None, team.rank
+    if request.operation in _SPREADING:
+        spread, rank, layout, kv_layout = _spread(request, team, layout, kv_layout)
     backward = cheaper_backward(exchange, masks, layout, kv_layout, _sizes(q, k, v), wanted)
-    plan = build_plan(exchange, masks, layout, kv_layout, team.rank, backward)
-    return told, Job(plan, kernel, spec, (whole(q.shape[2], k.shape[2]),), request.returns_lse, wanted)
+    plan = build_plan(exchange, masks, layout, kv_layout, rank, backward)
+    heads = whole(q.shape[2], k.shape[2]).runs()
+    return told, Job(plan, spread, kernel, spec, heads, request.returns_lse, wanted)
+
+
+def _spread(request: Request, team: Team, layout: Layout, kv_layout: Layout) -> tuple[Spread, int, Layout, Layout]:
+    """Returns how heads are spread over the last axis, and the rank and layouts that remain for the plan."""
+    axis = team.axes[-1]
+    num_groups = team.size // len(axis.members)
+    group = team.rank // len(axis.members)
+    layout, q_rows = united(layout, num_groups)
+    kv_layout, kv_rows = united(kv_layout, num_groups)
+    stages = shares_of(request.q.shape[2], request.k.shape[2], len(axis.members), request.stages)
+    return Spread(axis.place, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
 
 
 def _exchange(request: Request, team: Team) -> Exchange:
@@ -129,7 +149,8 @@ def _exchange(request: Request, team: Team) -> Exchange:
         raise ArgumentError(f"stages={stages!r}: must be an integer of 1 or more")
     if request.operation == "gather_attention":
         return Gather(stages)
-    return Ring(team.shape[0] if len(team.shape) == 2 else 1)
+    double = len(team.shape) == 2 and request.operation not in _SPREADING
+    return Ring(team.shape[0] if double else 1)
 
 
 def _layouts(request: Request, team: Team) -> tuple[Layout, Layout]:

@@ -76,7 +76,9 @@ def early_and_late(runs: tuple[HeadRun, ...]) -> tuple[tuple[HeadRun, ...], tupl
 def _stages(part: range, group: int, stages: int) -> list[Share]:
     kv = _kv_of(part, group)
     if len(kv) >= stages:
-        cuts = [part[max(run.start * group - part.start, 0) : run.stop * group - part.start] for run in _even(kv, stages)]
+        cuts = [
+            part[max(run.start * group - part.start, 0) : run.stop * group - part.start] for run in _even(kv, stages)
+        ]
     else:
         cuts = _even(part, stages)
     return [Share(cut, _kv_of(cut, group), group) for cut in cuts]
@@ -88,7 +90,11 @@ def _even(whole: range, parts: int) -> list[range]:
 
 
 def _kv_of(heads: range, group: int) -> range:
-    return range(heads.start // group, -(-heads.stop // group)) if heads else range(heads.start // group, heads.start // group)
+    return (
+        range(heads.start // group, -(-heads.stop // group))
+        if heads
+        else range(heads.start // group, heads.start // group)
+    )
 
 
 def _moved(numbers: range, by: int) -> range:

@@ -84,7 +84,7 @@ def _unite(members: list[tuple[range, ...]]) -> tuple[tuple[range, ...], Union]:
 
 
 def _complete_stripes(runs: list[range]) -> int:
-    """Returns how many of the runs are stripes that leave no gap between them: all `step` of them, or just the first."""
+    """Returns how many of the runs are stripes that leave no gap between them: all of them, or just the first."""
     step = len(runs)
     first, total = runs[0], sum(map(len, runs))
     complete = all(run.step == step and run.start == first.start + i for i, run in enumerate(runs))

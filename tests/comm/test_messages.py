@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ringattn.comm.messages import Message, launch
 
 from ringattn.comm.gather import gather_rows
+from ringattn.comm.messages import Message, launch
 from tests.harness.ranks import RankPool
 
 WORLDS = (1, 2, 3, 4)

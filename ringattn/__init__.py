@@ -20,7 +20,8 @@ from ringattn.errors import (
     MaskError,
     RingAttnError,
 )
-from ringattn.geometry.layout import Layout, balanced, contiguous, striped, zigzag
+from ringattn.geometry.balance import balanced
+from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
 from ringattn.geometry.masks import Mask, causal, chunked, documents, full, prefix_lm, sliding_window
 
 __version__ = "0.1.0"

@@ -31,6 +31,6 @@ assert plan(window, contiguous(4096, 4), Gather()).forward.rows_sent(Payload.KV)
 
 # Packed documents of uneven lengths: `balanced` looks at the mask.
 packed = documents([0, 2500, 2600, 3900, 4096]) & causal()
-assert plan(packed, balanced(packed, 4096, 4)).imbalance < 0.01 < plan(packed, zigzag(4096, 4)).imbalance
+assert plan(packed, balanced(packed, 4096, 4)).imbalance < 0.02 < plan(packed, zigzag(4096, 4)).imbalance
 
 print(plan(causal(), zigzag(4096, 4)).describe())

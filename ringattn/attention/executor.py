@@ -12,6 +12,7 @@ from ringattn.attention.sides import Queries, Side, side_of
 from ringattn.comm.group import Team
 from ringattn.geometry.heads import HeadRun, early_and_late
 from ringattn.geometry.plan import Payload, Plan, Program, Visit
+from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import Spread
 from ringattn.kernels import BlockKernel, Spec
 from ringattn.softmax import add_sink_, empty_state
@@ -39,6 +40,24 @@ class Job:
     def sums_wanted(self) -> bool:
         """Whether the gradients of what travels in the backward are wanted."""
         return self.wanted[0 if self.plan.backward.carried is Payload.Q else 1]
+
+    def bytes_sent(self, sizes: Sizes) -> tuple[int, int]:
+        """Returns the bytes that this rank sends in (forward, backward).
+
+        Args:
+            sizes: of the tensors.
+        """
+        programs = self.plan.forward, self.backward
+        if self.spread is None:
+            forward, backward = (program.bytes_sent(sizes) for program in programs)
+            return forward, backward
+        forward, backward = self.spread.bytes_sent(sizes, self.wanted)
+        for stage in self.spread.stages:
+            share = stage[self.spread.place]
+            part = sizes.of_heads(len(share.heads), len(share.kv_heads))
+            forward += self.plan.forward.bytes_sent(part)
+            backward += self.backward.bytes_sent(part)
+        return forward, backward
 
 
 def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Request:
 def attend(request: Request, team: Team) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of what was asked for, once all ranks of the team have agreed that it can be done."""
     request = _autocast(request)
-    job = agreed(team, request.signature(), lambda: _prepare(request, team))
+    job = agreed(team, request.signature(), lambda: prepare(request, team))
     out, lse = Attention.apply(request.q, request.k, request.v, request.sink, job, team)  # type: ignore[no-untyped-call]
     return cast(Tensor, out), cast(Tensor, lse)
 
@@ -87,7 +87,7 @@ def _autocast(request: Request) -> Request:
     return replace(request, q=cast_down(q), k=cast_down(k), v=cast_down(v))
 
 
-def _prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
+def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
     """Checks a request and returns what the ranks must agree on, and how to run it here."""
     q, k, v, sink = request.q, request.k, request.v, request.sink
     _check_tensors(q, k, v, sink)
@@ -126,7 +126,7 @@ def _prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
     spread, rank = None, team.rank
     if request.operation in _SPREADING:
         spread, rank, layout, kv_layout = _spread(request, team, layout, kv_layout)
-    backward = cheaper_backward(exchange, masks, layout, kv_layout, _sizes(q, k, v), wanted)
+    backward = cheaper_backward(exchange, masks, layout, kv_layout, sizes_of(q, k, v), wanted)
     plan = build_plan(exchange, masks, layout, kv_layout, rank, backward)
     heads = whole(q.shape[2], k.shape[2]).runs()
     return told, Job(plan, spread, kernel, spec, heads, request.returns_lse, wanted)
@@ -165,7 +165,8 @@ def _layouts(request: Request, team: Team) -> tuple[Layout, Layout]:
     return layout, kv_layout
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    """Returns the sizes that bytes depend on."""
     batch, _, heads, dim = q.shape
     sums = accumulation_dtype(q.dtype)
     return Sizes(batch, heads, k.shape[2], dim, v.shape[3], q.dtype.itemsize, sums.itemsize)

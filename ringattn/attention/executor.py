@@ -50,14 +50,14 @@ class Job:
         programs = self.plan.forward, self.backward
         if self.spread is None:
             forward, backward = (program.bytes_sent(sizes) for program in programs)
-            return forward, backward
+            return forward, backward if any(self.wanted) else 0
         forward, backward = self.spread.bytes_sent(sizes, self.wanted)
         for stage in self.spread.stages:
             share = stage[self.spread.place]
             part = sizes.of_heads(len(share.heads), len(share.kv_heads))
             forward += self.plan.forward.bytes_sent(part)
             backward += self.backward.bytes_sent(part)
-        return forward, backward
+        return forward, backward if any(self.wanted) else 0
 
 
 def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:

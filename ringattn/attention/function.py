@@ -52,15 +52,15 @@ class Attention(torch.autograd.Function):
         others_come = job.spread is not None or job.plan.backward.carried is Payload.Q
         if dlse is not None or (job.returns_lse and others_come):
             job = replace(job, spec=replace(job.spec, lse_grad=True))
+        dq: Tensor | None = None
+        dk: Tensor | None = None
+        dv: Tensor | None = None
         queries = Queries(q, dout, lse, delta)
-        dq: Tensor | None
-        dk: Tensor | None
-        dv: Tensor | None
         with torch.autocast(q.device.type, enabled=False):
-            if job.spread is None:
-                dq, dk, dv = run_backward(job, ctx.team, queries, k, v)
-            else:
+            if job.spread is not None and any(job.wanted):
                 dq, dk, dv = spread_backward(job, job.spread, ctx.team, queries, k, v)
+            elif any(job.wanted):
+                dq, dk, dv = run_backward(job, ctx.team, queries, k, v)
             dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
         needed = ctx.needs_input_grad
         return (

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from tests.attention.problem import FLAT_WAYS, MESH_WAYS, Problem, Way, check
+from tests.attention.problem import FLAT_WAYS, MESH_WAYS, Problem, Way, check, solve, whole
+from tests.harness import oracle
 from tests.harness.cases import LAYOUT_CASES, MASK_CASES, layout_case, mask_case
+from tests.harness.compare import assert_within_rule
 from tests.harness.ranks import RankPool
 
 WAYS = (*FLAT_WAYS, *MESH_WAYS)
@@ -82,3 +85,39 @@ def test_cross_attention(pool: RankPool, way: Way) -> None:
 def test_fewer_tokens_than_ranks(pool: RankPool, way: Way) -> None:
     lengths = (0, 1, 3)
     check_way(pool, way, *(Problem(PACKED, layout_case("zigzag"), n, sink=True, poison=True) for n in lengths))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_exact_as_plain_torch(pool: RankPool, way: Way, dtype: torch.dtype) -> None:
+    """Queries travel in the backward with as many kv heads; gradients of replicated ones are summed in fp32."""
+    for kv_heads in (4, 1):
+        problem = Problem(
+            PACKED, ZIGZAG, 61, heads=4, kv_heads=kv_heads, dim=16, v_dim=16, sink=True, dtype=dtype, way=way
+        )
+        t = problem.tensors()
+        plain = oracle.plain_gradients(*t[:3], problem.allowed(), t.dout, t.dlse, sink=problem.sink_logits())
+        expected = problem.expected()
+        for name, actual in whole(problem, pool.run(solve, 4, problem)).items():
+            if name == "dsink":
+                continue  # in fp32 whatever the inputs are
+            exact = name in ("lse",)
+            wanted = torch.float32 if exact else dtype
+            assert actual.dtype == wanted, name
+            assert_within_rule(
+                actual, getattr(expected, name), getattr(plain, name), name=f"{name} of {way}", check_dtype=not exact
+            )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "way", [Way("hybrid", (2, 3)), Way("hybrid", (3, 2), 2), Way("ring", (2, 3)), Way("ring", (3, 2))], ids=str
+)
+def test_six_ranks(way: Way) -> None:
+    with RankPool(6) as six:
+        problems = [
+            Problem(mask, layout_case(layout), 37, heads=h, kv_heads=kv, v_dim=3, sink=True, poison=True, way=way)
+            for mask in MASK_CASES
+            for layout, (h, kv) in zip(("contiguous", "zigzag", "striped_1"), ((6, 6), (7, 1), (6, 2)), strict=True)
+        ]
+        check(six, problems, [6])

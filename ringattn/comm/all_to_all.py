@@ -35,8 +35,8 @@ class Trade:
         self._flights = [*receiving, *sending]
 
     def wait(self) -> dict[int, Packet]:
-        """Returns what came from each other place, once all has come and gone."""
+        """Returns what came from each other place, once all has come and gone; nothing of it is kept here."""
         for flight in self._flights:
             flight.wait()
-        self._flights = []
-        return self._came
+        came, self._came, self._flights = self._came, {}, []
+        return came

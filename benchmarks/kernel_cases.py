@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.geometry.plan import build_plan
+from ringattn.geometry.exchanges import Ring, build_plan
 from ringattn.geometry.tiles import Tiles, tiles_of_rank
 from ringattn.kernels import Call, Spec
 
@@ -78,8 +78,8 @@ def _ring_step(source: int) -> Callable[[int], Pattern]:
 
     def pattern(seq_len: int) -> Pattern:
         layout = ringattn.zigzag(seq_len * RING_RANKS, RING_RANKS)
-        plan = build_plan("ring", (ringattn.causal(),), layout, layout, RING_RANK)
-        return Pattern(next(step.tiles for step in plan.forward if step.block == source))
+        plan = build_plan(Ring(), (ringattn.causal(),), layout, layout, RING_RANK)
+        return Pattern(next(visit.tiles for visit in plan.forward.visits if visit.piece.block == source))
 
     return pattern
 

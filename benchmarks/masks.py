@@ -19,7 +19,7 @@ from rich.table import Table
 import ringattn
 from benchmarks.measure import Contender, Lines, progress, race, ratio
 from benchmarks.session import Session, session
-from ringattn.geometry.plan import build_plan
+from ringattn.geometry.exchanges import Ring, build_plan
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def contender(case: Case, seq_len: int, backward: bool, dtype: torch.dtype, here
         out = ringattn.ring_attention(q, k, v, mask=mask, layout=layout)
         return torch.autograd.grad(out.sum(), [q, k, v]) if backward else out
 
-    plan = build_plan("ring", (mask,), layout, layout, here.rank)
+    plan = build_plan(Ring(), (mask,), layout, layout, here.rank)
     return Contender(case.name, once, 1), sum(plan.work)
 
 

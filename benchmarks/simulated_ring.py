@@ -30,7 +30,7 @@ import ringattn
 from benchmarks.kernel_cases import flops
 from benchmarks.measure import Clock, Contender, Lines, OneDevice, progress, race
 from ringattn.errors import BackendError
-from ringattn.geometry.plan import build_plan
+from ringattn.geometry.exchanges import Ring, build_plan
 from ringattn.geometry.tiles import Tile, Tiles, tiles_of_rank
 from ringattn.kernels import BACKENDS, BlockKernel, Call, Spec, refusals
 from ringattn.softmax import accumulation_dtype, empty_state
@@ -76,8 +76,8 @@ class Case:
     def steps(self, rank: int) -> list[tuple[int, Tiles]]:
         """Returns what a rank attends to, step by step: (block, tiles)."""
         layout = ringattn.zigzag(self.ranks * self.rows, self.ranks)
-        plan = build_plan("ring", (ringattn.causal(),), layout, layout, rank)
-        return [(step.block, step.tiles) for step in plan.forward if step.tiles]
+        plan = build_plan(Ring(), (ringattn.causal(),), layout, layout, rank)
+        return [(visit.piece.block, visit.tiles) for visit in plan.forward.visits]
 
 
 class Attention:

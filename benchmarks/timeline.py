@@ -12,7 +12,9 @@ import torch.distributed as dist
 import ringattn
 from benchmarks.model import Size
 from benchmarks.session import Session
-from ringattn.geometry.plan import Payload, Plan, Step, build_plan
+from ringattn.geometry.exchanges import Ring, build_plan, cheaper_backward
+from ringattn.geometry.plan import Program, Step
+from ringattn.geometry.sizes import Sizes
 
 
 class Span(NamedTuple):
@@ -42,9 +44,14 @@ def record(here: Session, layout: ringattn.Layout, size: Size) -> list[Span]:
         torch.autograd.grad(out.sum(), [q, k, v])
 
     once()
-    plan = build_plan("ring", (mask,), layout, layout, here.rank)
-    row_numbers = 2 * size.kv_heads * size.head_dim
-    alone = [_seconds_alone(here, _numbers_sent(plan, step, row_numbers)) for step in plan.forward + plan.backward]
+    sizes = Sizes(1, size.heads, size.kv_heads, size.head_dim, size.head_dim, 4, 4)
+    backward = cheaper_backward(Ring(), (mask,), layout, layout, sizes)
+    plan = build_plan(Ring(), (mask,), layout, layout, here.rank, backward)
+    alone = [
+        _seconds_alone(here, _numbers_sent(program, step, sizes))
+        for program in (plan.forward, plan.backward)
+        for step in program.steps
+    ]
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         dist.barrier()
@@ -56,27 +63,33 @@ def record(here: Session, layout: ringattn.Layout, size: Size) -> list[Span]:
         if event.name().startswith("ringattn: ")
     )
     spans = []
-    posted = step = 0
+    step, posted, waited = -1, 0, 0
+
+    def landed() -> None:
+        """Draws the transfers of the step whose messages have been awaited."""
+        if step >= 0 and alone[step]:
+            over = max(waited, posted) / 1e9
+            spans.append(Span(here.rank, "flight", posted / 1e9, over, ""))
+            spans.append(Span(here.rank, "transfer", posted / 1e9, min(posted / 1e9 + alone[step], over), ""))
+
     for start, stop, name in marks:
         label = name.removeprefix("ringattn: ")
         if label == "post":
-            posted = start
+            landed()
+            step, posted = step + 1, start
         elif label == "wait":
-            if alone[step]:
-                landed = min(posted / 1e9 + alone[step], stop / 1e9)
-                spans.append(Span(here.rank, "flight", posted / 1e9, stop / 1e9, ""))
-                spans.append(Span(here.rank, "transfer", posted / 1e9, landed, ""))
+            waited = stop
             spans.append(Span(here.rank, "wait", start / 1e9, stop / 1e9, ""))
-            step += 1
         else:
             spans.append(Span(here.rank, "compute", start / 1e9, stop / 1e9, label))
+    landed()
     everyone: list[list[Span]] = [[] for _ in range(here.world_size)]
     dist.gather_object(spans, everyone if here.rank == 0 else None)
     return [span for spans in everyone for span in spans]
 
 
-def _numbers_sent(plan: Plan, step: Step, row_numbers: int) -> int:
-    return sum(plan.rows_sent(payload, (step,)) for payload in Payload) * row_numbers
+def _numbers_sent(program: Program, step: Step, sizes: Sizes) -> int:
+    return sum(program.rows_of(t) * sizes.row_bytes(t.payload) for t in step.sends) // 4
 
 
 def _seconds_alone(here: Session, numbers: int) -> float:

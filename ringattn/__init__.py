@@ -1,6 +1,15 @@
 """Exact attention over sequences too long for one device."""
 
-from ringattn.attention.api import ring_attention, ring_attention_with_lse
+from ringattn.attention.api import (
+    gather_attention,
+    gather_attention_with_lse,
+    hybrid_attention,
+    hybrid_attention_with_lse,
+    ring_attention,
+    ring_attention_with_lse,
+    ulysses_attention,
+    ulysses_attention_with_lse,
+)
 from ringattn.attention.sharding import shard, shard_batch, unshard
 from ringattn.errors import (
     ArgumentError,
@@ -11,7 +20,8 @@ from ringattn.errors import (
     MaskError,
     RingAttnError,
 )
-from ringattn.geometry.layout import Layout, balanced, contiguous, striped, zigzag
+from ringattn.geometry.balance import balanced
+from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
 from ringattn.geometry.masks import Mask, causal, chunked, documents, full, prefix_lm, sliding_window
 
 __version__ = "0.1.0"
@@ -32,6 +42,10 @@ __all__ = [
     "contiguous",
     "documents",
     "full",
+    "gather_attention",
+    "gather_attention_with_lse",
+    "hybrid_attention",
+    "hybrid_attention_with_lse",
     "prefix_lm",
     "ring_attention",
     "ring_attention_with_lse",
@@ -39,6 +53,8 @@ __all__ = [
     "shard_batch",
     "sliding_window",
     "striped",
+    "ulysses_attention",
+    "ulysses_attention_with_lse",
     "unshard",
     "zigzag",
 ]

@@ -18,7 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MANUAL = PACKAGE.parent / "docs" / "api.md"
 MAX_LINES = 420
 
-CALLS = {"ring_attention", "ring_attention_with_lse", "shard", "shard_batch", "unshard"}
+ATTENTION = {f"{way}_attention{also}" for way in ("gather", "hybrid", "ring", "ulysses") for also in ("", "_with_lse")}
+CALLS = ATTENTION | {"shard", "shard_batch", "unshard"}
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}
 VALUES = {"Layout", "Mask"}

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.comm.gather import gather_rows
-from ringattn.comm.group import agreed, resolve
+from ringattn.comm.gather import gather_everywhere
+from ringattn.comm.group import Team, agreed, team_of
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout
 
@@ -27,7 +27,7 @@ def shard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tenso
     Args:
         x: the whole tensor, layout.seq_len long along `dim`; any dtype.
         layout: who holds which rows.
-        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+        group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
         dim: which dim is the sequence.
     Returns:
         x with layout.num_tokens(rank) rows along `dim`, contiguous. Differentiable: x gets the gradients of this
@@ -37,12 +37,12 @@ def shard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tenso
         ArgumentError: when an argument has another type or `dim` does not exist.
     Communication: none.
     """
-    found = resolve(group)
-    _check(x, layout, found, dim)
+    team = team_of(group)
+    _check(x, layout, team, dim)
     length = x.shape[dim]
     if length != layout.seq_len:
         raise LayoutError(f"x has {length} rows along dim {dim}, but layout={layout} has {layout.seq_len} positions")
-    return _take(x, layout, found.rank(), dim)
+    return _take(x, layout, team.rank, dim)
 
 
 def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tensor:
@@ -55,7 +55,7 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
     Args:
         x: this rank's rows, layout.num_tokens(rank) along `dim`; any dtype.
         layout: who holds which rows.
-        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+        group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
         dim: which dim is the sequence.
     Returns:
         x with layout.seq_len rows along `dim`. Differentiable.
@@ -65,22 +65,22 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
         DisagreementError: when the ranks' other dims, dtypes or layouts differ. All of them on every rank.
     Communication: each rank sends its rows to each other rank.
     """
-    found = resolve(group)
+    team = team_of(group)
 
     def prepare() -> tuple[Mapping[str, str], None]:
-        _check(x, layout, found, dim)
-        rows, expected = x.shape[dim], layout.num_tokens(found.rank())
+        _check(x, layout, team, dim)
+        rows, expected = x.shape[dim], layout.num_tokens(team.rank)
         if rows != expected:
             raise LayoutError(
-                f"x has {rows} rows along dim {dim}, but layout={layout} gives rank {found.rank()} {expected}"
+                f"x has {rows} rows along dim {dim}, but layout={layout} gives rank {team.rank} {expected}"
             )
         others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
         told = {"dtype": str(x.dtype), "dim": str(dim % x.ndim), "the other dims": str(others)}
         return {**told, "layout": f"{layout} #{layout.digest}"}, None
 
     key = ("unshard", x.shape, x.dtype, layout, dim) if isinstance(x, Tensor) and _hashable(layout, dim) else None
-    agreed(found, key, prepare)
-    return cast(Tensor, _Unshard.apply(x, layout, found, dim))  # type: ignore[no-untyped-call]
+    agreed(team, key, prepare)
+    return cast(Tensor, _Unshard.apply(x, layout, team, dim))  # type: ignore[no-untyped-call]
 
 
 def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -> dict[str, Any]:
@@ -94,15 +94,15 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
     Args:
         batch: such as {"input_ids": (B, S), "labels": (B, S)}.
         layout: who holds which positions; layout.seq_len == S.
-        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+        group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
     Raises:
         ArgumentError: when a tensor has no dim 1 of seq_len (a 4-D mask has two such dims: give it as `mask=`), or
             both `labels` and `shift_labels` are given.
         LayoutError: when the layout is for another number of ranks.
     Communication: none.
     """
-    found = resolve(group)
-    layout = check_layout(layout, "layout", found.size())
+    team = team_of(group)
+    layout = check_layout(layout, "layout", team.size)
     if not isinstance(batch, Mapping):
         raise ArgumentTypeError(f"batch={batch!r:.100}: must be a mapping of names to tensors")
     if "labels" in batch and "shift_labels" in batch:
@@ -117,12 +117,12 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
     for name, value in whole.items():
         if isinstance(value, Tensor) and value.ndim:
             _check_sequence(name, value, layout)
-            shares[name] = _take(value, layout, found.rank(), 1)
+            shares[name] = _take(value, layout, team.rank, 1)
         else:
             shares[name] = value
     if "position_ids" not in shares:
         device = next((value.device for value in shares.values() if isinstance(value, Tensor)), None)
-        shares["position_ids"] = torch.as_tensor(layout.positions(found.rank()), device=device)[None]
+        shares["position_ids"] = torch.as_tensor(layout.positions(team.rank), device=device)[None]
     return shares
 
 
@@ -137,12 +137,12 @@ def _check_sequence(name: str, x: object, layout: Layout) -> None:
         )
 
 
-def _check(x: Tensor, layout: Layout, group: dist.ProcessGroup, dim: int) -> None:
+def _check(x: Tensor, layout: Layout, team: Team, dim: int) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"x={x!r:.100}: must be a tensor, not {type(x).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
         raise ArgumentError(f"dim={dim!r}: x has {x.ndim} dims, so it must lie in [{-x.ndim}, {x.ndim - 1}]")
-    check_layout(layout, "layout", group.size())
+    check_layout(layout, "layout", team.size)
 
 
 def _hashable(*values: object) -> bool:
@@ -165,10 +165,10 @@ def _take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.layout, ctx.rank, ctx.dim = layout, group.rank(), dim
+    def forward(ctx: Any, x: Tensor, layout: Layout, team: Team, dim: int) -> Tensor:
+        ctx.layout, ctx.rank, ctx.dim = layout, team.rank, dim
         counts = [layout.num_tokens(rank) for rank in range(layout.world_size)]
-        rows = torch.cat(gather_rows(x.movedim(dim, 0).contiguous(), counts, group))
+        rows = gather_everywhere(x.movedim(dim, 0).contiguous(), counts, team)
         order = np.concatenate([layout.positions(rank) for rank in range(layout.world_size)])
         whole = torch.empty_like(rows)
         whole[torch.as_tensor(order, device=x.device)] = rows

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.ring import Message, launch
+from ringattn.comm.group import Team
+from ringattn.comm.messages import Message, launch
 
 
 def gather_rows(x: Tensor, num_rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
@@ -24,9 +25,32 @@ def gather_rows(x: Tensor, num_rows: Sequence[int], group: dist.ProcessGroup) ->
     rows = [x if peer == rank else x.new_empty((count, *x.shape[1:])) for peer, count in enumerate(num_rows)]
     peers = [peer for peer in range(group.size()) if peer != rank]
     with torch.no_grad():
-        launch(
+        sends, receives = launch(
             group,
             [Message(x, peer, 0) for peer in peers],
             [Message(rows[peer], peer, 0) for peer in peers],
-        ).wait()
+        )
+        for flight in (*receives, *sends):
+            flight.wait()
     return rows
+
+
+def gather_everywhere(x: Tensor, num_rows: Sequence[int], team: Team) -> Tensor:
+    """Returns the rows of all ranks of a team, one rank after the other.
+
+    Args:
+        x: this rank's rows, (num_rows[rank], ...), contiguous.
+        num_rows: how many rows each rank has; the other dims are the same on all.
+        team: all its ranks call this together.
+    Communication: each rank sends its rows along the last axis, and then those of the whole axis along the one before.
+    """
+    first, span = team.rank, 1
+    for axis in reversed(team.axes):
+        first -= axis.place * span
+        counts = [0] * len(axis.members)
+        for place, member in enumerate(axis.members):
+            counts[member] = sum(num_rows[first + place * span : first + (place + 1) * span])
+        rows = gather_rows(x, counts, axis.group)
+        x = torch.cat([rows[member] for member in axis.members])
+        span *= len(axis.members)
+    return x

@@ -1,4 +1,4 @@
-"""Process groups: telling which one is meant, and making its ranks agree before anything is sent.
+"""Which ranks are meant, by a group or a mesh; and making them agree before anything is sent.
 
 A rank that raised alone would leave the others waiting, and ranks that mean different things would exchange
 garbage. So the first call of every signature compares notes: each rank tells what it asks for, or what it found wrong,
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,9 +22,101 @@ from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError,
 
 Result = TypeVar("Result")
 
-# What the ranks of a group have agreed on. Every rank makes the same calls, so all forget the same ones.
+# What the ranks of a team have agreed on, by its first group. Every rank makes the same calls, so all forget the same
+# ones.
 _AGREED: WeakKeyDictionary[dist.ProcessGroup, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
 _REMEMBERED = 256
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One group of a team, and the rank in it of each place along the axis."""
+
+    group: dist.ProcessGroup
+    members: tuple[int, ...]
+    place: int  # this rank's own
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that make a call together: those of one group, or of a mesh whose axes are groups, the slow one first.
+
+    Ranks are numbered by their places, the last axis counting fastest.
+    """
+
+    axes: tuple[Axis, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many ranks there are along each axis."""
+        return tuple(len(axis.members) for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return prod(self.shape)
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank."""
+        number = 0
+        for axis in self.axes:
+            number = number * len(axis.members) + axis.place
+        return number
+
+    def along(self, axis: int) -> Team:
+        """Returns the ranks that differ from this one along one axis only."""
+        return Team((self.axes[axis],))
+
+    def route(self, peer: int) -> tuple[int, int]:
+        """Returns which axis leads to another rank, and its rank in that axis' group.
+
+        Raises:
+            ValueError: when it lies on none of this rank's axes.
+        """
+        here, there = self._places(self.rank), self._places(peer)
+        differing = [axis for axis, places in enumerate(zip(here, there, strict=True)) if len(set(places)) > 1]
+        if len(differing) != 1:
+            raise ValueError(f"rank {peer} lies on no axis of rank {self.rank} in a mesh of {self.shape}")
+        (axis,) = differing
+        return axis, self.axes[axis].members[there[axis]]
+
+    def _places(self, rank: int) -> list[int]:
+        places = []
+        for length in reversed(self.shape):
+            rank, place = divmod(rank, length)
+            places.append(place)
+        return places[::-1]
+
+
+def team_of(group: object, axes: tuple[str, ...] = ()) -> Team:
+    """Returns the ranks that a caller means.
+
+    Args:
+        group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
+        axes: what the dims of a two-dimensional mesh must be called, slow to fast; () lets them have any name.
+    Raises:
+        ArgumentTypeError: when it is something else.
+        ArgumentError: when there is no such group, this process is not in it, or the mesh has other axes.
+    """
+    if not isinstance(group, DeviceMesh) or group.ndim != 2:
+        found = resolve(group)
+        return Team((Axis(found, tuple(range(found.size())), found.rank()),))
+    if axes and group.mesh_dim_names != axes:
+        raise ArgumentError(
+            f"group={group!r}: a mesh of two dims must have the axes {axes}, in this order, not "
+            f"{group.mesh_dim_names}; or pass one of them, such as mesh['{axes[0]}']"
+        )
+    coordinate = group.get_coordinate()
+    if coordinate is None:
+        raise ArgumentError(f"group={group!r}: this process is not a member of the mesh")
+    found_axes = []
+    for dim in range(2):
+        along = group.mesh.select(1 - dim, coordinate[1 - dim]).tolist()
+        axis_group = group.get_group(dim)
+        members = tuple(dist.get_group_rank(axis_group, rank) for rank in along)
+        found_axes.append(Axis(axis_group, members, coordinate[dim]))
+    return Team(tuple(found_axes))
 
 
 def resolve(group: object) -> dist.ProcessGroup:
@@ -63,31 +157,34 @@ def resolve(group: object) -> dist.ProcessGroup:
     return found
 
 
-def agreed(group: dist.ProcessGroup, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
-    """Returns what `prepare` makes, once every rank of the group has made the same of it.
+def agreed(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
+    """Returns what `prepare` makes, once every rank of the team has made the same of it.
 
     Args:
-        group: all its ranks call this together when the key is new to them.
+        team: all its ranks call this together when the key is new to them.
         key: the signature of the call, as this rank sees it; None is never remembered.
         prepare: checks the arguments and returns what all ranks must have in common (name: value, as text), and
             the result, which may differ from rank to rank.
     Raises:
         RingAttnError: what `prepare` raised on the first rank where it did, on every rank.
         DisagreementError: when the ranks' texts differ, on every rank.
-    Communication: one all-gather of a few hundred bytes on the first call of a signature; nothing afterwards, and
-        nothing for a group of one rank.
+    Communication: one all-gather of a few hundred bytes for each axis on the first call of a signature; nothing
+        afterwards, and nothing for a team of one rank.
     """
-    memory = _AGREED.get(group)
+    first, *others = (axis.group for axis in team.axes)
+    memory = _AGREED.get(first)
     if memory is None:
-        memory = _AGREED[group] = OrderedDict()
+        memory = _AGREED[first] = OrderedDict()
+    if key is not None:
+        key = (*others, key)
     if key is not None and key in memory:
         memory.move_to_end(key)
         found: Result = memory[key]
         return found
-    if group.size() == 1:
+    if team.size == 1:
         _, result = prepare()
     else:
-        result = _compare(group, prepare)
+        result = _compare(team, prepare)
     if key is not None:
         memory[key] = result
         if len(memory) > _REMEMBERED:
@@ -95,7 +192,7 @@ def agreed(group: dist.ProcessGroup, key: Hashable, prepare: Callable[[], tuple[
     return result
 
 
-def _compare(group: dist.ProcessGroup, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
+def _compare(team: Team, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
     told: Mapping[str, str] = {}
     error: Exception | None = None
     try:
@@ -103,8 +200,12 @@ def _compare(group: dist.ProcessGroup, prepare: Callable[[], tuple[Mapping[str, 
     except Exception as problem:  # whatever it is, the other ranks must not be left waiting
         error = problem
     note = (dict(told), None if error is None else _described(error))
-    notes: list[Any] = [None] * group.size()
-    dist.all_gather_object(notes, note, group=group)
+    numbered = [(team.rank, note)]
+    for axis in reversed(team.axes):
+        heard: list[Any] = [None] * len(axis.members)
+        dist.all_gather_object(heard, numbered, group=axis.group)
+        numbered = [entry for entries in heard for entry in entries]
+    notes = [note for _, note in sorted(numbered, key=lambda entry: entry[0])]
     failures = [(rank, *problem) for rank, (_, problem) in enumerate(notes) if problem is not None]
     if failures:
         rank, kind, message = failures[0]

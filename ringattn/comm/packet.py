@@ -1,42 +1,54 @@
-"""Packets: several tensors in one flat buffer, so that they travel as one message."""
+"""Packets: several tensors, of any dtypes, in one flat buffer, so that they travel as one message."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Field(NamedTuple):
+    """The shape and dtype of one tensor of a packet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """How much of the buffer it takes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 class Packet:
-    """A flat, contiguous buffer and the tensors that are views of it, one after the other.
+    """A flat buffer of bytes and the tensors that are views of it.
 
     Args:
-        buffer: one-dimensional, at least as long as the tensors; used from its beginning.
-        shapes: of the tensors.
+        buffer: uint8, one-dimensional, at least as long as the fields; used from its beginning.
+        fields: of the tensors. In the buffer those of wider dtypes come first, so that each is aligned.
     """
 
-    def __init__(self, buffer: Tensor, shapes: Sequence[Sequence[int]]) -> None:
-        sizes = [prod(shape) for shape in shapes]
+    def __init__(self, buffer: Tensor, fields: Sequence[Field]) -> None:
         self.buffer = buffer
-        self.flat = buffer[: sum(sizes)]
-        self.tensors = [part.view(*shape) for part, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
+        self.flat = buffer[: size_of(fields)]
+        order = sorted(range(len(fields)), key=lambda index: -fields[index].dtype.itemsize)
+        parts = torch.split(self.flat, [fields[index].num_bytes for index in order])
+        views = {i: part.view(fields[i].dtype).view(fields[i].shape) for i, part in zip(order, parts, strict=True)}
+        self.tensors = tuple(views[index] for index in range(len(fields)))
 
     @classmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Packet:
+    def empty(cls, fields: Sequence[Field], device: torch.device) -> Packet:
         """Returns a packet of undefined content."""
-        return cls(torch.empty(sum(map(prod, shapes)), dtype=dtype, device=device), shapes)
+        return cls(torch.empty(size_of(fields), dtype=torch.uint8, device=device), fields)
 
     @classmethod
-    def zeros(cls, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Packet:
+    def zeros(cls, fields: Sequence[Field], device: torch.device) -> Packet:
         """Returns a packet of zeros."""
-        return cls(torch.zeros(sum(map(prod, shapes)), dtype=dtype, device=device), shapes)
+        return cls(torch.zeros(size_of(fields), dtype=torch.uint8, device=device), fields)
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Packet:
-        """Returns a packet that holds copies of the tensors, which may have any strides."""
-        packet = cls.empty([t.shape for t in tensors], tensors[0].dtype, tensors[0].device)
-        for place, tensor in zip(packet.tensors, tensors, strict=True):
-            place.copy_(tensor)
-        return packet
+
+def size_of(fields: Sequence[Field]) -> int:
+    """Returns the bytes of a packet with these fields."""
+    return sum(field.num_bytes for field in fields)

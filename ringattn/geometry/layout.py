@@ -17,15 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ringattn.errors import ArgumentError, LayoutError
-
-if TYPE_CHECKING:
-    from ringattn.geometry.masks import Mask
 
 Ints = npt.NDArray[np.int64]
 
@@ -162,7 +159,8 @@ class Layout:
         return self.name
 
 
-def _checked(seq_len: int, world_size: int) -> tuple[int, int]:
+def checked_numbers(seq_len: int, world_size: int) -> tuple[int, int]:
+    """Returns the two numbers that every layout has, as integers; raises LayoutError where they are not allowed."""
     for name, value, least in (("seq_len", seq_len, 0), ("world_size", world_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise LayoutError(f"{name}={value!r}: must be an integer of {least} or more")
@@ -188,7 +186,7 @@ def contiguous(seq_len: int, world_size: int) -> Layout:
     Raises:
         LayoutError: when a number is not allowed.
     """
-    seq_len, world_size = _checked(seq_len, world_size)
+    seq_len, world_size = checked_numbers(seq_len, world_size)
     ranges = tuple((run,) for run in _even_cuts(seq_len, world_size))
     return Layout(seq_len, ranges, f"contiguous({seq_len}, {world_size})")
 
@@ -207,7 +205,7 @@ def zigzag(seq_len: int, world_size: int) -> Layout:
         LayoutError: when a number is not allowed.
     Source: Llama 3's and Megatron-LM's context parallelism; Zhu's zigzag ring.
     """
-    seq_len, world_size = _checked(seq_len, world_size)
+    seq_len, world_size = checked_numbers(seq_len, world_size)
     runs = _even_cuts(seq_len, 2 * world_size)
     ranges = tuple((runs[r], runs[2 * world_size - 1 - r]) for r in range(world_size))
     return Layout(seq_len, ranges, f"zigzag({seq_len}, {world_size})")
@@ -227,7 +225,7 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
         LayoutError: when a number is not allowed.
     Source: Brandon et al. 2023, arXiv:2311.09431.
     """
-    seq_len, world_size = _checked(seq_len, world_size)
+    seq_len, world_size = checked_numbers(seq_len, world_size)
     if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 1:
         raise LayoutError(f"block={block!r}: must be an integer of 1 or more")
     name = f"striped({seq_len}, {world_size}, block={block})"
@@ -240,56 +238,15 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
     return Layout(seq_len, ranges, name)
 
 
-@lru_cache(maxsize=64, typed=True)
-def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None) -> Layout:
-    """Chunks of positions are dealt so that this mask's work, and the tokens, are even over the ranks.
-
-    Chunks are taken from the heaviest to the lightest; each goes to the rank that has the least work so far
-    among those that still have room, every rank having room for the same number of chunks (or one less).
-
-    Args:
-        mask: what the queries will see; decides the work of each chunk.
-        seq_len: positions.
-        world_size: ranks.
-        chunk: positions in a chunk; None gives each rank about 16 chunks.
-    Raises:
-        LayoutError: when a number is not allowed.
-        MaskError: when the mask does not fit the length.
-    Source: longest-processing-time-first scheduling, Graham 1969.
-    """
-    from ringattn.geometry.tiles import work_of_ranges
-
-    seq_len, world_size = _checked(seq_len, world_size)
-    if chunk is None:
-        chunk = max(1, -(-seq_len // (16 * world_size)))
-    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
-        raise LayoutError(f"chunk={chunk!r}: must be an integer of 1 or more, or None")
-    chunks = [range(a, min(a + chunk, seq_len)) for a in range(0, seq_len, chunk)]
-    work = work_of_ranges(mask, chunks, seq_len)
-    quota, longer = divmod(len(chunks), world_size)
-    load = np.zeros(world_size, dtype=np.int64)
-    taken = np.zeros(world_size, dtype=np.int64)
-    dealt: list[list[range]] = [[] for _ in range(world_size)]
-    for index in np.argsort(-work, kind="stable"):
-        may_take_extra = np.count_nonzero(taken > quota) < longer
-        open_ranks = np.flatnonzero(taken < quota + may_take_extra)
-        rank = int(open_ranks[np.argmin(load[open_ranks])])
-        dealt[rank].append(chunks[int(index)])
-        load[rank] += work[index]
-        taken[rank] += 1
-    ranges = tuple(_joined(sorted(own, key=lambda r: r.start)) for own in dealt)
-    return Layout(seq_len, ranges, f"balanced({mask}, {seq_len}, {world_size}, chunk={chunk})")
-
-
-def _joined(runs: Iterable[range]) -> tuple[range, ...]:
+def joined(runs: Iterable[range]) -> tuple[range, ...]:
     """Joins neighbouring runs of consecutive positions into one."""
-    joined: list[range] = []
+    found: list[range] = []
     for run in runs:
-        if joined and joined[-1].stop == run.start:
-            joined[-1] = range(joined[-1].start, run.stop)
+        if found and found[-1].stop == run.start:
+            found[-1] = range(found[-1].start, run.stop)
         else:
-            joined.append(run)
-    return tuple(joined)
+            found.append(run)
+    return tuple(found)
 
 
 def check_layout(layout: object, name: str, world_size: int) -> Layout:

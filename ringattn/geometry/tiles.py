@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, expand, overlapping_pairs
+from ringattn.geometry.rows import Rows
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -85,6 +86,24 @@ class Tiles:
         shift = np.array([q_start, q_start, k_start, k_start, k_start - q_start, k_start - q_start, 0])
         inner = Tiles(self.table - shift) if q_start or k_start else self
         return Frame(slice(q_start, q_stop), slice(k_start, k_stop), inner)
+
+    def within(self, rows: Rows, column: int) -> Tiles:
+        """Returns the tiles' pairs in these rows only, renumbered: the rows follow one another from 0.
+
+        Args:
+            rows: of the one side.
+            column: which side: Q_START or K_START.
+        """
+        start = np.array([r.start for r in rows], dtype=np.int64)
+        stop = np.array([r.stop for r in rows], dtype=np.int64)
+        offset = np.cumsum(stop - start) - (stop - start)
+        tile, run = overlapping_pairs(self.table[:, column], self.table[:, column + 1], start, stop)
+        t, shift = self.table[tile].copy(), (offset - start)[run]
+        t[:, column] = np.maximum(t[:, column], start[run]) + shift
+        t[:, column + 1] = np.minimum(t[:, column + 1], stop[run]) + shift
+        t[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
+        t = _tight(t)
+        return Tiles(_coalesce(np.column_stack([t, np.zeros_like(t[:, BATCH])]))[:, :SOURCE])
 
     def area(self, batch: int = 1) -> int:
         """Returns the work: how many (query, key) pairs the tiles hold, over `batch` rows of a batch."""
@@ -203,6 +222,7 @@ def _ceil_div(a: Ints, b: Ints) -> Ints:
     return -((-a) // b)
 
 
+@lru_cache(maxsize=32)
 def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, rank: int) -> dict[int, Tiles]:
     """Returns rank's tiles against the block of every source that it attends to anything of.
 
@@ -214,9 +234,44 @@ def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
     Raises:
         MaskError: when a mask does not fit the lengths.
     """
-    runs = _Pieces(*layout.runs)
-    q = runs.take(runs.owner == rank)
-    k = _Pieces(*kv_layout.runs)
+    q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
+    table, _, k_owner = _lowered(masks, layout, kv_layout, q.take(q.owner == rank), k)
+    return _by_source(table, k_owner)
+
+
+@lru_cache(maxsize=32)
+def tiles_of_keys(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, rank: int) -> dict[int, Tiles]:
+    """Returns the tiles of every rank whose queries attend to anything of rank's keys: `tiles_of_rank` transposed."""
+    q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
+    table, q_owner, _ = _lowered(masks, layout, kv_layout, q, k.take(k.owner == rank))
+    return _by_source(table, q_owner)
+
+
+def rows_seen(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> Ints:
+    """Returns how many rows of one side have an allowed pair with each rank of the other: (world, world) int64.
+
+    Args:
+        column: K_START counts key rows, [their rank, the queries' rank]; Q_START query rows, [theirs, the keys'].
+    """
+    q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
+    table, q_owner, k_owner = _lowered(masks, layout, kv_layout, q, k)
+    world = layout.world_size
+    counted, seeing = (k_owner, q_owner) if column == K_START else (q_owner, k_owner)
+    pair = counted * world + seeing
+    # Rows of each pair of ranks apart from those of all others, so that one sweep counts every union.
+    base = pair * (max(layout.seq_len, kv_layout.seq_len) + 1)
+    start, stop = base + table[:, column], base + table[:, column + 1]
+    order = np.argsort(start, kind="stable")
+    reach = np.maximum.accumulate(stop[order])
+    new = np.maximum(reach - np.maximum(start[order], np.append(0, reach[:-1])), 0) if len(order) else reach
+    counts = np.bincount(pair[order], weights=new, minlength=world * world)
+    return counts.astype(np.int64).reshape(world, world)
+
+
+def _lowered(
+    masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, q: _Pieces, k: _Pieces
+) -> tuple[Ints, Ints, Ints]:
+    """Returns the tiles of these pieces under all masks, (n, 7), and who holds their queries and their keys, (n,)."""
     steps = np.unique(np.concatenate([q.step[q.length > 1], k.step[k.length > 1]]))
     if len(steps) > 1:
         # A band between ranges of different steps is no band in local rows, unless one of them is a single row.
@@ -225,7 +280,12 @@ def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
     for row, mask in enumerate(masks):
         batch = EVERY_BATCH_ROW if len(masks) == 1 else row
         tables.append(_lower(mask.slices(layout.seq_len, kv_layout.seq_len), q, k, batch))
-    table = _coalesce(np.concatenate(tables))
+    table = np.concatenate(tables)
+    return table[:, :SOURCE], table[:, SOURCE], table[:, SOURCE + 1]
+
+
+def _by_source(table: Ints, source: Ints) -> dict[int, Tiles]:
+    table = _coalesce(np.column_stack([table, source]))
     order = np.lexsort((table[:, K_START], table[:, Q_START], table[:, BATCH], table[:, SOURCE]))
     table = table[order]
     sources, first = np.unique(table[:, SOURCE], return_index=True)
@@ -234,7 +294,7 @@ def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
 
 
 def _lower(slices: Ints, q: _Pieces, k: _Pieces, batch: int) -> Ints:
-    """Intersects slices with query and key pieces: (n, 8) tight tiles."""
+    """Intersects slices with query and key pieces: (n, 9) tight tiles, the holders of queries and keys behind."""
     piece, sl = overlapping_pairs(q.start, q.stop, slices[:, Q_START], slices[:, Q_STOP])
     qs, s = q.take(piece), slices[sl]
     i_start = np.clip(_ceil_div(s[:, Q_START] - qs.start, qs.step), 0, qs.length)
@@ -258,6 +318,7 @@ def _lower(slices: Ints, q: _Pieces, k: _Pieces, batch: int) -> Ints:
         _ceil_div(s[:, LO] + qs.start - ks.start, step) + shift,
         (s[:, HI] + qs.start - ks.start) // step + shift,
         np.full(len(pair), batch, dtype=np.int64),
+        qs.owner,
         ks.owner,
     ]
     return _tight(np.stack(columns, axis=1))

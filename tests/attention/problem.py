@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ringattn
 from tests.harness import oracle
@@ -55,6 +57,34 @@ def documents_case(*lengths: int) -> MaskCase:
 
 
 @dataclass(frozen=True)
+class Way:
+    """An exchange: the function's name, its stages, and the mesh of two axes that it runs on, if it does."""
+
+    operation: str = "ring"
+    mesh: tuple[int, int] | None = None
+    stages: int = 1
+
+    def __str__(self) -> str:
+        mesh = "" if self.mesh is None else f"_{self.mesh[0]}x{self.mesh[1]}"
+        return f"{self.operation}{mesh}" + (f"_{self.stages}_stages" if self.stages > 1 else "")
+
+
+RING = Way()
+# On any number of ranks.
+FLAT_WAYS = (Way("gather"), Way("gather", stages=3), Way("ulysses"), Way("ulysses", stages=2))
+# On as many as the mesh has.
+MESH_WAYS = (
+    Way("hybrid", (2, 2)),
+    Way("hybrid", (2, 2), stages=2),
+    Way("hybrid", (4, 1)),
+    Way("hybrid", (1, 4)),
+    Way("ring", (2, 2)),
+    Way("ring", (4, 1)),
+    Way("ring", (1, 4)),
+)
+
+
+@dataclass(frozen=True)
 class Problem:
     """Everything that defines a problem; tensors follow from it, the same on every rank."""
 
@@ -74,6 +104,7 @@ class Problem:
     sink: bool = False
     backend: str | None = None
     poison: bool = False
+    way: Way = RING
 
     @property
     def keys(self) -> int:
@@ -83,7 +114,7 @@ class Problem:
         """What differs from the defaults, for messages."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return ", ".join(
-            f"{f.name}={getattr(values[f.name], 'name', values[f.name])}"
+            f"{f.name}={getattr(values[f.name], 'name', str(values[f.name]))}"
             for f in fields(self)
             if values[f.name] != f.default
         )
@@ -207,16 +238,34 @@ def share_of(problem: Problem, rank: int, world_size: int) -> tuple[Tensors, ora
     )
 
 
+_MESHES: dict[tuple[dist.ProcessGroup, tuple[int, int], str], DeviceMesh] = {}
+
+
+def mesh_of(group: dist.ProcessGroup, way: Way) -> DeviceMesh:
+    """The mesh of a way, over all ranks there are; made once."""
+    assert way.mesh is not None
+    assert dist.get_world_size() == group.size() == way.mesh[0] * way.mesh[1]
+    key = group, way.mesh, way.operation
+    if key not in _MESHES:
+        axes = ("ring", "ulysses") if way.operation == "hybrid" else ("outer", "inner")
+        _MESHES[key] = init_device_mesh("cpu", way.mesh, mesh_dim_names=axes)
+    return _MESHES[key]
+
+
 def attend(
     group: dist.ProcessGroup, problem: Problem, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Calls ring attention on local rows, with the problem's options."""
+    """Calls the problem's exchange on local rows, with its options."""
     layout, kv_layout = problem.layouts(group.size())
-    return ringattn.ring_attention_with_lse(
+    way = problem.way
+    call: Callable[..., tuple[Tensor, Tensor]] = getattr(ringattn, f"{way.operation}_attention_with_lse")
+    if way.operation != "ring":
+        call = partial(call, stages=way.stages)
+    return call(
         q,
         k,
         v,
-        group,
+        group if way.mesh is None else mesh_of(group, way),
         mask=problem.built_mask(),
         layout=layout,
         kv_layout=kv_layout,

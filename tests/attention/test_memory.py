@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
+import ringattn
+from benchmarks.measure import peak_bytes
 from benchmarks.memory import Case, measure
 from tests.harness.ranks import RankPool
 
@@ -23,3 +26,37 @@ def test_peak(pool: RankPool, dtype: str, backward: bool) -> None:
         # Much less than due would mean that not everything is counted.
         assert 0.5 * due <= found <= 1.1 * due, f"{world_size} ranks: {found / due:.3f} of what is due"
     assert abs(peaks[4] / peaks[2] - 1) <= 0.01, f"peaks {peaks} of the same shard on 2 and 4 ranks"
+
+
+def peak_of(group: dist.ProcessGroup, operation: str, stages: int, backward: bool) -> int:
+    """The peak of a call of full attention over 1024 rows on each rank, beyond its inputs."""
+    shape = (1, 1024, 8, 64)
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_(backward)
+    call = getattr(ringattn, f"{operation}_attention")
+
+    def once() -> object:
+        out = call(q, k, v, group, stages=stages)
+        return torch.autograd.grad(out, [q, k, v], dout) if backward else out
+
+    once()
+    return peak_bytes(once)
+
+
+BLOCK = 1024 * 8 * 64 * 4  # bytes of one rank's q, in fp32
+
+
+def test_stages_bound_what_a_gather_holds(pool: RankPool) -> None:
+    """On four ranks: k and v of three others at a time; with six stages a third of them, and of this rank's copies."""
+    alone, staged = (max(pool.run(peak_of, 4, "gather", stages, False)) for stages in (1, 6))
+    assert alone >= (2 * 3 + 2 + 2) * BLOCK
+    assert staged <= alone - (2 / 3 * 8 - 0.5) * BLOCK
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_stages_bound_what_spreading_heads_holds(pool: RankPool, backward: bool) -> None:
+    """q, k, v and out of all ranks' rows, in several copies: less with every stage."""
+    peaks = [max(pool.run(peak_of, 2, "ulysses", stages, backward)) for stages in (1, 2, 4)]
+    assert peaks[1] <= peaks[0] - 0.4 * BLOCK
+    assert peaks[2] <= peaks[0] - 2 * BLOCK

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ringattn
 from ringattn.comm import group as group_module
-from ringattn.comm.group import agreed, resolve
+from ringattn.comm.group import agreed, resolve, team_of
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from tests.attention.problem import Problem, solve, whole
 from tests.harness.cases import layout_case, mask_case
@@ -157,7 +157,7 @@ def raise_on(group: dist.ProcessGroup, ranks: list[int], kind: type[Exception], 
             raise kind(message)
         return {"what": "this"}, 1
 
-    agreed(group, ("raising", message), prepare)
+    agreed(team_of(group), ("raising", message), prepare)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -200,7 +200,7 @@ def test_one_rank_alone_raises_as_it_is(pool: RankPool) -> None:
 
 
 def disagree(group: dist.ProcessGroup, values: list[str]) -> None:
-    agreed(group, ("disagreeing",), lambda: ({"same": "x", "the scale": values[group.rank()]}, 1))
+    agreed(team_of(group), ("disagreeing",), lambda: ({"same": "x", "the scale": values[group.rank()]}, 1))
 
 
 @pytest.mark.parametrize("values", [["0.5", "0.25"], ["0.5", "0.5", "0.25"], ["1", "2", "3", "4"]], ids=str)
@@ -217,7 +217,7 @@ def test_disagreement_names_every_ranks_value(pool: RankPool, values: list[str])
 
 def disagree_on_names(group: dist.ProcessGroup) -> None:
     told = {"a": "1"} if group.rank() == 0 else {"a": "1", "b": "2"}
-    agreed(group, ("names",), lambda: (told, 1))
+    agreed(team_of(group), ("names",), lambda: (told, 1))
 
 
 def test_a_name_that_only_some_ranks_tell_is_a_disagreement(pool: RankPool) -> None:
@@ -231,7 +231,7 @@ def remember(group: dist.ProcessGroup) -> list[int]:
     talks = []
     for key in ("a", "a", "b", "a", None, None):
         with counted_gathers() as calls:
-            result = agreed(group, key, lambda: ({"what": "this"}, group.rank()))
+            result = agreed(team_of(group), key, lambda: ({"what": "this"}, group.rank()))
             assert result == group.rank(), "the result is each rank's own"
         talks.append(len(calls))
     return talks
@@ -252,7 +252,7 @@ def prepare_once(group: dist.ProcessGroup) -> int:
         return {}, 1
 
     for _ in range(3):
-        agreed(group, "prepared once", prepare)
+        agreed(team_of(group), "prepared once", prepare)
     return len(prepared)
 
 
@@ -272,7 +272,7 @@ def fail_then_succeed(group: dist.ProcessGroup) -> list[int]:
             return {}, 1
 
         with counted_gathers() as calls, contextlib.suppress(LayoutError):
-            agreed(group, "after a failure", prepare)
+            agreed(team_of(group), "after a failure", prepare)
         talks.append(len(calls))
     return talks
 
@@ -288,7 +288,7 @@ def forget(group: dist.ProcessGroup) -> list[int]:
     for keys in (range(limit), [0], [limit], [0], [limit - 1], [1]):
         with counted_gathers() as calls:
             for key in keys:
-                agreed(group, ("forgotten", key), lambda: ({}, 1))
+                agreed(team_of(group), ("forgotten", key), lambda: ({}, 1))
         talks.append(len(calls))
     return talks
 
@@ -317,7 +317,7 @@ def groups_are_apart(_: dist.ProcessGroup) -> list[int]:
     talks = []
     for group in groups:
         with counted_gathers() as calls:
-            agreed(group, "apart", lambda: ({}, 1))
+            agreed(team_of(group), "apart", lambda: ({}, 1))
         talks.append(len(calls))
     return talks
 

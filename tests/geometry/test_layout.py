@@ -24,8 +24,12 @@ from ringattn import (
     striped,
     zigzag,
 )
+from ringattn.geometry.balance import _heaviest_first, _starts, _Swaps, _who_sees_whom
+from ringattn.geometry.exchanges import Gather
 from ringattn.geometry.layout import check_layout
-from ringattn.geometry.tiles import work_of_ranks
+from ringattn.geometry.sizes import Payload
+from ringattn.geometry.tiles import work_of_ranges, work_of_ranks
+from ringattn.geometry.travel import Travel
 from tests.geometry.strategies import examples, layouts
 from tests.harness.cases import LAYOUT_CASES, LayoutCase, case_ids
 
@@ -157,6 +161,51 @@ def test_balanced_beats_contiguous_for_uneven_documents() -> None:
     dealt = work_of_ranks((mask,), balanced(mask, 4000, 4), 4000)
     runs = work_of_ranks((mask,), contiguous(4000, 4), 4000)
     assert max(dealt) * 4 / sum(dealt) < 1.02 < max(runs) * 4 / sum(runs)
+
+
+def drawn_documents(seed: int) -> Mask:
+    """64k tokens of documents from 128 to 16k, as many short ones as long ones on a logarithmic scale."""
+    generator, ends = np.random.default_rng(seed), [0]
+    while ends[-1] < 65536:
+        ends.append(min(65536, ends[-1] + int(np.exp(generator.uniform(np.log(128), np.log(16384))))))
+    return documents(ends) & causal()
+
+
+def rows_received(mask: Mask, layout: Layout) -> int:
+    return Gather().rows_moved(Travel(Payload.KV, (mask,), layout, layout))[0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_balanced_is_even_for_packed_documents(seed: int) -> None:
+    """Within 5 % on 8 ranks, a required bound, for a fraction of the rows of dealing by work alone."""
+    mask = drawn_documents(seed)
+    layout = balanced(mask, 65536, 8)
+    work = work_of_ranks((mask,), layout, 65536)
+    assert max(work) * 8 / sum(work) < 1.05
+    assert {layout.num_tokens(rank) for rank in range(8)} == {8192}
+    chunks = [range(a, a + 256) for a in range(0, 65536, 256)]
+    owner = _heaviest_first(work_of_ranges(mask, chunks, 65536), 8).tolist()
+    by_work = Layout(65536, tuple(tuple(c for c, o in zip(chunks, owner, strict=True) if o == r) for r in range(8)))
+    assert rows_received(mask, layout) < 0.5 * rows_received(mask, by_work)
+
+
+@pytest.mark.parametrize("mask", [full(), documents(range(0, 4097, 64)) & causal()], ids=["full", "short_documents"])
+def test_balanced_moves_nothing_that_is_even_already(mask: Mask) -> None:
+    assert balanced(mask, 4096, 8) == contiguous(4096, 8)
+
+
+def test_balanced_counts_traffic_as_a_gather_does() -> None:
+    """The search's own figure, kept up to date swap by swap, is that of the plan: here chunks are seen whole."""
+    ends, chunks = [0, 30, 34, 36, 60, 64], [range(a, a + 16) for a in range(0, 1024, 16)]
+    mask = documents([16 * end for end in ends])
+    work = work_of_ranges(mask, chunks, 1024)
+    for start in _starts(len(chunks), 8):
+        before = start.copy()
+        swaps = _Swaps(_who_sees_whom(mask, chunks, 1024), chunks, work, start).run()
+        owner = swaps.owner.tolist()
+        assert owner != before.tolist()
+        layout = Layout(1024, tuple(tuple(c for c, o in zip(chunks, owner, strict=True) if o == r) for r in range(8)))
+        assert swaps.traffic == rows_received(mask, layout)
 
 
 def test_equal_and_hashed_by_content() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn.comm.gather import gather_rows
-from ringattn.comm.ring import Message, launch
+from ringattn.comm.messages import Message, launch
 from tests.harness.ranks import RankPool
 
 WORLDS = (1, 2, 3, 4)
@@ -17,14 +17,21 @@ def content(rank: int, length: int) -> torch.Tensor:
     return torch.arange(length, dtype=torch.float32) + 100.0 * rank
 
 
+def exchange(group: dist.ProcessGroup, sends: list[Message], receives: list[Message]) -> None:
+    for flights in launch(group, sends, receives):
+        for flight in flights:
+            flight.wait()
+
+
 def pass_on(group: dist.ProcessGroup, lengths: list[int]) -> list[float]:
     """Each rank sends a message of its own length to the next one; returns what came."""
     rank, world = group.rank(), group.size()
     after, before = (rank + 1) % world, (rank - 1) % world
     came = torch.full((lengths[before],), torch.nan)
-    flight = launch(group, [Message(content(rank, lengths[rank]), after, 0)], [Message(came, before, 0)])
-    flight.wait()
-    flight.wait()  # again: nothing more to wait for
+    sends, receives = launch(group, [Message(content(rank, lengths[rank]), after, 0)], [Message(came, before, 0)])
+    for flight in (*receives, *sends):
+        flight.wait()
+        flight.wait()  # again: nothing more to wait for
     found: list[float] = came.tolist()
     return found
 
@@ -50,16 +57,17 @@ def exchange_two_kinds(group: dist.ProcessGroup) -> list[list[float]]:
     sends += [Message(content(rank, 9).double() - peer, peer, 1) for peer in peers]
     receives = [Message(large[peer], peer, 1) for peer in peers]  # in another order than the sends
     receives += [Message(small[peer], peer, 0) for peer in reversed(peers)]
-    flight = launch(group, sends, receives)
-    flight.wait_receive(1)
+    sending, receiving = launch(group, sends, receives)
+    for flight in receiving[: len(peers)]:
+        flight.wait()
     for peer in peers:
         assert torch.equal(large[peer], content(peer, 9).double() - rank)
-    flight.wait_receive(1)
-    flight.wait_receive(5)  # a kind that nobody sends
-    flight.wait_receive(0)
+    for flight in receiving[len(peers) :]:
+        flight.wait()
     for peer in peers:
         assert torch.equal(small[peer], content(peer, 2) + rank)
-    flight.wait()
+    for flight in sending:
+        flight.wait()
     return [small[peer].tolist() for peer in peers]
 
 
@@ -75,7 +83,7 @@ def many_steps(group: dist.ProcessGroup) -> float:
     held = torch.full((3,), float(rank))
     for _ in range(5 * world):
         came = torch.full((3,), torch.nan)
-        launch(group, [Message(held, (rank + 1) % world, 0)], [Message(came, (rank - 1) % world, 0)]).wait()
+        exchange(group, [Message(held, (rank + 1) % world, 0)], [Message(came, (rank - 1) % world, 0)])
         held = came + 1
     return float(held[0])
 
@@ -88,7 +96,7 @@ def only_some_ranks(group: dist.ProcessGroup) -> float:
     """Rank 0 to rank 2; the others have nothing to do and return at once."""
     came = torch.full((1,), torch.nan)
     sends = [Message(torch.ones(1), 2, 0)] if group.rank() == 0 else []
-    launch(group, sends, [Message(came, 0, 0)] if group.rank() == 2 else []).wait()
+    exchange(group, sends, [Message(came, 0, 0)] if group.rank() == 2 else [])
     return float(came[0])
 
 

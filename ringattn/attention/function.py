@@ -1,0 +1,88 @@
+"""The one autograd.Function: a call forward and backward, whatever its exchange."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ringattn.attention.executor import Job, run_backward, run_forward
+from ringattn.attention.sides import Queries
+from ringattn.attention.spreading import spread_backward, spread_forward
+from ringattn.comm.group import Team
+from ringattn.geometry.plan import Payload
+from ringattn.softmax import sink_gradient
+
+
+class Attention(torch.autograd.Function):
+    """(q, k, v, sink, job, team) -> (out, lse), both differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job, team: Team
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the plan's forward; see api.ring_attention_with_lse."""
+        ctx.set_materialize_grads(False)
+        ctx.job, ctx.team = job, team
+        with torch.autocast(q.device.type, enabled=False):
+            if job.spread is None:
+                out, lse = run_forward(job, team, q, k, v, sink)
+            else:
+                out, lse = spread_forward(job, job.spread, team, q, k, v, sink)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
+        """Runs the plan's backward: gradients of what every rank's out and lse contributed."""
+        q, k, v, sink, out, lse = ctx.saved_tensors
+        job: Job = ctx.job
+        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        delta = _row_products(dout, out, lse.dtype)
+        if dlse is not None:
+            delta -= dlse
+        # Where other ranks' queries come, so do their gradients of lse.
+        others_come = job.spread is not None or job.plan.backward.carried is Payload.Q
+        if dlse is not None or (job.returns_lse and others_come):
+            job = replace(job, spec=replace(job.spec, lse_grad=True))
+        dq: Tensor | None = None
+        dk: Tensor | None = None
+        dv: Tensor | None = None
+        queries = Queries(q, dout, lse, delta)
+        with torch.autocast(q.device.type, enabled=False):
+            if job.spread is not None and any(job.wanted):
+                dq, dk, dv = spread_backward(job, job.spread, ctx.team, queries, k, v)
+            elif any(job.wanted):
+                dq, dk, dv = run_backward(job, ctx.team, queries, k, v)
+            dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
+        needed = ctx.needs_input_grad
+        return (
+            _as_input(dq, q) if needed[0] and dq is not None else None,
+            _as_input(dk, k) if needed[1] and dk is not None else None,
+            _as_input(dv, v) if needed[2] and dv is not None else None,
+            dsink,
+            None,
+            None,
+        )
+
+
+def _as_input(gradient: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient in the dtype of its input, rows before heads in memory."""
+    if gradient.dtype == x.dtype and gradient.is_contiguous():
+        return gradient
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(gradient)
+
+
+def _row_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns rowsum(a * b), (B, S, H, D) x 2 -> (B, H, S); a head at a time, which bounds the memory."""
+    result = torch.empty(a.shape[0], a.shape[2], a.shape[1], dtype=dtype, device=a.device)
+    for head in range(a.shape[2]):
+        torch.sum(a[:, :, head].to(dtype) * b[:, :, head].to(dtype), dim=-1, out=result[:, head])
+    return result

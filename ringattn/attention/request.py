@@ -1,0 +1,232 @@
+"""Checking what was asked for, once per signature, and deciding how it is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ringattn.attention.executor import Job
+from ringattn.attention.function import Attention
+from ringattn.comm.group import Team, agreed
+from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
+from ringattn.geometry.exchanges import Exchange, Gather, Ring, build_plan, cheaper_backward
+from ringattn.geometry.heads import shares_of, whole
+from ringattn.geometry.layout import Layout, check_layout, contiguous
+from ringattn.geometry.masks import Mask, check_mask
+from ringattn.geometry.sizes import Sizes
+from ringattn.geometry.spread import Spread, united
+from ringattn.kernels import Call, Spec, select
+from ringattn.softmax import accumulation_dtype
+
+Masks = Mask | Sequence[Mask] | None
+
+# Operations that spread heads over the last axis, and run a plan along the first, if there are two.
+_SPREADING = ("ulysses_attention", "hybrid_attention")
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call as the user made it, unchecked."""
+
+    operation: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Masks
+    layout: Layout | None
+    kv_layout: Layout | None
+    scale: float | None
+    softcap: float | None
+    sink: Tensor | None
+    backend: str | None
+    stages: int = 1
+    returns_lse: bool = False
+
+    def signature(self) -> Hashable | None:
+        """Returns what decides a call apart from its tensors' contents; None if that cannot be told."""
+        mask = tuple(self.mask) if isinstance(self.mask, list) else self.mask
+        options = (mask, self.layout, self.kv_layout, self.scale, self.softcap, self.backend, self.stages)
+        tensors = tuple(
+            (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else t
+            for t in (self.q, self.k, self.v, self.sink)
+        )
+        key = (self.operation, self.returns_lse, options, tuple(map(type, options)), tensors, torch.is_grad_enabled())
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+
+def attend(request: Request, team: Team) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of what was asked for, once all ranks of the team have agreed that it can be done."""
+    request = _autocast(request)
+    job = agreed(team, request.signature(), lambda: prepare(request, team))
+    out, lse = Attention.apply(request.q, request.k, request.v, request.sink, job, team)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out), cast(Tensor, lse)
+
+
+def _autocast(request: Request) -> Request:
+    """Casts q, k, v as torch's own attention does inside autocast."""
+    q, k, v = request.q, request.k, request.v
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return request
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast_down(x: Tensor) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+        return x.to(dtype) if eligible else x
+
+    return replace(request, q=cast_down(q), k=cast_down(k), v=cast_down(v))
+
+
+def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
+    """Checks a request and returns what the ranks must agree on, and how to run it here."""
+    q, k, v, sink = request.q, request.k, request.v, request.sink
+    _check_tensors(q, k, v, sink)
+    layout, kv_layout = _layouts(request, team)
+    scale = q.shape[3] ** -0.5 if request.scale is None else _number("scale", request.scale)
+    softcap = None if request.softcap is None else _number("softcap", request.softcap)
+    if softcap is not None and softcap <= 0:
+        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
+    masks = check_mask(request.mask, q.shape[0])
+    exchange = _exchange(request, team)
+
+    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, sink)]
+    spec = Spec(scale, softcap)
+    kernel = select(
+        request.backend,
+        Call(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], any(grads), spec),
+    )
+    told = {
+        "the operation": f"{request.operation}, lse {'too' if request.returns_lse else 'not'}",
+        "the mesh": str(team.shape),
+        "stages": repr(request.stages),
+        "the batch size": str(q.shape[0]),
+        "heads, kv heads, head dim, value head dim": f"{q.shape[2]}, {k.shape[2]}, {q.shape[3]}, {v.shape[3]}",
+        "dtype": str(q.dtype),
+        "device type": q.device.type,
+        "layout": f"{layout} #{layout.digest}",
+        "kv_layout": f"{kv_layout} #{kv_layout.digest}",
+        "mask": "; ".join(f"{m} #{m.digest}" for m in masks),
+        "scale": repr(scale),
+        "softcap": repr(softcap),
+        "sink": "None" if sink is None else f"{tuple(sink.shape)} {sink.dtype}",
+        "backend": repr(request.backend),
+        "which of q, k, v, sink require gradients": str(grads),
+    }
+    wanted = (grads[0], grads[1] or grads[2])
+    spread, rank = None, team.rank
+    if request.operation in _SPREADING:
+        spread, rank, layout, kv_layout = _spread(request, team, layout, kv_layout)
+    backward = cheaper_backward(exchange, masks, layout, kv_layout, sizes_of(q, k, v), wanted)
+    plan = build_plan(exchange, masks, layout, kv_layout, rank, backward)
+    heads = whole(q.shape[2], k.shape[2]).runs()
+    return told, Job(plan, spread, kernel, spec, heads, request.returns_lse, wanted)
+
+
+def _spread(request: Request, team: Team, layout: Layout, kv_layout: Layout) -> tuple[Spread, int, Layout, Layout]:
+    """Returns how heads are spread over the last axis, and the rank and layouts that remain for the plan."""
+    axis = team.axes[-1]
+    num_groups = team.size // len(axis.members)
+    group = team.rank // len(axis.members)
+    layout, q_rows = united(layout, num_groups)
+    kv_layout, kv_rows = united(kv_layout, num_groups)
+    stages = shares_of(request.q.shape[2], request.k.shape[2], len(axis.members), request.stages)
+    return Spread(axis.place, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
+
+
+def _exchange(request: Request, team: Team) -> Exchange:
+    stages = request.stages
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ArgumentError(f"stages={stages!r}: must be an integer of 1 or more")
+    if request.operation == "gather_attention":
+        return Gather(stages)
+    double = len(team.shape) == 2 and request.operation not in _SPREADING
+    return Ring(team.shape[0] if double else 1)
+
+
+def _layouts(request: Request, team: Team) -> tuple[Layout, Layout]:
+    """Returns the layouts of the queries and of the keys/values, checked against the team and the tensors."""
+    layout = request.layout
+    if layout is None:
+        layout = contiguous(request.q.shape[1] * team.size, team.size)
+    layout = check_layout(layout, "layout", team.size)
+    kv_layout = layout if request.kv_layout is None else check_layout(request.kv_layout, "kv_layout", team.size)
+    _check_rows("q", request.q, layout, "layout", team.rank)
+    _check_rows("k", request.k, kv_layout, "layout" if request.kv_layout is None else "kv_layout", team.rank)
+    return layout, kv_layout
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    """Returns the sizes that bytes depend on."""
+    batch, _, heads, dim = q.shape
+    sums = accumulation_dtype(q.dtype)
+    return Sizes(batch, heads, k.shape[2], dim, v.shape[3], q.dtype.itemsize, sums.itemsize)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(
+                f"{name}={x!r:.100}: must be a tensor (batch, rows, heads, head_dim), not {type(x).__name__}"
+            )
+        if x.ndim != 4:
+            raise ArgumentError(f"{name} has shape {tuple(x.shape)}: must have 4 dims (batch, rows, heads, head_dim)")
+    if q.dtype not in _DTYPES:
+        raise ArgumentError(f"q has dtype {q.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
+    for name, x in (("k", k), ("v", v)):
+        for what, value, wanted in (("dtype", x.dtype, q.dtype), ("device", x.device, q.device)):
+            if value != wanted:
+                raise ArgumentError(f"{name} has {what} {value}, but q has {wanted}: they must be the same")
+        if x.shape[0] != q.shape[0]:
+            raise ArgumentError(f"{name} has batch size {x.shape[0]}, but q has {q.shape[0]}: must be the same")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ArgumentError(
+            f"k has (rows, heads) = {tuple(k.shape[1:3])}, but v has {tuple(v.shape[1:3])}: must be the same"
+        )
+    if k.shape[3] != q.shape[3]:
+        raise ArgumentError(f"k has head_dim {k.shape[3]}, but q has {q.shape[3]}: must be the same")
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ArgumentError(
+            f"q has {heads} heads and k, v have {kv_heads}: the heads must be a multiple of the kv heads"
+        )
+    if q.shape[3] < 1 or v.shape[3] < 1:
+        raise ArgumentError(f"head dims {q.shape[3]} (q, k) and {v.shape[3]} (v): must be 1 or more")
+    if sink is None:
+        return
+    if not isinstance(sink, Tensor):
+        raise ArgumentTypeError(f"sink={sink!r:.100}: must be a tensor (heads,) or None, not {type(sink).__name__}")
+    if sink.shape != (heads,) or not sink.is_floating_point():
+        raise ArgumentError(
+            f"sink has shape {tuple(sink.shape)} and dtype {sink.dtype}: must be ({heads},), one logit per query head, "
+            "of a floating dtype"
+        )
+    if sink.device != q.device:
+        raise ArgumentError(f"sink is on {sink.device}, but q is on {q.device}: they must be on the same device")
+
+
+def _check_rows(name: str, x: Tensor, layout: Layout, argument: str, rank: int) -> None:
+    expected = layout.num_tokens(rank)
+    if x.shape[1] != expected:
+        raise LayoutError(
+            f"{name} has {x.shape[1]} rows, but {argument}={layout} gives rank {rank} {expected} positions; "
+            f"pass the {argument} that the tensors are sharded by (None means equal, contiguous shards, and keys "
+            "where the queries are)"
+        )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"{name}={value!r:.100}: must be a number or None, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ArgumentError(f"{name}={value}: must be finite")
+    return float(value)

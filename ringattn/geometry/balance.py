@@ -1,0 +1,180 @@
+"""Balancing: chunks of positions dealt to ranks so that a mask's work is even, and little need travel for it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ringattn.errors import LayoutError
+from ringattn.geometry.layout import Ints, Layout, checked_numbers, joined
+from ringattn.geometry.masks import Mask
+from ringattn.geometry.tiles import needs, work_of_ranges
+
+Floats = npt.NDArray[np.float64]
+
+# The work may be uneven by this much: to come closer costs traffic.
+TOLERANCE = 0.02
+# More chunks than this are dealt by their work alone: who needs whom would be too large a table.
+_MOST_CHUNKS = 4096
+
+
+@lru_cache(maxsize=64, typed=True)
+def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None) -> Layout:
+    """Chunks of positions are dealt so that this mask's work, and the tokens, are even over the ranks.
+
+    Ranks begin with consecutive chunks, between which the least travels. While one has over 2 % more work than the
+    average, it swaps a chunk for a lighter one of another rank: where that helps most for the rows which then have
+    to travel more. The same is done beginning with two runs each, as in `zigzag`, and the better is taken. Where
+    swaps do not get that far, chunks are dealt from the heaviest to the lightest instead, each to the rank with the
+    least work so far. Every rank has the same number of chunks, or one less.
+
+    Args:
+        mask: what the queries will see; decides the work of each chunk.
+        seq_len: positions.
+        world_size: ranks.
+        chunk: positions in a chunk; None gives each rank about 32 chunks.
+    Raises:
+        LayoutError: when a number is not allowed.
+        MaskError: when the mask does not fit the length.
+    Source: the fallback is longest-processing-time-first scheduling, Graham 1969.
+    """
+    seq_len, world_size = checked_numbers(seq_len, world_size)
+    if chunk is None:
+        chunk = max(1, -(-seq_len // (32 * world_size)))
+    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
+        raise LayoutError(f"chunk={chunk!r}: must be an integer of 1 or more, or None")
+    chunks = [range(a, min(a + chunk, seq_len)) for a in range(0, seq_len, chunk)]
+    work = work_of_ranges(mask, chunks, seq_len)
+    dealt = _heaviest_first(work, world_size)
+    if len(chunks) <= _MOST_CHUNKS and work.any():
+        sees = _who_sees_whom(mask, chunks, seq_len)
+        limit = max(TOLERANCE, _imbalance(work, dealt, world_size))
+        swaps = [_Swaps(sees, chunks, work, start).run() for start in _starts(len(chunks), world_size)]
+        even = [s for s in swaps if _imbalance(work, s.owner, world_size) <= limit]
+        dealt = min(even, key=lambda s: s.traffic).owner if even else dealt
+    own: list[list[range]] = [[] for _ in range(world_size)]
+    for owner, run in zip(dealt.tolist(), chunks, strict=True):
+        own[owner].append(run)
+    name = f"balanced({mask}, {seq_len}, {world_size}, chunk={chunk})"
+    return Layout(seq_len, tuple(map(joined, own)), name)
+
+
+def _imbalance(work: Ints, owner: Ints, world_size: int) -> float:
+    load = np.bincount(owner, weights=work, minlength=world_size)
+    return float(load.max() * world_size / max(load.sum(), 1.0) - 1.0)
+
+
+def _heaviest_first(work: Ints, world_size: int) -> Ints:
+    """Returns the rank of each chunk, by work alone."""
+    quota, longer = divmod(len(work), world_size)
+    load = np.zeros(world_size, dtype=np.int64)
+    taken = np.zeros(world_size, dtype=np.int64)
+    owner = np.zeros(len(work), dtype=np.int64)
+    for index in np.argsort(-work, kind="stable"):
+        may_take_extra = np.count_nonzero(taken > quota) < longer
+        open_ranks = np.flatnonzero(taken < quota + may_take_extra)
+        rank = int(open_ranks[np.argmin(load[open_ranks])])
+        owner[index] = rank
+        load[rank] += work[index]
+        taken[rank] += 1
+    return owner
+
+
+def _starts(num_chunks: int, world_size: int) -> tuple[Ints, Ints]:
+    """Returns where swaps begin: runs of chunks in order, as contiguous; and two of them each, as zigzag."""
+    quota, longer = divmod(num_chunks, world_size)
+    counts = np.full(world_size, quota) + (np.arange(world_size) < longer)
+    first, ranks = counts // 2, np.arange(world_size)
+    back = np.repeat(ranks[::-1], (counts - first)[::-1])
+    return np.repeat(ranks, counts), np.concatenate([np.repeat(ranks, first), back])
+
+
+def _who_sees_whom(mask: Mask, chunks: list[range], seq_len: int) -> Floats:
+    """Returns which chunks' queries see anything of which chunks: 0 or 1, [queries, keys]."""
+    each = Layout(seq_len, tuple((run,) for run in chunks), "a chunk each")
+    return needs((mask,), each, each).T.astype(np.float64)
+
+
+class _Swaps:
+    """Chunks that were dealt somehow, and are swapped in pairs.
+
+    Traffic is counted in positions that a rank's queries see and that it does not hold, as a gather sends them.
+    """
+
+    def __init__(self, sees: Floats, chunks: list[range], work: Ints, start: Ints) -> None:
+        self._sees = sees
+        self._length = np.array([len(run) for run in chunks], dtype=np.float64)
+        self._work = work.astype(np.float64)
+        self.owner = start
+        world_size = int(start.max()) + 1
+        self._load: Floats = np.bincount(self.owner, weights=self._work, minlength=world_size).astype(np.float64)
+        held = np.eye(world_size)[self.owner].T  # [rank, chunk]
+        self._held: Floats = held
+        self._seen: Floats = held @ self._sees  # [rank, chunk of keys]: how many of its chunks see them
+        self._joins = np.stack([self._cost_of_joining(rank) for rank in range(world_size)])
+
+    @property
+    def traffic(self) -> float:
+        """How many positions all ranks receive."""
+        return float((((self._seen > 0) & (self._held == 0)) @ self._length).sum())
+
+    def run(self) -> _Swaps:
+        """Swaps until the work is even, or no swap brings it closer."""
+        mean = self._load.mean()
+        limit = (1 + TOLERANCE) * mean
+        for _ in range(4 * len(self.owner)):
+            heavy = int(np.argmax(self._load))
+            if self._load[heavy] <= limit:
+                break
+            swap = self._best_swap(heavy, mean)
+            if swap is None:
+                break
+            self._apply(heavy, *swap)
+        return self
+
+    def _best_swap(self, heavy: int, mean: float) -> tuple[int, int] | None:
+        """Returns a chunk of the rank with most work, and a lighter one of another rank."""
+        mine = np.flatnonzero(self.owner == heavy)
+        others = np.flatnonzero(self._load[self.owner] < mean)
+        if not len(others):
+            return None
+        to = self.owner[others]
+        moved = self._work[mine][:, None] - self._work[others][None, :]
+        # What the heavy rank is relieved of, less what the other then has too much.
+        relief = np.minimum(moved, self._load[heavy] - mean) - np.maximum(self._load[to][None, :] + moved - mean, 0)
+        relief[moved <= 0] = 0
+        leaves_heavy, leaves_others = self._saved_by_leaving(mine), self._saved_by_leaving(others)
+        cost = self._joins[to][:, mine].T - leaves_heavy[:, None]
+        cost += (self._joins[heavy][others] - leaves_others)[None, :]
+        cost = np.maximum(cost, 0) + self._length.mean()
+        value = relief / cost
+        best = int(np.argmax(value))
+        a, b = divmod(best, len(others))
+        return (int(mine[a]), int(others[b])) if relief[a, b] > 0 else None
+
+    def _cost_of_joining(self, rank: int) -> Floats:
+        """For every chunk: how much more the rank would receive if it held that one, too."""
+        missing = (self._seen[rank] == 0) & (self._held[rank] == 0)
+        cost: Floats = self._sees @ (missing * self._length)
+        # The chunk itself would be here: no need to receive it.
+        return cost - self._length * np.where(missing, self._sees.diagonal(), self._held[rank] == 0)
+
+    def _saved_by_leaving(self, chunks: Ints) -> Floats:
+        """For each of these chunks: how much less its rank would receive without it."""
+        rank = self.owner[chunks]
+        alone = (self._seen[rank] == self._sees[chunks]) & (self._held[rank] == 0)
+        saved: Floats = (self._sees[chunks] * alone) @ self._length
+        still_seen = self._seen[rank, chunks] > self._sees[chunks, chunks]
+        return saved - self._length[chunks] * still_seen
+
+    def _apply(self, heavy: int, mine: int, other: int) -> None:
+        light = int(self.owner[other])
+        for rank, leaves, joins in ((heavy, mine, other), (light, other, mine)):
+            self.owner[joins] = rank
+            self._load[rank] += self._work[joins] - self._work[leaves]
+            self._held[rank, leaves], self._held[rank, joins] = 0, 1
+            self._seen[rank] += self._sees[joins] - self._sees[leaves]
+        for rank in (heavy, light):
+            self._joins[rank] = self._cost_of_joining(rank)

@@ -1,0 +1,101 @@
+"""Heads: which rank computes which of them, and when, where heads are spread over ranks.
+
+Query head h uses kv head h // group. Query heads are dealt in order, as evenly as they go; with them go the kv heads
+that they use. So a kv head is replicated on just the ranks that compute some of its query heads, which is the least
+that even shares of query heads allow; and a rank's share need not be whole groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class HeadRun(NamedTuple):
+    """Query heads and their kv heads, each of which serves as many of them: what a kernel takes at once."""
+
+    heads: range
+    kv_heads: range
+
+
+@dataclass(frozen=True)
+class Share:
+    """Consecutive query heads, and the kv heads that they use."""
+
+    heads: range
+    kv_heads: range
+    group: int  # query heads of a whole kv head
+
+    def runs(self) -> tuple[HeadRun, ...]:
+        """Returns the share in local numbers, cut where query heads per kv head change: three runs at most."""
+        if not self.heads:
+            return ()
+        a, b, g = self.heads.start, self.heads.stop, self.group
+        # An incomplete group at either end, whole ones between.
+        inner_start, inner_stop = min(-(-a // g) * g, b), max(b // g * g, a)
+        cuts = sorted({a, inner_start, inner_stop, b}) if inner_start <= inner_stop else [a, b]
+        return tuple(
+            HeadRun(_moved(range(first, last), -a), _moved(_kv_of(range(first, last), g), -self.kv_heads.start))
+            for first, last in pairwise(cuts)
+        )
+
+
+def whole(heads: int, kv_heads: int) -> Share:
+    """Returns all heads."""
+    return Share(range(heads), range(kv_heads), heads // kv_heads)
+
+
+def shares_of(heads: int, kv_heads: int, world_size: int, stages: int = 1) -> tuple[tuple[Share, ...], ...]:
+    """Returns which heads each rank computes in each stage: [stage][rank].
+
+    Where a rank has kv heads enough, stages do not cut through their groups. A share may be empty.
+
+    Args:
+        heads: query heads in all, a multiple of kv_heads.
+        kv_heads: kv heads in all.
+        world_size: ranks to deal them to.
+        stages: parts of each rank's share.
+    """
+    group = heads // kv_heads
+    by_rank = [_stages(part, group, stages) for part in _even(range(heads), world_size)]
+    return tuple(zip(*by_rank, strict=True))
+
+
+def early_and_late(runs: tuple[HeadRun, ...]) -> tuple[tuple[HeadRun, ...], tuple[HeadRun, ...]]:
+    """Cuts runs of heads in two, the first of a quarter or so, never through a kv head's group."""
+    if len(runs) != 1:
+        return runs[:1], runs[1:]
+    (run,) = runs
+    group = len(run.heads) // len(run.kv_heads)
+    early = -(-len(run.kv_heads) // 4)
+    late = HeadRun(run.heads[early * group :], run.kv_heads[early:])
+    return (HeadRun(run.heads[: early * group], run.kv_heads[:early]),), (late,) if late.heads else ()
+
+
+def _stages(part: range, group: int, stages: int) -> list[Share]:
+    kv = _kv_of(part, group)
+    if len(kv) >= stages:
+        cuts = [
+            part[max(run.start * group - part.start, 0) : run.stop * group - part.start] for run in _even(kv, stages)
+        ]
+    else:
+        cuts = _even(part, stages)
+    return [Share(cut, _kv_of(cut, group), group) for cut in cuts]
+
+
+def _even(whole: range, parts: int) -> list[range]:
+    ends = [-(-len(whole) * part // parts) for part in range(parts + 1)]
+    return [whole[a:b] for a, b in pairwise(ends)]
+
+
+def _kv_of(heads: range, group: int) -> range:
+    return (
+        range(heads.start // group, -(-heads.stop // group))
+        if heads
+        else range(heads.start // group, heads.start // group)
+    )
+
+
+def _moved(numbers: range, by: int) -> range:
+    return range(numbers.start + by, numbers.stop + by)

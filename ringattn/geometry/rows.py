@@ -1,0 +1,47 @@
+"""Sets of local rows, as ascending ranges that do not touch: equal sets are equal values."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+
+from ringattn.geometry.layout import Ints
+
+Rows: TypeAlias = tuple[range, ...]
+
+
+def merged(start: Ints, stop: Ints) -> Rows:
+    """Returns the union of intervals [start, stop), none of them empty."""
+    if not len(start):
+        return ()
+    order = np.argsort(start, kind="stable")
+    start, reach = start[order], np.maximum.accumulate(stop[order])
+    first = np.ones(len(start), dtype=bool)
+    first[1:] = start[1:] > reach[:-1]
+    last = np.append(first[1:], True)
+    return tuple(map(range, start[first].tolist(), reach[last].tolist()))
+
+
+def count(rows: Rows) -> int:
+    """Returns how many rows there are."""
+    return sum(map(len, rows))
+
+
+def cut(rows: Rows, parts: int) -> list[Rows]:
+    """Cuts the rows, in order, into `parts` sets whose sizes differ by at most one."""
+    total = count(rows)
+    ends = [total * part // parts for part in range(parts + 1)]
+    return [between(rows, a, b) for a, b in pairwise(ends)]
+
+
+def between(rows: Rows, first: int, last: int) -> Rows:
+    """Returns the rows from the first-th up to the last-th."""
+    found, seen = [], 0
+    for run in rows:
+        part = run[max(first - seen, 0) : max(last - seen, 0)]
+        if part:
+            found.append(part)
+        seen += len(run)
+    return tuple(found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ringattn
 from ringattn.geometry.exchanges import Ring, build_plan
-from ringattn.geometry.tiles import Tiles, tiles_of_rank
+from ringattn.geometry.tiles import NO_TILES, Tiles, tiles_of_rank
 from ringattn.kernels import Call, Spec
 
 RING_RANKS = 4
@@ -79,7 +79,8 @@ def _ring_step(source: int) -> Callable[[int], Pattern]:
     def pattern(seq_len: int) -> Pattern:
         layout = ringattn.zigzag(seq_len * RING_RANKS, RING_RANKS)
         plan = build_plan(Ring(), (ringattn.causal(),), layout, layout, RING_RANK)
-        return Pattern(next(visit.tiles for visit in plan.forward.visits if visit.piece.block == source))
+        found = (visit.tiles for visit in plan.forward.visits if visit.piece.block == source)
+        return Pattern(next(found, NO_TILES))
 
     return pattern
 

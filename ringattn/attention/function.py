@@ -27,6 +27,7 @@ class Attention(torch.autograd.Function):
         """Runs the plan's forward; see api.ring_attention_with_lse."""
         ctx.set_materialize_grads(False)
         ctx.job, ctx.team = job, team
+        q, k, v = (_with_whole_rows(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             if job.spread is None:
                 out, lse = run_forward(job, team, q, k, v, sink)
@@ -44,7 +45,7 @@ class Attention(torch.autograd.Function):
         """Runs the plan's backward: gradients of what every rank's out and lse contributed."""
         q, k, v, sink, out, lse = ctx.saved_tensors
         job: Job = ctx.job
-        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        dout = torch.zeros_like(out) if dout is None else _with_whole_rows(dout.to(q.dtype))
         delta = _row_products(dout, out, lse.dtype)
         if dlse is not None:
             delta -= dlse
@@ -71,6 +72,11 @@ class Attention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """Returns the tensor with its last dim contiguous, as kernels want it; a copy only where it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _as_input(gradient: Tensor, x: Tensor) -> Tensor:

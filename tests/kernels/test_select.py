@@ -87,10 +87,11 @@ def test_unknown_names(name: str) -> None:
         assert words in str(told.value)
 
 
-def test_reference_takes_what_the_others_refuse() -> None:
+def test_what_one_refuses_another_takes() -> None:
     capped = replace(CALL, spec=Spec(0.125, softcap=30.0))
-    assert select(None, capped).name == "reference"
-    assert select(None, CALL).name == "sdpa"
+    assert select(None, CALL).name == select(None, capped).name == "native"
+    assert select(None, replace(CALL, dtype=torch.float64)).name == "sdpa"
+    assert select(None, replace(capped, dtype=torch.float64)).name == "reference"
     with pytest.raises(BackendError, match="sdpa: has no softcap"):
         select("sdpa", capped)
 

@@ -7,7 +7,13 @@ RANKS  ?= 2
 # A thread for each rank: ranks share the cores.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 
-.PHONY: demo test test-long lint bench docs clean help
+# The compiler that torch takes, too. Its sanitizers' runtimes must be loaded before Python is.
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+
+.PHONY: demo test test-long sanitize lint bench docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +32,10 @@ test: $(READY)  ## the test suite
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long
+
+sanitize: $(READY)  ## the native kernel's tests, with addresses and undefined behaviour checked
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest -p tests.sanitize tests/kernels/test_native.py tests/kernels/test_contract.py -k native
 
 lint: $(READY)  ## ruff, mypy --strict, and the floors
 	$(BIN)/ruff check .

@@ -11,11 +11,11 @@ from functools import partial
 
 import pytest
 
-from ringattn.kernels import build, native
+from ringattn.kernels import build
 
 # -O1, for a report to name the line; what is found ends the process, for a test cannot catch it.
-FLAGS = (*build.FLAGS, "-O1", "-g", "-fno-omit-frame-pointer")
-FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = (*build.FLAGS, "-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS)
 
 
 def pytest_configure() -> None:
@@ -26,4 +26,4 @@ def pytest_configure() -> None:
     sanitized = partial(build.library, flags=FLAGS)
     if b"__asan_report" not in sanitized("cpu").read_bytes():
         raise pytest.UsageError(f"the compiler took {FLAGS}, but the library has no sanitizer in it")
-    native.library = sanitized
+    pytest.MonkeyPatch().setattr("ringattn.kernels.native.library", sanitized)

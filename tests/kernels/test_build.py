@@ -58,10 +58,9 @@ def test_builds_once(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("what", ["a source", "a header", "the flags"])
 def test_builds_anew_when_something_changed(csrc: Path, tmp_path: Path, what: str) -> None:
-    before, flags = library("tiny", FLAGS, tmp_path / "root"), FLAGS
-    if what == "the flags":
-        flags = (*FLAGS, "-O1")
-    else:
+    before = library("tiny", FLAGS, tmp_path / "root")
+    flags = (*FLAGS, "-O1") if what == "the flags" else FLAGS
+    if what != "the flags":
         file = csrc / "tiny" / ("one.cpp" if what == "a source" else "one.h")
         file.write_text(file.read_text() + "\n")
     after = library("tiny", flags, tmp_path / "root")

@@ -11,6 +11,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 ifeq ($(origin CXX),default)
 CXX := c++
 endif
+SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
 .PHONY: demo test test-long sanitize lint bench docs clean help
@@ -35,7 +36,7 @@ test-long: $(READY)  ## the slow part of the test suite
 
 sanitize: $(READY)  ## the native kernel's tests, with addresses and undefined behaviour checked
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-		$(BIN)/python -m pytest -p tests.sanitize tests/kernels/test_native.py tests/kernels/test_contract.py -k native
+		$(BIN)/python -m pytest -p tests.sanitize -s $(SANITIZED) -k native
 
 lint: $(READY)  ## ruff, mypy --strict, and the floors
 	$(BIN)/ruff check .

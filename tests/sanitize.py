@@ -1,6 +1,7 @@
 """A pytest plugin, `-p tests.sanitize`: the native kernel is compiled with sanitizers, and what they find ends the run.
 
-The sanitizers' runtimes must be loaded before Python is: `make sanitize` does both.
+The sanitizers' runtimes must be loaded before Python is, and what they say as the process ends must not be captured:
+`make sanitize` sees to it.
 """
 
 from __future__ import annotations

@@ -28,10 +28,14 @@ ANYWHERE = ("portable", "portable_bf16")
 SOME = [case for case in CASES if case not in BANDS] + list(BANDS[::5])
 
 
+@pytest.fixture(autouse=True)
+def _loaded() -> None:
+    assert not NativeKernel().available()
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this processor has, as the native backend."""
-    assert not NativeKernel().available()
     name: str = request.param
     if name not in instruction_sets(torch.bfloat16):
         assert name not in ANYWHERE

@@ -11,6 +11,8 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 ifeq ($(origin CXX),default)
 CXX := c++
 endif
+# Fresh memory is full of NaN. Python leaks by design.
+POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
@@ -35,7 +37,7 @@ test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long
 
 sanitize: $(READY)  ## the native kernel's tests, with addresses and undefined behaviour checked
-	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(POISON) PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest -p tests.sanitize -s $(SANITIZED) -k native
 
 lint: $(READY)  ## ruff, mypy --strict, and the floors

@@ -135,6 +135,9 @@ void* scratch(size_t bytes) {
   };
   static thread_local std::unique_ptr<void, Free> held;
   static thread_local size_t size = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  size = 0;  // each call gets its own: what is stale, or beyond the end, shows
+#endif
   if (size < bytes) {
     held.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     size = held ? bytes : 0;

@@ -7,7 +7,16 @@ RANKS  ?= 2
 # A thread for each rank: ranks share the cores.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 
-.PHONY: demo test test-long lint bench bench-gpu docs clean help
+# The compiler that torch takes, too. Its sanitizers' runtimes must be loaded before Python is.
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+# Fresh memory is full of NaN. Python leaks by design.
+POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
+SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+
+.PHONY: demo test test-long sanitize lint bench bench-gpu docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +35,10 @@ test: $(READY)  ## the test suite
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long
+
+sanitize: $(READY)  ## the native kernel's tests, with addresses and undefined behaviour checked
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(POISON) PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest -p tests.sanitize -s $(SANITIZED) -k native
 
 lint: $(READY)  ## ruff, mypy --strict, and the floors
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import ringattn
 import ringattn.kernels as kernels
 from ringattn import cli
 from ringattn.kernels import BACKENDS, Call, Spec, select
+from ringattn.kernels.native import instruction_sets
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,17 @@ def test_info_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch
     assert re.search(r"^  1\. broken +unavailable: no such device; too old a driver$", told, re.MULTILINE)
     assert re.search(rf"^  2\. {next(iter(BACKENDS))} ", told, re.MULTILINE)
     assert "made for this test" in told
+
+
+def test_info_tells_which_instructions_take_which_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    told = info(capsys)
+    (line,) = re.findall(r"^ +our own C\+\+ for the CPU.*; (.*)$", told, re.MULTILINE)
+    listed = {name: isa for isa, names in re.findall(r"(\w+) \(([\w, ]+)\)", line) for name in names.split(", ")}
+    assert listed == {
+        "fp32": instruction_sets(torch.float32)[0],
+        "fp16": instruction_sets(torch.float16)[0],
+        "bf16": instruction_sets(torch.bfloat16)[0],
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN may be available here")

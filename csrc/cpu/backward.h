@@ -227,7 +227,7 @@ struct Backward {
     for (int c = 0; c < C; ++c) {
       const vec lse = load(b.lse + c * W);
       RINGATTN_UNROLL
-      for (int r = 0; r < TILE; ++r) sums[r][c] = exp2(fma(sums[r][c], factor, -lse));
+      for (int r = 0; r < TILE; ++r) sums[r][c] = exp2(at_most_zero(fma(sums[r][c], factor, -lse)));
     }
     if (__builtin_expect(masked, 0)) mask(sums, band, j);
     RINGATTN_UNROLL

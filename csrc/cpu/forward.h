@@ -239,7 +239,8 @@ struct Forward {
 
   template <bool MASKED>
   RINGATTN_INLINE vec weight(vec score, vec scaled, vec top) {
-    const vec w = exp2(fma(score, scaled, -top));
+    // The product is exact, the top is rounded: of huge scores, the difference may be huge as well, and positive.
+    const vec w = exp2(at_most_zero(fma(score, scaled, -top)));
     return MASKED ? select(score == broadcast(-INFINITE), vec{}, w) : w;
   }
 

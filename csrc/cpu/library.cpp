@@ -108,6 +108,7 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
   p.dtype = dtype_of(q);
   p.scale = (float)scale, p.softcap = (float)softcap;
   check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
+  check(p.dim > 0 && p.v_dim > 0, "q, k and v must have dims");
   check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "the heads of q must be a multiple of those of k");
   check(same_shape(k, p.batch, k.size(1), p.kv_heads, p.dim), "k must fit q");
   check(same_shape(v, p.batch, k.size(1), p.kv_heads, p.v_dim), "v must fit k");
@@ -134,6 +135,9 @@ void* scratch(size_t bytes) {
   };
   static thread_local std::unique_ptr<void, Free> held;
   static thread_local size_t size = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  size = 0;  // each call gets its own: what is stale, or beyond the end, shows
+#endif
   if (size < bytes) {
     held.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     size = held ? bytes : 0;

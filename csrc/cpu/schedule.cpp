@@ -26,7 +26,9 @@ Schedule::Schedule(const int64_t* table, int64_t n, int64_t batch) {
   bool same = true;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* t = table + 7 * i;
-    tiles_[i] = {t[0], t[1], t[2], t[3], t[4], t[5], t[6]};
+    // Diagonals beyond the tile's corners say no more than the corners do, but sums of them may overflow.
+    const int64_t lowest = t[2] - t[1], highest = t[3] - t[0];
+    tiles_[i] = {t[0], t[1], t[2], t[3], std::clamp(t[4], lowest, highest), std::clamp(t[5], lowest, highest), t[6]};
     same &= t[6] < 0;
   }
   for (int64_t row = 0; row < (same ? 1 : batch); ++row) {

@@ -83,6 +83,17 @@ RINGATTN_INLINE vec max(vec a, vec b) {
 #endif
 }
 
+// x, or 0 if it is more; NaN stays.
+RINGATTN_INLINE vec at_most_zero(vec x) {
+#if defined(RINGATTN_AVX512)
+  return _mm512_min_ps(vec{}, x);
+#elif defined(RINGATTN_AVX2)
+  return _mm256_min_ps(vec{}, x);
+#else
+  return select(x > vec{}, vec{}, x);
+#endif
+}
+
 RINGATTN_INLINE ivec lane_numbers() {
   ivec x{};
   for (int i = 0; i < W; ++i) x[i] = i;

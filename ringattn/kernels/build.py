@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,15 +25,24 @@ from torch.utils import cpp_extension
 _TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", _TARGET)
 
+_WORK = "work-"
+
 
 class BuildError(Exception):
     """The sources could not be compiled; the message says why, in one line."""
 
 
 def sources() -> Path:
-    """Returns the folder csrc: inside the installed package, or beside it in a checkout."""
+    """Returns the folder csrc: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        BuildError: when it is in neither place.
+    """
     package = Path(__file__).resolve().parents[1]
-    return next(folder for folder in (package / "csrc", package.parent / "csrc") if folder.is_dir())
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if folder.is_dir():
+            return folder
+    raise BuildError(f"the C++ sources are missing: there is no csrc in {package}, nor beside it")
 
 
 def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -> Path:
@@ -42,7 +53,7 @@ def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -
         flags: of the compiler.
         root: where libraries are kept; None is torch's folder for extensions.
     Raises:
-        BuildError: when there is no compiler, or it fails.
+        BuildError: when there are no sources, there is no compiler, it fails, or the folder cannot be written.
     """
     folder = sources() / name
     files = sorted(folder.glob("*.cpp"))
@@ -52,12 +63,16 @@ def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -
     root = Path(cpp_extension.get_default_build_root()) if root is None else root
     home = root / f"ringattn-{name}-{seen.hexdigest()[:16]}"
     built = home / "library.so"
-    if built.exists():
-        return built
     try:
+        if built.exists():
+            return built
         home.mkdir(parents=True, exist_ok=True)
-        with _alone(home / "lock"), tempfile.TemporaryDirectory(dir=home) as work:
-            if not built.exists():
+        with _alone(home / "lock"):
+            if built.exists():
+                return built
+            for left in home.glob(f"{_WORK}*"):  # by a build that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=_WORK, dir=home) as work:
                 # Whoever looks sees a whole library or none.
                 os.replace(_compile(files, flags, Path(work)), built)
     except OSError as error:
@@ -66,33 +81,22 @@ def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -
 
 
 def _compile(files: Sequence[Path], flags: Sequence[str], work: Path) -> Path:
-    compiler: str = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
+    named: str = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
+    compiler = shlex.split(named)  # such as "ccache g++"
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     target = work / "library.so"
 
     def compiled(file: Path) -> Path:
         made = work / f"{file.stem}.o"
-        _run([compiler, *flags, *includes, "-c", str(file), "-o", str(made)])
+        _run([*compiler, *flags, *includes, "-c", str(file), "-o", str(made)])
         return made
 
     with ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compiled, files))
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     sanitized = [flag for flag in flags if flag.startswith("-fsanitize")]
-    _run(
-        [
-            compiler,
-            "-shared",
-            *sanitized,
-            *map(str, objects),
-            *paths,
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-            "-o",
-            str(target),
-        ]
-    )
+    libraries = [*paths, "-ltorch", "-ltorch_cpu", "-lc10"]
+    _run([*compiler, "-shared", *sanitized, *map(str, objects), *libraries, "-o", str(target)])
     return target
 
 
@@ -100,9 +104,10 @@ def _run(command: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except FileNotFoundError as error:
-        raise BuildError(
-            f"there is no C++ compiler {command[0]!r} (g++ or clang++ will do; CXX names another)"
-        ) from error
+        told = f"there is no C++ compiler {command[0]!r} (g++ or clang++ will do; CXX names another)"
+        raise BuildError(told) from error
+    except OSError as error:
+        raise BuildError(f"the C++ compiler {command[0]!r} cannot be started: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"the C++ compiler {command[0]!r} did not finish within 10 minutes") from error
     if done.returncode:

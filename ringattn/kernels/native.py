@@ -13,7 +13,7 @@ from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import BuildError, library
 from ringattn.kernels.contract import Call, Spec
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,14 @@ class NativeKernel:
 
     @property
     def about(self) -> str:
-        """One line for people: what it is and what it takes."""
-        return "our own C++ for the CPU, compiled on first use: fp32, bf16, fp16; every option"
+        """One line for people: what it is, and which instructions it takes for which dtype."""
+        told = "our own C++ for the CPU, compiled on first use; every option"
+        return f"{told}; fp32, bf16, fp16" if self.available() else f"{told}; {self._instructions()}"
+
+    def _instructions(self) -> str:
+        taken = {dtype: self.isa or instruction_sets(dtype)[0] for dtype in _DTYPES}
+        dtypes = {isa: [name for dtype, name in _DTYPES.items() if taken[dtype] == isa] for isa in taken.values()}
+        return ", ".join(f"{isa} ({', '.join(names)})" for isa, names in dtypes.items())
 
     def available(self) -> list[str]:
         """Builds and loads the library, at most once in a process; a reason when that fails."""

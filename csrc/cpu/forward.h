@@ -27,8 +27,17 @@ struct Forward {
   // What a task keeps of a block of queries.
   struct Block {
     int64_t head, row, stop;
-    float *q, *out, *top, *sum;  // (words, BLOCK), (v_pitch, BLOCK), (BLOCK), (BLOCK)
+    float *q, *out;    // (words, BLOCK), (v_pitch, BLOCK)
+    float *top, *sum;  // (BLOCK): the largest score so far, and the sum of weights beside it
   };
+
+  // Whether the scale is so small that every score is 0 beside 1.
+  static bool is_flat(const Problem& p) { return __builtin_fabsf(p.scale) < 1e-20f; }
+
+  // Scores are kept unscaled, but where they are capped, in powers of two.
+  static float factor_of(const Problem& p) {
+    return p.softcap != 0.0f || is_flat(p) ? 1.0f : __builtin_fabsf(p.scale) * LOG2_E;
+  }
 
   static int64_t blocks_per_task(const Problem& p) { return Sizes(p).blocks; }
 
@@ -42,12 +51,12 @@ struct Forward {
   const Problem& p;
   const ForwardTask& task;
   const Sizes s;
-  const float factor;  // of scores, in powers of two
+  const float factor;  // of scores as they are kept, in powers of two
   float *k, *v, *scores, *rows;
   Block* blocks;
 
   Forward(const Problem& problem, const ForwardTask& t, void* memory)
-      : p(problem), task(t), s(problem), factor(problem.scale == 0 ? 1.0f : __builtin_fabsf(problem.scale) * LOG2_E) {
+      : p(problem), task(t), s(problem), factor(factor_of(problem)) {
     Arena arena{static_cast<char*>(memory)};
     k = arena.take(CHUNK * s.k_pitch);
     v = arena.take(CHUNK * s.v_pitch);
@@ -93,13 +102,13 @@ struct Forward {
       const ivec signs = broadcast((int32_t)(PER_WORD == 2 ? 0x80008000 : 0x80000000));
       for (int64_t i = 0; i < s.words * BLOCK; i += W) store(b.q + i, (vec)((ivec)load(b.q + i) ^ signs));
     }
-    if (p.scale == 0) {
+    if (is_flat(p)) {
       for (int64_t i = 0; i < s.words * BLOCK; i += W) store(b.q + i, vec{});
     }
     bool seen = false;
     for (int64_t i = 0; i < BLOCK; ++i) {
       const float lse = i < n ? *lse_of(b, i) : -INFINITE;
-      b.top[i] = lse * LOG2_E;
+      b.top[i] = lse * LOG2_E / factor;
       b.sum[i] = lse == -INFINITE ? 0.0f : 1.0f;
       seen |= lse != -INFINITE;
     }
@@ -121,7 +130,7 @@ struct Forward {
     float inverse[BLOCK];
     for (int64_t i = 0; i < n; ++i) {
       inverse[i] = b.sum[i] == 0.0f ? 0.0f : 1.0f / b.sum[i];
-      *lse_of(b, i) = b.sum[i] == 0.0f ? -INFINITE : LN_2 * b.top[i] + __builtin_logf(b.sum[i]);
+      *lse_of(b, i) = b.sum[i] == 0.0f ? -INFINITE : LN_2 * factor * b.top[i] + __builtin_logf(b.sum[i]);
     }
     lanes_to_rows(b.out, n, p.v_dim, [&](int64_t i, int64_t d, vec values, int64_t count) {
       store(out_of(b, i) + d, values * inverse[i], count);
@@ -149,10 +158,10 @@ struct Forward {
     vec rescale[C];
     RINGATTN_UNROLL
     for (int c = 0; c < C; ++c) {
-      const vec before = load(b.top + c * W), now = max(before, p.softcap != 0.0f ? top[c] : top[c] * factor);
+      const vec before = load(b.top + c * W), now = max(before, top[c]);
       // Nothing seen yet, neither before nor now: any finite number will do, for there is nothing to rescale.
       top[c] = select(now == broadcast(-INFINITE), vec{}, now);
-      rescale[c] = exp2(before - top[c]);
+      rescale[c] = exp2((before - top[c]) * factor);
       store(b.top + c * W, now);
       store(b.sum + c * W, load(b.sum + c * W) * rescale[c]);
     }
@@ -219,7 +228,6 @@ struct Forward {
   // Turns scores into weights, in place, and adds them to the blocks' sums.
   template <int C, bool MASKED>
   void weigh(Block& b, int64_t begin, int64_t end, const vec (&top)[C]) {
-    const vec scaled = broadcast(p.softcap != 0.0f ? 1.0f : factor);
     vec sums[C];
     RINGATTN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = vec{};
@@ -227,8 +235,8 @@ struct Forward {
       float *even = scores + j * BLOCK, *odd = even + BLOCK, *to = scores + j / PER_WORD * BLOCK;
       RINGATTN_UNROLL
       for (int c = 0; c < C; ++c) {
-        const vec a = weight<MASKED>(load(even + c * W), scaled, top[c]);
-        const vec z = weight<MASKED>(load(odd + c * W), scaled, top[c]);
+        const vec a = weight<MASKED>(load(even + c * W), top[c]);
+        const vec z = weight<MASKED>(load(odd + c * W), top[c]);
         sums[c] += a + z;
         Arithmetic::put_across(to + c * W, BLOCK, a, z);
       }
@@ -238,9 +246,9 @@ struct Forward {
   }
 
   template <bool MASKED>
-  RINGATTN_INLINE vec weight(vec score, vec scaled, vec top) {
-    // The product is exact, the top is rounded: of huge scores, the difference may be huge as well, and positive.
-    const vec w = exp2(at_most_zero(fma(score, scaled, -top)));
+  vec weight(vec score, vec top) const {
+    // Scaled after the difference: the largest has weight 1, however large it is.
+    const vec w = exp2((score - top) * factor);
     return MASKED ? select(score == broadcast(-INFINITE), vec{}, w) : w;
   }
 

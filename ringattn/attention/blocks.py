@@ -113,8 +113,8 @@ class Blocks:
         if t.piece not in self._packets:
             packet = self._packets[t.piece] = self._new(self._fields(t.piece))
             for place, x in zip(packet.tensors, self._own, strict=True):
-                for rows, run in _places(t.piece, x.shape[_ROWS]):
-                    place[:, :, rows].copy_(x[:, :, run])
+                for rows, held in _places(t.piece, x.shape[_ROWS]):
+                    place[:, :, rows].copy_(x[:, :, held])
         return self._packets[t.piece]
 
     def _to_receive(self, t: Transfer) -> Packet:
@@ -148,8 +148,9 @@ class Blocks:
         if target not in self._sums:
             self._sums[target] = Packet.zeros(self._sized(self._sum_fields, target), self._device)
         for total, part in zip(self._sums[target].tensors, packet.tensors, strict=True):
-            for rows, run in _places(t.piece if target != t.piece else target, total.shape[_ROWS]):
-                total[:, :, run] += part[:, :, rows]
+            places = [(slice(None), slice(None))] if target == t.piece else _places(t.piece, total.shape[_ROWS])
+            for rows, held in places:
+                total[:, :, held] += part[:, :, rows]
 
     def _gradients_coming(self) -> list[Transfer]:
         return [t for t in self._coming if t.payload is not self._program.carried]

@@ -68,7 +68,9 @@ class Blocks:
     def carried(self, piece: Piece) -> tuple[Tensor, ...]:
         """Returns the tensors of a piece, (B, H, rows, ...), once it is here."""
         self._await(piece)
-        return self._packets[piece].tensors if piece in self._packets else self._own
+        if piece == self._home and piece not in self._packets:
+            return self._own
+        return self._packets[piece].tensors
 
     def awaits_sum(self, piece: Piece) -> bool:
         """Whether a sum of the piece's gradients is still on its way here."""

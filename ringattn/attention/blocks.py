@@ -68,7 +68,9 @@ class Blocks:
     def carried(self, piece: Piece) -> tuple[Tensor, ...]:
         """Returns the tensors of a piece, (B, H, rows, ...), once it is here."""
         self._await(piece)
-        return self._packets[piece].tensors if piece in self._packets else self._own
+        if piece == self._home and piece not in self._packets:
+            return self._own
+        return self._packets[piece].tensors
 
     def awaits_sum(self, piece: Piece) -> bool:
         """Whether a sum of the piece's gradients is still on its way here."""
@@ -113,8 +115,8 @@ class Blocks:
         if t.piece not in self._packets:
             packet = self._packets[t.piece] = self._new(self._fields(t.piece))
             for place, x in zip(packet.tensors, self._own, strict=True):
-                for rows, run in _places(t.piece, x.shape[_ROWS]):
-                    place[:, :, rows].copy_(x[:, :, run])
+                for rows, held in _places(t.piece, x.shape[_ROWS]):
+                    place[:, :, rows].copy_(x[:, :, held])
         return self._packets[t.piece]
 
     def _to_receive(self, t: Transfer) -> Packet:
@@ -148,8 +150,9 @@ class Blocks:
         if target not in self._sums:
             self._sums[target] = Packet.zeros(self._sized(self._sum_fields, target), self._device)
         for total, part in zip(self._sums[target].tensors, packet.tensors, strict=True):
-            for rows, run in _places(t.piece if target != t.piece else target, total.shape[_ROWS]):
-                total[:, :, run] += part[:, :, rows]
+            places = [(slice(None), slice(None))] if target == t.piece else _places(t.piece, total.shape[_ROWS])
+            for rows, held in places:
+                total[:, :, held] += part[:, :, rows]
 
     def _gradients_coming(self) -> list[Transfer]:
         return [t for t in self._coming if t.payload is not self._program.carried]

@@ -17,7 +17,9 @@ Floats = npt.NDArray[np.float64]
 # The work may be uneven by this much: to come closer costs traffic.
 TOLERANCE = 0.02
 # More chunks than this are dealt by their work alone: who needs whom would be too large a table.
-_MOST_CHUNKS = 4096
+_MOST_CHUNKS = 1024
+# A chunk is swapped with one of so many ranks, those with the least work.
+_PARTNERS = 4
 
 
 @lru_cache(maxsize=64, typed=True)
@@ -34,7 +36,8 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
         mask: what the queries will see; decides the work of each chunk.
         seq_len: positions.
         world_size: ranks.
-        chunk: positions in a chunk; None gives each rank about 32 chunks.
+        chunk: positions in a chunk; None gives each rank about 32 chunks, or 16 beyond 32 ranks. More than 1024 chunks
+            in all are dealt by their work alone: the search would take too long.
     Raises:
         LayoutError: when a number is not allowed.
         MaskError: when the mask does not fit the length.
@@ -42,7 +45,7 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
     """
     seq_len, world_size = checked_numbers(seq_len, world_size)
     if chunk is None:
-        chunk = max(1, -(-seq_len // (32 * world_size)))
+        chunk = max(1, -(-seq_len // ((32 if world_size <= 32 else 16) * world_size)))
     if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
         raise LayoutError(f"chunk={chunk!r}: must be an integer of 1 or more, or None")
     chunks = [range(a, min(a + chunk, seq_len)) for a in range(0, seq_len, chunk)]
@@ -137,7 +140,8 @@ class _Swaps:
     def _best_swap(self, heavy: int, mean: float) -> tuple[int, int] | None:
         """Returns a chunk of the rank with most work, and a lighter one of another rank."""
         mine = np.flatnonzero(self.owner == heavy)
-        others = np.flatnonzero(self._load[self.owner] < mean)
+        lightest = np.argsort(self._load, kind="stable")[:_PARTNERS]
+        others = np.flatnonzero(np.isin(self.owner, lightest[self._load[lightest] < mean]))
         if not len(others):
             return None
         to = self.owner[others]

@@ -99,3 +99,21 @@ def test_a_window_costs_a_gather_its_halo(pool: RankPool) -> None:
     found = [sent for _, sent in pool.run(planned_and_sent, 4, problem, (True, True, True))]
     assert [forward for forward, _ in found] == [halo, halo, halo, 0]
     assert sum(backward for _, backward in found) == 2 * 3 * halo
+
+
+def operations(group: dist.ProcessGroup, problem: Problem) -> set[str]:
+    """Which operations of torch.distributed a call, forward and backward, comes down to."""
+    t, _ = share_of(problem, group.rank(), group.size())
+    q, k, v = (x.clone().requires_grad_() for x in t[:3])
+    attend(group, problem, q, k, v)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out, _ = attend(group, problem, q, k, v)
+        torch.autograd.grad(out, [q, k, v], t.dout)
+    return {event.key for event in profile.key_averages() if event.key.startswith("c10d::")}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_nothing_but_messages(pool: RankPool, way: Way) -> None:
+    """No collective and no barrier: what is counted above is all there is."""
+    problem = Problem(mask_case("causal"), layout_case("zigzag"), 37, heads=4, way=way)
+    assert pool.run(operations, 4, problem) == [{"c10d::send", "c10d::recv_"}] * 4

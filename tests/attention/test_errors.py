@@ -346,3 +346,28 @@ def test_only_messages_after_the_first_call(pool: RankPool, world_size: int) -> 
         messages = set() if world_size == 1 else {"c10d::send", "c10d::recv_"}
         assert (first - messages != set()) == (world_size > 1), "the profile does not show collectives"
         assert later == [messages] * 2
+
+
+def call_an_exchange(group: dist.ProcessGroup, operations: list[str], stages: object) -> None:
+    """Every rank calls the operation that stands at its place, the last with these stages."""
+    options = good_call(group, fresh_scale())
+    del options["scale"]
+    last = group.rank() == group.size() - 1
+    getattr(ringattn, f"{operations[group.rank()]}_attention")(**options, stages=stages if last else 2)
+
+
+@pytest.mark.parametrize("operation", ["gather", "ulysses"])
+@pytest.mark.parametrize("stages", [0, -1, 1.5, True, "2", None], ids=repr)
+def test_stages_are_positive_integers(pool: RankPool, operation: str, stages: object) -> None:
+    for error in pool.expect_error(call_an_exchange, 3, [operation] * 3, stages):
+        assert error.type_name == "ArgumentError"
+        assert error.message == f"on rank 2 of 3: stages={stages!r}: must be an integer of 1 or more"
+
+
+def test_disagreement_on_stages_and_on_the_exchange(pool: RankPool) -> None:
+    for error in pool.expect_error(call_an_exchange, 2, ["gather"] * 2, 3):
+        assert error.type_name == "DisagreementError"
+        assert "disagree on stages (rank 0: 2; rank 1: 3)" in error.message
+    for error in pool.expect_error(call_an_exchange, 2, ["gather", "ulysses"], 2):
+        assert error.type_name == "DisagreementError"
+        assert "disagree on the operation (rank 0: gather_attention" in error.message

@@ -21,30 +21,36 @@ def worlds(way: Way) -> tuple[int, ...]:
     return (1, 2, 3, 4) if way.mesh is None else (4,)
 
 
-def check_way(pool: RankPool, way: Way, *problems: Problem) -> None:
-    check(pool, [replace(problem, way=way) for problem in problems], worlds(way))
+def check_way(pool: RankPool, way: Way, *problems: Problem, on: tuple[int, ...] = ()) -> None:
+    check(pool, [replace(problem, way=way) for problem in problems], on or worlds(way))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped_1", "striped_3", "balanced"])
 def test_layouts_and_masks(pool: RankPool, way: Way, layout: str) -> None:
-    """A different third of the masks for each layout; odd lengths, grouped heads, Dv != D, poisoned buffers."""
+    """A third of the masks for each layout, on two numbers of ranks; grouped heads, Dv != D, poisoned buffers."""
     start = [case.name for case in LAYOUT_CASES].index(layout)
     masks = MASK_CASES[start % 3 :: 3]
+    some = worlds(way)[start % 2 :: 2] or worlds(way)
     problems = [
         Problem(
             mask, layout_case(layout), 23, heads=4, kv_heads=(4, 2, 1)[i % 3], v_dim=3, batch=1 + i % 2, poison=True
         )
         for i, mask in enumerate(masks)
     ]
-    check_way(pool, way, *problems)
+    check_way(pool, way, *problems, on=some)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_heads(pool: RankPool, way: Way) -> None:
     """Heads that do not divide, fewer than ranks, and kv heads that are fewer still."""
     heads = ((1, 1), (3, 3), (3, 1), (6, 6), (6, 3), (6, 2), (6, 1), (7, 7), (7, 1), (10, 2))
-    check_way(pool, way, *(Problem(PACKED, ZIGZAG, 19, heads=h, kv_heads=kv, v_dim=3, sink=True) for h, kv in heads))
+    check_way(
+        pool,
+        way,
+        *(Problem(PACKED, ZIGZAG, 19, heads=h, kv_heads=kv, v_dim=3, sink=True) for h, kv in heads),
+        on=worlds(way)[-3:],
+    )
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -59,6 +65,7 @@ def test_options(pool: RankPool, way: Way) -> None:
         replace(base, backend="reference", kv_heads=4),
         replace(base, mask=masks),
         replace(base, mask=(PACKED, mask_case("full")), kv_heads=4, layout=layout_case("striped_1")),
+        on=worlds(way)[-2:],
     )
 
 
@@ -78,7 +85,7 @@ def test_cross_attention(pool: RankPool, way: Way) -> None:
             ("full", "zigzag", "contiguous", 0, 13, 2),
         )
     ]  # fmt: skip
-    check_way(pool, way, *problems)
+    check_way(pool, way, *problems, on=worlds(way)[-2:])
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -88,7 +95,7 @@ def test_fewer_tokens_than_ranks(pool: RankPool, way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_exact_as_plain_torch(pool: RankPool, way: Way, dtype: torch.dtype) -> None:
     """Queries travel in the backward with as many kv heads; gradients of replicated ones are summed in fp32."""
     for kv_heads in (4, 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from itertools import product
 from typing import Any, cast
 
 import pytest
@@ -24,6 +23,9 @@ from tests.harness.ranks import RankPool
 WAYS = (RING, *FLAT_WAYS, *MESH_WAYS)
 # As many kv heads as heads: where a plan can, queries travel in the backward.
 MULTI_HEAD = replace(PROBLEM, kv_heads=4)
+
+
+SPREADING = tuple(way for way in WAYS if way.operation in ("ulysses", "hybrid"))
 
 
 def world(way: Way) -> int:
@@ -46,9 +48,10 @@ def test_checkpoint(pool: RankPool, way: Way) -> None:
         pool.run(through_a_checkpoint, world(way), replace(base, way=way), reentrant)
 
 
-def every_subset(group: dist.ProcessGroup, problem: Problem) -> None:
+def some_subsets(group: dist.ProcessGroup, problem: Problem) -> None:
     _, expected = share_of(problem, group.rank(), group.size())
-    for wanted in product([False, True], repeat=4):
+    alone = [tuple(i == j for j in range(4)) for i in range(4)]
+    for wanted in (*alone, (True, True, True, False), (False, True, True, False), (True,) * 4, (False,) * 4):
         inputs, dout, dlse = leaves(group, problem)
         for x, want in zip(inputs, wanted, strict=True):
             x.requires_grad_(want)
@@ -61,9 +64,8 @@ def every_subset(group: dist.ProcessGroup, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_gradients_of_every_subset(pool: RankPool, way: Way) -> None:
-    for base in (PROBLEM, MULTI_HEAD):
-        pool.run(every_subset, world(way), replace(base, way=way))
+def test_gradients_of_some_subsets(pool: RankPool, way: Way) -> None:
+    pool.run(some_subsets, world(way), replace(PROBLEM if way in SPREADING else MULTI_HEAD, way=way))
 
 
 def lse_on_some_ranks(group: dist.ProcessGroup, problem: Problem) -> None:
@@ -129,7 +131,7 @@ def of_views(group: dist.ProcessGroup, problem: Problem, how: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_views(pool: RankPool, way: Way) -> None:
-    for how in ("transposed", "sliced", "expanded"):
+    for how in ("transposed", "sliced", "expanded")[WAYS.index(way) % 3 :][:2]:
         pool.run(of_views, world(way), replace(MULTI_HEAD, sink=False, way=way), how)
 
 
@@ -163,7 +165,7 @@ def repeated(group: dist.ProcessGroup, problem: Problem) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_repeated_calls_are_identical(pool: RankPool, way: Way) -> None:
     """Bit for bit, in a dtype where the order of sums would show."""
-    for kv_heads in (4, 1):
+    for kv_heads in (1,) if way in SPREADING else (4, 1):
         problem = Problem(
             mask_case("causal"), layout_case("zigzag"), 61, heads=4, kv_heads=kv_heads, sink=True,
             dtype=torch.float32, way=way,

@@ -33,7 +33,7 @@ from ringattn.geometry.travel import Travel
 from tests.geometry import replay
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, layouts, masks
-from tests.harness.cases import Bools
+from tests.harness.cases import Bools, mask_case
 
 
 def plans_of(
@@ -150,6 +150,13 @@ def test_self_attention(data: st.DataObject, seq_len: int, world: int, batch: in
     check_all([case.build(seq_len) for case in cases], layout, layout, allowed, [exchange])
 
 
+@pytest.mark.parametrize("name", ["full", "causal", "window_both", "documents&causal"])
+def test_every_exchange(name: str) -> None:
+    """Messages both ways between all ranks, of both kinds in one step where there are stages."""
+    case, layout = mask_case(name), zigzag(47, 6)
+    check_all([case.build(47)], layout, layout, [case.allowed(47, 47)])
+
+
 @given(st.data(), st.integers(0, 50), st.integers(0, 50), st.integers(1, 8), st.integers(1, 2))
 @examples(45)
 def test_cross_attention(data: st.DataObject, q_len: int, k_len: int, world: int, batch: int) -> None:
@@ -164,7 +171,7 @@ def _balanced(seq_len: int, world: int) -> Layout:
     return balanced(causal(), seq_len, world)
 
 
-@pytest.mark.parametrize("exchange", [Ring(), Ring(4), Gather(2)], ids=repr)
+@pytest.mark.parametrize("exchange", [Ring(), Ring(4), Gather(3)], ids=repr)
 @pytest.mark.parametrize("make", [zigzag, striped, _balanced])
 @pytest.mark.parametrize(
     "mask",

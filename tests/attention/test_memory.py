@@ -50,13 +50,18 @@ BLOCK = 1024 * 8 * 64 * 4  # bytes of one rank's q, in fp32
 def test_stages_bound_what_a_gather_holds(pool: RankPool) -> None:
     """On four ranks: k and v of three others at a time; with six stages a third of them, and of this rank's copies."""
     alone, staged = (max(pool.run(peak_of, 4, "gather", stages, False)) for stages in (1, 6))
-    assert alone >= (2 * 3 + 2 + 2) * BLOCK
-    assert staged <= alone - (2 / 3 * 8 - 0.5) * BLOCK
+    # What came, what is sent, and out.
+    assert (2 * 3 + 2 + 1) * BLOCK <= alone <= (2 * 3 + 2 + 1.5) * BLOCK
+    # Two stages at a time: one is computed, one is on its way.
+    assert staged <= (2 / 6 * 8 + 1 + 1.5) * BLOCK
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_stages_bound_what_spreading_heads_holds(pool: RankPool, backward: bool) -> None:
-    """q, k, v and out of all ranks' rows, in several copies: less with every stage."""
+    """q, k, v and out of all ranks' rows, in several copies: less with every stage.
+
+    Of two stages, both are there at a time: one is computed, the other on its way.
+    """
     peaks = [max(pool.run(peak_of, 2, "ulysses", stages, backward)) for stages in (1, 2, 4)]
-    assert peaks[1] <= peaks[0] - 0.4 * BLOCK
+    assert peaks[1] <= peaks[0] - 0.2 * BLOCK
     assert peaks[2] <= peaks[0] - 2 * BLOCK

@@ -19,6 +19,13 @@ def attend(request: Request, group: object) -> tuple[Tensor, Tensor]:
     request = _autocast(request)
     if torch.compiler.is_compiling():
         return operators.attend(request, group)
+    found: tuple[Tensor, Tensor] = _attend_at_once(request, group)
+    return found
+
+
+# Where a graph has broken, nothing below is to be compiled piece by piece.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_at_once(request: Request, group: object) -> tuple[Tensor, Tensor]:
     team = team_for(request.operation, group)
     job = agreed(team, request.signature(), lambda: prepare(request, team))
     out, lse = Attention.apply(*request.tensors, job, team)  # type: ignore[no-untyped-call]

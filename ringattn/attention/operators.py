@@ -150,6 +150,7 @@ def _(
     softcap: float | None,
     stages: int,
 ) -> tuple[Tensor, Tensor]:
+    _read(call)  # a mask that cannot be read again is refused before anything runs
     # Slices, so that tensors of wrong shapes get as far as the checks that all ranks make together.
     out = q.new_empty((*q.shape[:3], *v.shape[3:]))
     lse = q.new_empty((*q.shape[:1], *q.shape[2:3], *q.shape[1:2]), dtype=accumulation_dtype(q.dtype))

@@ -287,7 +287,10 @@ def mask_of(text: str) -> Mask:
     for term in text.split(" & "):
         name, _, parameters = term.partition("(")
         if name not in _CONSTRUCTORS:
-            raise MaskError(f"mask={text:.200}: {name!r} is none of {', '.join(_CONSTRUCTORS)}, and has no text")
+            raise MaskError(
+                f"mask={text:.200}: a compiled graph holds a mask by the names of its terms, and {name!r} is none of "
+                f"{', '.join(_CONSTRUCTORS)}; do not compile around this mask"
+            )
         mask &= _CONSTRUCTORS[name](*literal_eval(f"({parameters}"))
     return mask
 

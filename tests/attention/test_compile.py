@@ -19,9 +19,11 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
+from ringattn.geometry.layout import layout_of
+from ringattn.geometry.masks import mask_of
 from tests.attention.problem import FLAT_WAYS, MESH_WAYS, RING, Problem, Way, mesh_of, share_of
 from tests.attention.test_training import PROBLEM, leaves
-from tests.harness.cases import layout_case, mask_case
+from tests.harness.cases import LAYOUT_CASES, MASK_CASES, layout_case, mask_case
 from tests.harness.ranks import RankPool
 
 # Other meshes are other plans, which a graph does not look into.
@@ -377,6 +379,20 @@ def wrong_options(group: dist.ProcessGroup) -> None:
 
 def test_wrong_options(pool: RankPool) -> None:
     pool.run(wrong_options, 2)
+
+
+# ---- texts
+
+
+def test_texts_mean_what_they_were_written_from() -> None:
+    for case in MASK_CASES:
+        mask = case.build(23)
+        assert mask_of(mask.text) == mask
+    for layout in (case.build(23, world_size) for case in LAYOUT_CASES for world_size in (1, 3, 30)):
+        assert layout_of(layout.text) == layout
+        assert str(layout_of(layout.text)) == str(layout)
+    with pytest.raises(ringattn.MaskError, match="'mine' is none of"):
+        mask_of("causal() & mine(3,)")
 
 
 # ---- the operators

@@ -6,15 +6,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.attention.request import Masks, Request, attend
-from ringattn.comm.group import Team, resolve, team_of
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.attention.attend import attend
+from ringattn.attention.request import Masks, Request
 from ringattn.geometry.layout import Layout
 
 Group = dist.ProcessGroup | DeviceMesh | None
-
-_DOUBLE_RING = ("outer", "inner")
-_HYBRID = ("ring", "ulysses")
 
 
 def ring_attention(
@@ -68,7 +64,7 @@ def ring_attention(
     Source: Liu et al. 2023, arXiv:2310.01889; the ring of rings Gu et al. 2024, arXiv:2406.18485.
     """
     request = Request("ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend)
-    return attend(request, team_of(group, _DOUBLE_RING))[0]
+    return attend(request, group)[0]
 
 
 def ring_attention_with_lse(
@@ -96,7 +92,7 @@ def ring_attention_with_lse(
     request = Request(
         "ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, returns_lse=True
     )
-    return attend(request, team_of(group, _DOUBLE_RING))
+    return attend(request, group)
 
 
 def gather_attention(
@@ -132,7 +128,7 @@ def gather_attention(
     Source: the all-gather of Llama 3, Dubey et al. 2024, arXiv:2407.21783, less what is not needed.
     """
     request = Request("gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return attend(request, team_of(resolve(group)))[0]
+    return attend(request, group)[0]
 
 
 def gather_attention_with_lse(
@@ -160,7 +156,7 @@ def gather_attention_with_lse(
     request = Request(
         "gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
     )
-    return attend(request, team_of(resolve(group)))
+    return attend(request, group)
 
 
 def ulysses_attention(
@@ -196,7 +192,7 @@ def ulysses_attention(
     Source: Jacobs et al. 2023, arXiv:2309.14509.
     """
     request = Request("ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return attend(request, team_of(resolve(group)))[0]
+    return attend(request, group)[0]
 
 
 def ulysses_attention_with_lse(
@@ -224,7 +220,7 @@ def ulysses_attention_with_lse(
     request = Request(
         "ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
     )
-    return attend(request, team_of(resolve(group)))
+    return attend(request, group)
 
 
 def hybrid_attention(
@@ -259,7 +255,7 @@ def hybrid_attention(
     Source: Fang and Zhao 2024, arXiv:2405.07719.
     """
     request = Request("hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return attend(request, _hybrid_team(mesh))[0]
+    return attend(request, mesh)[0]
 
 
 def hybrid_attention_with_lse(
@@ -287,12 +283,4 @@ def hybrid_attention_with_lse(
     request = Request(
         "hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
     )
-    return attend(request, _hybrid_team(mesh))
-
-
-def _hybrid_team(mesh: DeviceMesh) -> Team:
-    if not isinstance(mesh, DeviceMesh):
-        raise ArgumentTypeError(f"mesh={mesh!r:.200}: must be a 2-D DeviceMesh with the axes {_HYBRID}")
-    if mesh.ndim != 2:
-        raise ArgumentError(f"mesh={mesh!r}: must have two dims, with the axes {_HYBRID}, not {mesh.ndim}")
-    return team_of(mesh, _HYBRID)
+    return attend(request, mesh)

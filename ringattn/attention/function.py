@@ -1,9 +1,10 @@
-"""The one autograd.Function: a call forward and backward, whatever its exchange."""
+"""A call forward and backward, whatever its exchange; and the one autograd.Function, which is both of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,72 @@ from ringattn.geometry.plan import Payload
 from ringattn.softmax import sink_gradient
 
 
+class Saved(NamedTuple):
+    """What a backward needs of its forward."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Runs the plan's forward; see api.ring_attention_with_lse."""
+    q, k, v = (_with_whole_rows(x) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        if job.spread is None:
+            out, lse = run_forward(job, team, q, k, v, sink)
+        else:
+            out, lse = spread_forward(job, job.spread, team, q, k, v, sink)
+    return out.to(q.dtype), lse
+
+
+def backward(
+    job: Job, team: Team, saved: Saved, dout: Tensor | None, dlse: Tensor | None, needed: Sequence[bool]
+) -> Gradients:
+    """Runs the plan's backward: gradients of what every rank's out and lse contributed.
+
+    Args:
+        job: the forward's.
+        team: the forward's.
+        saved: its inputs and results.
+        dout: the gradient of out; None is 0.
+        dlse: the gradient of lse; None is 0.
+        needed: whose gradients are returned, of (q, k, v, sink); the others are None.
+    """
+    q, k, v = (_with_whole_rows(x) for x in saved[:3])
+    sink, out, lse = saved[3:]
+    dout = torch.zeros_like(out) if dout is None else _with_whole_rows(dout.to(q.dtype))
+    delta = _row_products(dout, out, lse.dtype)
+    if dlse is not None:
+        delta -= dlse
+    # Where other ranks' queries come, so do their gradients of lse.
+    others_come = job.spread is not None or job.plan.backward.carried is Payload.Q
+    if dlse is not None or (job.returns_lse and others_come):
+        job = replace(job, spec=replace(job.spec, lse_grad=True))
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    queries = Queries(q, dout, lse, delta)
+    with torch.autocast(q.device.type, enabled=False):
+        if job.spread is not None and any(job.wanted):
+            dq, dk, dv = spread_backward(job, job.spread, team, queries, k, v)
+        elif any(job.wanted):
+            dq, dk, dv = run_backward(job, team, queries, k, v)
+        dsink = sink_gradient(sink, lse, delta) if sink is not None and needed[3] else None
+    return (
+        _as_input(dq, q) if needed[0] and dq is not None else None,
+        _as_input(dk, k) if needed[1] and dk is not None else None,
+        _as_input(dv, v) if needed[2] and dv is not None else None,
+        dsink,
+    )
+
+
 class Attention(torch.autograd.Function):
     """(q, k, v, sink, job, team) -> (out, lse), both differentiable."""
 
@@ -24,16 +91,10 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job, team: Team
     ) -> tuple[Tensor, Tensor]:
-        """Runs the plan's forward; see api.ring_attention_with_lse."""
+        """Runs `forward`, and saves what `backward` needs."""
         ctx.set_materialize_grads(False)
         ctx.job, ctx.team = job, team
-        q, k, v = (_with_whole_rows(x) for x in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
-            if job.spread is None:
-                out, lse = run_forward(job, team, q, k, v, sink)
-            else:
-                out, lse = spread_forward(job, job.spread, team, q, k, v, sink)
-        out = out.to(q.dtype)
+        out, lse = forward(job, team, q, k, v, sink)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         return out, lse
 
@@ -42,36 +103,9 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
-        """Runs the plan's backward: gradients of what every rank's out and lse contributed."""
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        job: Job = ctx.job
-        dout = torch.zeros_like(out) if dout is None else _with_whole_rows(dout.to(q.dtype))
-        delta = _row_products(dout, out, lse.dtype)
-        if dlse is not None:
-            delta -= dlse
-        # Where other ranks' queries come, so do their gradients of lse.
-        others_come = job.spread is not None or job.plan.backward.carried is Payload.Q
-        if dlse is not None or (job.returns_lse and others_come):
-            job = replace(job, spec=replace(job.spec, lse_grad=True))
-        dq: Tensor | None = None
-        dk: Tensor | None = None
-        dv: Tensor | None = None
-        queries = Queries(q, dout, lse, delta)
-        with torch.autocast(q.device.type, enabled=False):
-            if job.spread is not None and any(job.wanted):
-                dq, dk, dv = spread_backward(job, job.spread, ctx.team, queries, k, v)
-            elif any(job.wanted):
-                dq, dk, dv = run_backward(job, ctx.team, queries, k, v)
-            dsink = sink_gradient(sink, lse, delta) if ctx.needs_input_grad[3] else None
-        needed = ctx.needs_input_grad
-        return (
-            _as_input(dq, q) if needed[0] and dq is not None else None,
-            _as_input(dk, k) if needed[1] and dk is not None else None,
-            _as_input(dv, v) if needed[2] and dv is not None else None,
-            dsink,
-            None,
-            None,
-        )
+        """Runs `backward`."""
+        found = backward(ctx.job, ctx.team, Saved(*ctx.saved_tensors), dout, dlse, ctx.needs_input_grad[:4])
+        return *found, None, None
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.attention.executor import Job
-from ringattn.attention.function import Attention
-from ringattn.comm.group import Team, agreed
+from ringattn.comm.group import Team, resolve, team_of
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.exchanges import Exchange, Gather, Ring, build_plan, cheaper_backward
 from ringattn.geometry.heads import shares_of, whole
@@ -27,6 +26,8 @@ Masks = Mask | Sequence[Mask] | None
 
 # Operations that spread heads over the last axis, and run a plan along the first, if there are two.
 _SPREADING = ("ulysses_attention", "hybrid_attention")
+_DOUBLE_RING = ("outer", "inner")
+_HYBRID = ("ring", "ulysses")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,16 +49,27 @@ class Request:
     backend: str | None
     stages: int = 1
     returns_lse: bool = False
+    gradients: tuple[bool, ...] | None = None  # which of q, k, v, sink require them; None is as they say themselves
+
+    def require_gradients(self) -> tuple[bool, ...]:
+        """Returns which of q, k, v, sink require gradients of this call."""
+        if self.gradients is not None:
+            return self.gradients
+        enabled = torch.is_grad_enabled()
+        return tuple([isinstance(t, Tensor) and enabled and t.requires_grad for t in self.tensors])
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The tensors: q, k, v, sink."""
+        return self.q, self.k, self.v, self.sink
 
     def signature(self) -> Hashable | None:
         """Returns what decides a call apart from its tensors' contents; None if that cannot be told."""
         mask = tuple(self.mask) if isinstance(self.mask, list) else self.mask
         options = (mask, self.layout, self.kv_layout, self.scale, self.softcap, self.backend, self.stages)
-        tensors = tuple(
-            (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else t
-            for t in (self.q, self.k, self.v, self.sink)
-        )
-        key = (self.operation, self.returns_lse, options, tuple(map(type, options)), tensors, torch.is_grad_enabled())
+        tensors = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in self.tensors)
+        gradients = self.require_gradients()
+        key = (self.operation, self.returns_lse, options, tuple(map(type, options)), tensors, gradients)
         try:
             hash(key)
         except TypeError:
@@ -65,26 +77,22 @@ class Request:
         return key
 
 
-def attend(request: Request, team: Team) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of what was asked for, once all ranks of the team have agreed that it can be done."""
-    request = _autocast(request)
-    job = agreed(team, request.signature(), lambda: prepare(request, team))
-    out, lse = Attention.apply(request.q, request.k, request.v, request.sink, job, team)  # type: ignore[no-untyped-call]
-    return cast(Tensor, out), cast(Tensor, lse)
+def team_for(operation: str, group: object) -> Team:
+    """Returns the ranks that the caller of an operation means.
 
-
-def _autocast(request: Request) -> Request:
-    """Casts q, k, v as torch's own attention does inside autocast."""
-    q, k, v = request.q, request.k, request.v
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
-        return request
-    dtype = torch.get_autocast_dtype(q.device.type)
-
-    def cast_down(x: Tensor) -> Tensor:
-        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
-        return x.to(dtype) if eligible else x
-
-    return replace(request, q=cast_down(q), k=cast_down(k), v=cast_down(v))
+    Raises:
+        ArgumentTypeError: when `group` is neither a group nor a mesh.
+        ArgumentError: when the operation does not run on it, or this process is not in it.
+    """
+    if operation == "ring_attention":
+        return team_of(group, _DOUBLE_RING)
+    if operation != "hybrid_attention":
+        return team_of(resolve(group))
+    if not isinstance(group, DeviceMesh):
+        raise ArgumentTypeError(f"mesh={group!r:.200}: must be a 2-D DeviceMesh with the axes {_HYBRID}")
+    if group.ndim != 2:
+        raise ArgumentError(f"mesh={group!r}: must have two dims, with the axes {_HYBRID}, not {group.ndim}")
+    return team_of(group, _HYBRID)
 
 
 def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
@@ -92,14 +100,14 @@ def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
     q, k, v, sink = request.q, request.k, request.v, request.sink
     _check_tensors(q, k, v, sink)
     layout, kv_layout = _layouts(request, team)
-    scale = q.shape[3] ** -0.5 if request.scale is None else _number("scale", request.scale)
-    softcap = None if request.softcap is None else _number("softcap", request.softcap)
+    scale = q.shape[3] ** -0.5 if request.scale is None else number("scale", request.scale)
+    softcap = None if request.softcap is None else number("softcap", request.softcap)
     if softcap is not None and softcap <= 0:
         raise ArgumentError(f"softcap={softcap}: must be positive, or None")
     masks = check_mask(request.mask, q.shape[0])
     exchange = _exchange(request, team)
 
-    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, sink)]
+    grads = list(request.require_gradients())
     spec = Spec(scale, softcap)
     kernel = select(
         request.backend,
@@ -224,7 +232,8 @@ def _check_rows(name: str, x: Tensor, layout: Layout, argument: str, rank: int) 
         )
 
 
-def _number(name: str, value: object) -> float:
+def number(name: str, value: object) -> float:
+    """Returns a finite number; raises ArgumentTypeError or ArgumentError where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name}={value!r:.100}: must be a number or None, not {type(value).__name__}")
     if not math.isfinite(value):

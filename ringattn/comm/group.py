@@ -7,15 +7,18 @@ and all of them go on, or all of them raise the same error. Later calls of that 
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from ringattn import errors
 from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError, RingAttnError
@@ -87,6 +90,41 @@ class Team:
             rank, place = divmod(rank, length)
             places.append(place)
         return places[::-1]
+
+
+def named(team: Team) -> str:
+    """Returns a text from which `team_named` finds the team again, in this process."""
+    return repr(tuple((axis.group.group_name, axis.members, axis.place) for axis in team.axes))
+
+
+def team_named(text: str) -> Team:
+    """Returns the team whose text this is.
+
+    Raises:
+        ArgumentError: when its groups are no longer there.
+    """
+    return Team(tuple(_axis_named(*axis) for axis in _axes_named(text)))
+
+
+@lru_cache(maxsize=64)
+def _axes_named(text: str) -> tuple[tuple[str, tuple[int, ...], int], ...]:
+    found: tuple[tuple[str, tuple[int, ...], int], ...] = literal_eval(text)
+    return found
+
+
+def _axis_named(name: str, members: tuple[int, ...], place: int) -> Axis:
+    try:
+        group = _resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as gone:
+        raise ArgumentError(
+            f"the group {name!r} that this was compiled for is no longer there; compile again"
+        ) from gone
+    if (group.size(), group.rank()) != (len(members), members[place]):
+        raise ArgumentError(
+            f"the group {name!r} that this was compiled for had {len(members)} ranks, this one being rank "
+            f"{members[place]}, and now is another; compile again"
+        )
+    return Axis(group, members, place)
 
 
 def team_of(group: object, axes: tuple[str, ...] = ()) -> Team:
@@ -171,12 +209,7 @@ def agreed(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, s
     Communication: one all-gather of a few hundred bytes for each axis on the first call of a signature; nothing
         afterwards, and nothing for a team of one rank.
     """
-    first, *others = (axis.group for axis in team.axes)
-    memory = _AGREED.get(first)
-    if memory is None:
-        memory = _AGREED[first] = OrderedDict()
-    if key is not None:
-        key = (*others, key)
+    memory, key = _memory(team, key)
     if key is not None and key in memory:
         memory.move_to_end(key)
         found: Result = memory[key]
@@ -190,6 +223,27 @@ def agreed(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, s
         if len(memory) > _REMEMBERED:
             memory.popitem(last=False)
     return result
+
+
+def recalled(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
+    """Returns what the ranks have agreed on before: nothing is compared, sent or remembered.
+
+    So it does not matter that some ranks ask again and others do not, or that it has been forgotten meanwhile.
+    """
+    memory, key = _memory(team, key)
+    if key is not None and key in memory:
+        found: Result = memory[key]
+        return found
+    return prepare()[1]
+
+
+def _memory(team: Team, key: Hashable) -> tuple[OrderedDict[Hashable, Any], Hashable]:
+    """Returns what the ranks of a team have agreed on, and what a key is called there."""
+    first, *others = (axis.group for axis in team.axes)
+    memory = _AGREED.get(first)
+    if memory is None:
+        memory = _AGREED[first] = OrderedDict()
+    return memory, None if key is None else (*others, key)
 
 
 def _compare(team: Team, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:

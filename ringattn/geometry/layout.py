@@ -13,8 +13,9 @@ Any length goes with any world size: shards may be uneven or empty, and nothing 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,6 +61,8 @@ class Layout:
     seq_len: int
     rank_ranges: tuple[tuple[range, ...], ...]
     name: str = "Layout(...)"
+    # The content, the same in every process; `layout_of` reads it. A plain attribute, as that of Mask.
+    text: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.seq_len < 0:
@@ -68,6 +71,8 @@ class Layout:
             raise LayoutError("rank_ranges is empty: a layout needs at least one rank")
         ranges = tuple(tuple(r for r in own if len(r)) for own in self.rank_ranges)
         object.__setattr__(self, "rank_ranges", ranges)
+        triples = [[(r.start, r.stop, r.step) for r in own] for own in ranges]
+        object.__setattr__(self, "text", json.dumps([self.seq_len, triples, self.name], separators=(",", ":")))
         if any(r.step < 1 for own in ranges for r in own):
             raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
         held = [r for own in ranges for r in own]
@@ -247,6 +252,13 @@ def joined(runs: Iterable[range]) -> tuple[range, ...]:
         else:
             found.append(run)
     return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def layout_of(text: str) -> Layout:
+    """Returns the layout whose text this is."""
+    seq_len, triples, name = json.loads(text)
+    return Layout(seq_len, tuple(tuple(range(*triple) for triple in own) for own in triples), name)
 
 
 def check_layout(layout: object, name: str, world_size: int) -> Layout:

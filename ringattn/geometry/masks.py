@@ -11,6 +11,7 @@ this module knows masks in any other form: a new mask is one constructor here th
 from __future__ import annotations
 
 import hashlib
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -48,11 +49,18 @@ class Mask:
     """The pairs that every term allows: immutable, hashable, equal by name and parameters; composed by `&`."""
 
     terms: tuple[Term, ...] = ()
+    # The content, the same in every process; `mask_of` reads it. A plain attribute, so that torch.compile need look at
+    # nothing else to tell masks apart.
+    text: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        text = " & ".join([f"{term.name}{term.parameters}" for term in self.terms])
+        object.__setattr__(self, "text", text or "full()")
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        new = tuple(term for term in other.terms if term not in self.terms)
+        new = tuple([term for term in other.terms if term not in self.terms])  # torch.compile knows no generators here
         return Mask(tuple(sorted(self.terms + new, key=lambda term: (term.name, repr(term.parameters)))))
 
     def slices(self, q_len: int, k_len: int) -> Ints:
@@ -66,8 +74,7 @@ class Mask:
     @cached_property
     def digest(self) -> str:
         """A digest of the content that is the same in every process, as `hash` is not."""
-        content = [(term.name, term.parameters) for term in self.terms]
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     @cached_property
     def _hash(self) -> int:
@@ -175,8 +182,10 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     Raises:
         MaskError: when a number is negative.
     """
-    lo = -UNBOUNDED if left is None else -_count("left", left, 0)
-    hi = UNBOUNDED if right is None else _count("right", right, 0)
+    left = None if left is None else _count("left", left, 0)
+    right = None if right is None else _count("right", right, 0)
+    lo = -UNBOUNDED if left is None else -left
+    hi = UNBOUNDED if right is None else right
     return Mask((Term("sliding_window", (left, right), lambda q, k: _table([(0, q, 0, k, lo, hi)])),))
 
 
@@ -254,6 +263,36 @@ def chunked(size: int) -> Mask:
         return np.stack([start, q_stop, start, k_stop, -bound, bound], axis=1)
 
     return Mask((Term("chunked", (size,), list_slices),))
+
+
+# By the names of their terms.
+_CONSTRUCTORS: dict[str, Callable[..., Mask]] = {
+    "full": full,
+    "causal": causal,
+    "sliding_window": sliding_window,
+    "documents": lambda *cu_seqlens: documents(cu_seqlens),
+    "prefix_lm": prefix_lm,
+    "chunked": chunked,
+}
+
+
+@lru_cache(maxsize=64)
+def mask_of(text: str) -> Mask:
+    """Returns the mask whose text this is.
+
+    Raises:
+        MaskError: when it has a term that no constructor here makes.
+    """
+    mask = full()
+    for term in text.split(" & "):
+        name, _, parameters = term.partition("(")
+        if name not in _CONSTRUCTORS:
+            raise MaskError(
+                f"mask={text:.200}: a compiled graph holds a mask by the names of its terms, and {name!r} is none of "
+                f"{', '.join(_CONSTRUCTORS)}; do not compile around this mask"
+            )
+        mask &= _CONSTRUCTORS[name](*literal_eval(f"({parameters}"))
+    return mask
 
 
 def check_mask(mask: object, batch: int) -> tuple[Mask, ...]:

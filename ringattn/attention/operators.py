@@ -1,0 +1,224 @@
+"""The operators that stand for a call in a compiled graph.
+
+A graph holds tensors, numbers and texts, so a call's mask, layouts and group are written into one text while the graph
+is made, and read again when it runs. The text is all there is: no table that a graph could outlive, and a graph that
+is kept for another process means there what it means here.
+
+Making a graph sends nothing: a rank may compile, or compile again, while others do not. The ranks agree when the
+operator runs, just as in a call at once, and with those that make one.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from ringattn.attention import function
+from ringattn.attention.executor import Job
+from ringattn.attention.request import Masks, Request, number, prepare, team_for
+from ringattn.comm.group import agreed, named, recalled, team_named
+from ringattn.errors import ArgumentError
+from ringattn.geometry.layout import Layout, contiguous, layout_of, striped, zigzag
+from ringattn.geometry.masks import Mask, mask_of
+from ringattn.softmax import accumulation_dtype
+
+
+def attend(request: Request, group: object) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of a call in a graph that is being made."""
+    scale = None if request.scale is None else number("scale", request.scale)
+    softcap = None if request.softcap is None else number("softcap", request.softcap)
+    if isinstance(request.stages, bool):
+        raise ArgumentError(f"stages={request.stages!r}: must be an integer of 1 or more")
+    call = _written(request, _team_text(request.operation, group))
+    found: tuple[Tensor, Tensor] = attention(*request.tensors, call, scale, softcap, request.stages)
+    return found
+
+
+# ---- a call as a text
+
+
+class _Call(NamedTuple):
+    """All of a call but its tensors and numbers."""
+
+    operation: str
+    returns_lse: bool
+    gradients: tuple[bool, ...]
+    team: str
+    backend: str | None
+    layout: Layout | None
+    kv_layout: Layout | None
+    mask: Masks
+
+
+def _written(request: Request, team: str) -> str:
+    """Returns the text of a call. Traced, so that graphs are told apart by what it reads, and by nothing else."""
+    mask, backend = request.mask, request.backend
+    if backend is not None and not isinstance(backend, str):
+        raise ArgumentError(f"backend={backend!r}: must be a name, or None")
+    if mask is None:
+        masks = []
+    elif isinstance(mask, Mask):
+        masks = ["all", mask.text]
+    else:
+        masks = ["each", *[row.text for row in mask]]
+    gradients = "".join(["1" if wanted else "0" for wanted in request.require_gradients()])
+    layouts = ["" if layout is None else layout.text for layout in (request.layout, request.kv_layout)]
+    lines = [request.operation, "lse" if request.returns_lse else "", gradients, team, repr(backend), *layouts, *masks]
+    return "\n".join(lines)
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> _Call:
+    operation, lse, gradients, team, backend, layout, kv_layout, *masks = text.split("\n")
+    mask: Masks = None
+    if masks:
+        rows = [mask_of(row) for row in masks[1:]]
+        mask = rows[0] if masks[0] == "all" else rows
+    return _Call(
+        operation,
+        bool(lse),
+        tuple(wanted == "1" for wanted in gradients),
+        team,
+        literal_eval(backend),
+        layout_of(layout) if layout else None,
+        layout_of(kv_layout) if kv_layout else None,
+        mask,
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _team_text(operation: str, group: object) -> str:
+    # While a graph is made, torch shows some objects through a stand-in.
+    return named(team_for(operation, getattr(group, "real_obj", group)))
+
+
+# So that they can be called in a compiled function: numbers to a value, and nothing to trace.
+for _constructor in (contiguous, striped, zigzag):
+    torch.compiler.assume_constant_result(_constructor.__wrapped__)  # type: ignore[no-untyped-call]
+
+
+def _request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    call: _Call,
+    scale: float | None,
+    softcap: float | None,
+    stages: int,
+) -> Request:
+    return Request(
+        call.operation, q, k, v, call.mask, call.layout, call.kv_layout, scale, softcap, sink, call.backend, stages,
+        call.returns_lse, call.gradients,
+    )  # fmt: skip
+
+
+# ---- the operators
+
+
+@torch.library.custom_op("ringattn::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    call: str,
+    scale: float | None,
+    softcap: float | None,
+    stages: int,
+) -> tuple[Tensor, Tensor]:
+    """Runs a call forward: (out, lse), as in api.ring_attention_with_lse."""
+    request = _request(q, k, v, sink, _read(call), scale, softcap, stages)
+    team = team_named(_read(call).team)
+    job = agreed(team, request.signature(), lambda: prepare(request, team))
+    return function.forward(job, team, q, k, v, sink)
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    call: str,
+    scale: float | None,
+    softcap: float | None,
+    stages: int,
+) -> tuple[Tensor, Tensor]:
+    _read(call)  # a mask that cannot be read again is refused before anything runs
+    # Slices, so that tensors of wrong shapes get as far as the checks that all ranks make together.
+    out = q.new_empty((*q.shape[:3], *v.shape[3:]))
+    lse = q.new_empty((*q.shape[:1], *q.shape[2:3], *q.shape[1:2]), dtype=accumulation_dtype(q.dtype))
+    return out, lse
+
+
+@torch.library.custom_op("ringattn::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    call: str,
+    scale: float | None,
+    softcap: float | None,
+    stages: int,
+) -> list[Tensor]:
+    """Runs a call backward: the gradients of those of q, k, v, sink that require them."""
+    request = _request(q, k, v, sink, _read(call), scale, softcap, stages)
+    team = team_named(_read(call).team)
+    job: Job = recalled(team, request.signature(), lambda: prepare(request, team))
+    saved = function.Saved(q, k, v, sink, out, lse)
+    found = function.backward(job, team, saved, dout, dlse, request.require_gradients())
+    return [_alone(x) for x in found if x is not None]
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Returns the tensor in memory of its own: what an operator returns must not overlap."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    call: str,
+    scale: float | None,
+    softcap: float | None,
+    stages: int,
+) -> list[Tensor]:
+    wanted = _read(call).gradients
+    return [x.new_empty(x.shape) for x, wants in zip((q, k, v, sink), wanted, strict=True) if wants and x is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sink, *ctx.call = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, sink, *output)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = iter(attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call))
+    gradients = [next(found) if wanted else None for wanted in _read(ctx.call[0]).gradients]
+    return (*gradients, None, None, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+# A rank that does not use its result must still do its part for the others.
+for _operator in (torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default):
+    has_side_effect(_operator)

@@ -71,7 +71,7 @@ LAYOUTS: dict[str, Callable[[ringattn.Mask, int, int], ringattn.Layout]] = {
     "contiguous": lambda m, n, w: ringattn.contiguous(n, w),
     "zigzag": lambda m, n, w: ringattn.zigzag(n, w),
     "striped": lambda m, n, w: ringattn.striped(n, w),
-    "balanced": lambda m, n, w: ringattn.balanced(m, n, w),
+    "balanced": ringattn.balanced,
 }
 
 
@@ -112,13 +112,13 @@ class Bench:
         dtype, rows = getattr(torch, case.dtype), layout.num_tokens(team.rank)
         shapes = [(1, rows, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
         generator = torch.Generator().manual_seed(team.rank)
-        *inputs, self._dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-        self._inputs = [x.requires_grad_() for x in inputs]
+        q, k, v, self._dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        self._inputs = [x.requires_grad_() for x in (q, k, v)]
         way = WAYS[case.exchange]
-        asked = Request(way.operation, *self._inputs, mask, layout, None, None, None, None, None, way.stages)
+        asked = Request(way.operation, q, k, v, mask, layout, None, None, None, None, None, way.stages)
         _, job = prepare(asked, team)
         self.case, self._team = case, team
-        self.planned = job.bytes_sent(sizes_of(*self._inputs))[PASSES.index(case.direction)]
+        self.planned = job.bytes_sent(sizes_of(q, k, v))[PASSES.index(case.direction)]
         everything = [axis.group for axis in team.axes]
         idle = replace(job, kernel=Idle())
         self.parts = {

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -56,11 +57,11 @@ WAYS = {
     "ring": Way("ring_attention"),
     "double-ring": Way("ring_attention", axes=("outer", "inner")),
     "gather": Way("gather_attention"),
-    "gather-4": Way("gather_attention", stages=4),
     "ulysses": Way("ulysses_attention"),
-    "ulysses-4": Way("ulysses_attention", stages=4),
     "hybrid": Way("hybrid_attention", axes=("ring", "ulysses")),
 }
+STAGED = ("gather", "ulysses", "hybrid")
+DEFAULT = ("ring", "double-ring", "gather", "gather-4", "ulysses", "ulysses-4", "hybrid")
 MASKS: dict[str, Callable[[int], ringattn.Mask]] = {
     "full": lambda n: ringattn.full(),
     "causal": lambda n: ringattn.causal(),
@@ -90,23 +91,38 @@ class Case:
     dtype: str
 
 
-class Idle(ReferenceKernel):
-    """A kernel that does nothing."""
+class Pretender(ReferenceKernel):
+    """A kernel that computes nothing but takes its time, and leaves the cores to others meanwhile, as a GPU would.
+
+    Args:
+        gflops: the speed that it pretends to have; None is infinite.
+    """
+
+    def __init__(self, gflops: float | None = None) -> None:
+        self._flop_per_s = None if gflops is None else gflops * 1e9
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
         """Leaves the state as it is."""
+        self._rest(2, q, v, tiles)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, spec: Spec,
         dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
         """Adds nothing."""
+        self._rest(5, q, v, tiles)
+
+    def _rest(self, products: int, q: Tensor, v: Tensor, tiles: Tiles) -> None:
+        """As long as so many matrix products take, each 2 FLOP per pair, head and element of a head."""
+        if self._flop_per_s is not None:
+            flop = products * (q.shape[3] + v.shape[3]) * q.shape[2] * tiles.area(q.shape[0])
+            time.sleep(flop / self._flop_per_s)
 
 
 class Bench:
     """One case on this rank, ready to be run in parts."""
 
-    def __init__(self, case: Case, team: Team, device: torch.device) -> None:
+    def __init__(self, case: Case, team: Team, device: torch.device, gflops: float | None = None) -> None:
         mask = MASKS[case.mask](case.seq_len)
         layout = LAYOUTS[case.layout](mask, case.seq_len, team.size)
         dtype, rows = getattr(torch, case.dtype), layout.num_tokens(team.rank)
@@ -114,13 +130,14 @@ class Bench:
         generator = torch.Generator().manual_seed(team.rank)
         q, k, v, self._dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         self._inputs = [x.requires_grad_() for x in (q, k, v)]
-        way = WAYS[case.exchange]
+        way = way_of(case.exchange)
         asked = Request(way.operation, q, k, v, mask, layout, None, None, None, None, None, way.stages)
         _, job = prepare(asked, team)
+        job = job if gflops is None else replace(job, kernel=Pretender(gflops))
         self.case, self._team = case, team
         self.planned = job.bytes_sent(sizes_of(q, k, v))[PASSES.index(case.direction)]
         everything = [axis.group for axis in team.axes]
-        idle = replace(job, kernel=Idle())
+        idle = replace(job, kernel=Pretender())
         self.parts = {
             WHOLE: self._part(job, ()),
             COMPUTE: self._part(job, everything),
@@ -175,11 +192,33 @@ class Bench:
         return once
 
 
-def teams(names: list[str], here: Session, inner: int) -> dict[str, Team]:
+def way_of(name: str) -> Way:
+    """Returns an exchange by its name: one of WAYS, or with stages, such as gather-4.
+
+    Raises:
+        ValueError: when there is none of this name.
+    """
+    base, _, stages = name.rpartition("-")
+    if base in STAGED and stages.isdigit() and int(stages) > 0:
+        return replace(WAYS[base], stages=int(stages))
+    if name not in WAYS:
+        raise ValueError(f"{name}: must be one of {', '.join(WAYS)}, with -N for N stages of {', '.join(STAGED)}")
+    return WAYS[name]
+
+
+def _known(name: str) -> str:
+    try:
+        way_of(name)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+    return name
+
+
+def teams(names: Sequence[str], here: Session, inner: int) -> dict[str, Team]:
     """Returns the team of each exchange that can run on so many ranks."""
     found = {}
     for name in names:
-        axes = WAYS[name].axes
+        axes = way_of(name).axes
         if not axes:
             found[name] = team_of(None)
         elif here.world_size % inner == 0 and 1 < inner < here.world_size:
@@ -235,7 +274,7 @@ COLUMNS = (
 def parse() -> argparse.Namespace:
     """Returns the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exchanges", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--exchanges", nargs="+", type=_known, default=DEFAULT, help="-N: in N stages")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["causal", "window", "documents"])
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
@@ -245,6 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--inner", type=int, default=2, help="ranks along the inner axis of a mesh")
+    parser.add_argument("--pretend-gflops", type=float, help="kernels that only wait, as if they were so fast")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("results/exchanges"))
@@ -263,7 +303,10 @@ def main() -> None:
         parts = sum(len(team.axes) + 3 for team in members.values())
         with progress("exchanges", len(groups) * parts * (args.rounds + args.warmup), here.rank == 0) as tick:
             for group in groups:
-                benches = [Bench(Case(*group, name, *sizes), team, here.device) for name, team in members.items()]
+                benches = [
+                    Bench(Case(*group, name, *sizes), team, here.device, args.pretend_gflops)
+                    for name, team in members.items()
+                ]
                 racers = [racer for bench in benches for racer in bench.contenders()]
                 seconds = race(racers, args.rounds, args.warmup, tick)
                 for bench in benches:
@@ -271,7 +314,14 @@ def main() -> None:
                     measured = {**found, **bench.sent(), "peak_bytes": bench.peak()}
                     table.add_row(*row(bench.case, measured))
                     if lines is not None:
-                        lines.add({**asdict(bench.case), "ranks": here.world_size, **measured})
+                        lines.add(
+                            {
+                                **asdict(bench.case),
+                                "ranks": here.world_size,
+                                "pretend_gflops": args.pretend_gflops,
+                                **measured,
+                            }
+                        )
         if lines is not None:
             Console(width=190).print(table)
             plots.exchanges(lines.path, args.out / "exchanges.png")

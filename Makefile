@@ -7,7 +7,7 @@ RANKS  ?= 2
 # A thread for each rank: ranks share the cores.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 
-.PHONY: demo test test-long lint bench docs clean help
+.PHONY: demo test test-long lint bench bench-exchanges bench-network docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +39,21 @@ bench: $(READY)  ## speed, memory and accuracy beside one process and other libr
 	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.memory --out results/memory
 	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.memory --out results/memory
 	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.accuracy --out results/accuracy
+
+bench-exchanges: $(READY)  ## every exchange x layout x mask, in parts
+	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.exchanges --out results/exchanges
+
+# Kernels that only wait: on few cores, real ones would take from the network's own work.
+EXCHANGES := -m benchmarks.exchanges --layouts zigzag --masks causal --rounds 7
+KEYS := --seq-len 4096 --pretend-gflops 9
+HEADS := --seq-len 2048 --pretend-gflops 2.5 --heads 32 --kv-heads 32 --head-dim 16
+bench-network: $(READY)  ## overlap on links of a given rate; needs root and iproute2
+	$(BIN)/python -m benchmarks.network --hosts 4 --rate-mbit 100 -- \
+		$(EXCHANGES) $(KEYS) --exchanges ring gather-8 --out results/network/keys
+	$(BIN)/python -m benchmarks.network --hosts 2 --rate-mbit 100 -- \
+		$(EXCHANGES) $(HEADS) --exchanges ulysses-16 --out results/network/heads
+	$(BIN)/python -m benchmarks.network --hosts 2 --ranks-per-host 2 --inner-mbit 1000 --outer-mbit 100 -- \
+		$(EXCHANGES) $(KEYS) --exchanges ring double-ring --out results/network/two_levels
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

@@ -16,7 +16,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long sanitize lint bench bench-gpu docs clean help
+.PHONY: demo test test-long sanitize lint bench bench-gpu bench-exchanges bench-network docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -61,6 +61,21 @@ bench: $(READY)  ## speed, memory and accuracy beside one process and other libr
 
 bench-gpu: $(READY)  ## the contract, the sanitizer, the kernels and their goals on one GPU, in under ten minutes
 	PYTHON=$(BIN)/python benchmarks/gpu.sh results/gpu
+
+bench-exchanges: $(READY)  ## every exchange x layout x mask, in parts
+	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.exchanges --out results/exchanges
+
+# Kernels that only wait: on few cores, real ones would take from the network's own work.
+EXCHANGES := -m benchmarks.exchanges --layouts zigzag --masks causal --rounds 7
+KEYS := --seq-len 4096 --pretend-gflops 9
+HEADS := --seq-len 2048 --pretend-gflops 2.5 --heads 32 --kv-heads 32 --head-dim 16
+bench-network: $(READY)  ## overlap on links of a given rate; needs root and iproute2
+	$(BIN)/python -m benchmarks.network --hosts 4 --rate-mbit 100 -- \
+		$(EXCHANGES) $(KEYS) --exchanges ring gather-8 --out results/network/keys
+	$(BIN)/python -m benchmarks.network --hosts 2 --rate-mbit 100 -- \
+		$(EXCHANGES) $(HEADS) --exchanges ulysses-16 --out results/network/heads
+	$(BIN)/python -m benchmarks.network --hosts 2 --ranks-per-host 2 --inner-mbit 1000 --outer-mbit 100 -- \
+		$(EXCHANGES) $(KEYS) --exchanges ring double-ring --out results/network/two_levels
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

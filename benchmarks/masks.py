@@ -31,7 +31,7 @@ class Case:
     layout: Callable[[ringattn.Mask, int, int], ringattn.Layout]
 
 
-def _documents(seq_len: int) -> ringattn.Mask:
+def packed_documents(seq_len: int) -> ringattn.Mask:
     """Documents of 128 tokens and up, with a long tail: the same ones on every rank."""
     generator = torch.Generator().manual_seed(0)
     lengths = (128 * torch.empty(seq_len // 128).exponential_(0.35, generator=generator).exp()).clamp(max=8192).long()
@@ -43,7 +43,11 @@ CASES = (
     Case("causal", lambda n: ringattn.causal(), lambda m, n, w: ringattn.zigzag(n, w)),
     Case("window of 1,024", lambda n: ringattn.sliding_window(1023), lambda m, n, w: ringattn.contiguous(n, w)),
     Case("window of 4,096", lambda n: ringattn.sliding_window(4095), lambda m, n, w: ringattn.contiguous(n, w)),
-    Case("packed documents", lambda n: _documents(n) & ringattn.causal(), lambda m, n, w: ringattn.balanced(m, n, w)),
+    Case(
+        "packed documents",
+        lambda n: packed_documents(n) & ringattn.causal(),
+        lambda m, n, w: ringattn.balanced(m, n, w),
+    ),
     Case(
         "chunks of 2,048", lambda n: ringattn.chunked(2048) & ringattn.causal(), lambda m, n, w: ringattn.zigzag(n, w)
     ),

@@ -114,3 +114,26 @@ def kernels(results: Path, path: Path) -> None:
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def exchanges(results: Path, path: Path) -> None:
+    """Draws an exchanges.jsonl: a panel for each mask and pass, bars of computing and of what is exposed on top."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    panels = list(dict.fromkeys((r["mask"], r["direction"]) for r in records))
+    bars = list(dict.fromkeys((r["layout"], r["exchange"]) for r in records))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 2.4 * len(panels), 1.2 + 0.22 * len(bars)), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for r in (r for r in records if (r["mask"], r["direction"]) == panel):
+            place, exposed = -bars.index((r["layout"], r["exchange"])), max(r["exposed_s"], 0.0)
+            hidden = r["whole_s"] - exposed
+            axis.barh(place, hidden * 1e3, color=COLOURS["compute"])
+            axis.barh(place, exposed * 1e3, left=hidden * 1e3, color=COLOURS["wait"])
+        axis.set(title=" ".join(panel), xlabel="milliseconds")
+    axes[0][0].set_yticks([-place for place in range(len(bars))], [" ".join(bar) for bar in bars], fontsize=7)
+    handles = [Patch(color=COLOURS["compute"], label="computing"), Patch(color=COLOURS["wait"], label="exposed")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -105,8 +105,8 @@ def _seconds_alone(here: Session, numbers: int) -> float:
     for _ in range(5):
         dist.barrier()
         start = time.perf_counter()
-        ops = [dist.P2POp(dist.isend, out, after)] if numbers else []
-        ops += [dist.P2POp(dist.irecv, into, before)] if counts[before] else []
+        ops = [dist.P2POp(dist.irecv, into, before)] if counts[before] else []
+        ops += [dist.P2POp(dist.isend, out, after)] if numbers else []
         for work in dist.batch_isend_irecv(ops) if ops else []:
             work.wait()
         if here.device.type == "cuda":

@@ -44,7 +44,9 @@ def launch(
     at both: NCCL knows messages by nothing else. Empty ones are not posted.
     Communication: each message once, between its two ranks.
     """
-    posted = [(True, m) for m in sends if m.tensor.numel()] + [(False, m) for m in receives if m.tensor.numel()]
+    # Receives first: gloo tells the peer of them in the stream in which it sends, behind what was posted before; and
+    # a peer who has not been told does not send. So two ranks would send to each other one after the other.
+    posted = [(False, m) for m in receives if m.tensor.numel()] + [(True, m) for m in sends if m.tensor.numel()]
     ops = [
         dist.P2POp(
             dist.isend if is_send else dist.irecv,
@@ -60,6 +62,7 @@ def launch(
         # NCCL coalesces a batch into one piece of work: awaiting any message awaits them all.
         works = works[:1] * len(ops)
     rest = iter(works)
-    return tuple(  # type: ignore[return-value]
-        [Flight(m, next(rest) if m.tensor.numel() else None) for m in messages] for messages in (sends, receives)
+    came, left = (
+        [Flight(m, next(rest) if m.tensor.numel() else None) for m in messages] for messages in (receives, sends)
     )
+    return left, came

@@ -126,3 +126,26 @@ def gather(group: dist.ProcessGroup, num_rows: list[int]) -> list[list[list[floa
 def test_gather_rows(pool: RankPool, world: int, num_rows: list[int]) -> None:
     expected = [content(rank, 2 * num_rows[rank]).reshape(-1, 2).tolist() for rank in range(world)]
     assert pool.run(gather, world, num_rows[:world]) == [expected] * world
+
+
+def order_posted(group: dist.ProcessGroup) -> list[bool]:
+    """Whether each operation handed to the process group sends."""
+    peer = 1 - group.rank()
+    seen: list[bool] = []
+    original = dist.batch_isend_irecv
+
+    def watching(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+        seen.extend(op.op is dist.isend for op in p2p_op_list)
+        return original(p2p_op_list)
+
+    dist.batch_isend_irecv = watching
+    try:
+        exchange(group, [Message(content(0, 3), peer, 0)], [Message(torch.empty(3), peer, 0)])
+    finally:
+        dist.batch_isend_irecv = original
+    return seen
+
+
+def test_receives_are_posted_first(pool: RankPool) -> None:
+    """Otherwise gloo sends between two ranks in one direction after the other."""
+    assert pool.run(order_posted, 2) == [[False, True]] * 2

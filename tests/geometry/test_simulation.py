@@ -77,9 +77,9 @@ def test_backward_of_a_ring_by_hand() -> None:
     """Two ranks; 10 flops a pair at 10 a second. kv 2 bytes a row; sums of gradients go home: 2 bytes a row."""
     table = timetable_for(Ring(), scene(full(), contiguous(20, 2), Phase.BACKWARD))
     found = simulate(table, CostModel(Link(0.0, 0.1), replace(FREE_COPIES, backward_flops_per_s=20.0)), backward=True)
-    # The own block takes 100 pairs x 10 flops / 20 a second = 50 s, while the other comes until 200, when the first step
-    # ends. Its sum is on its way until 400; a quarter of the second visit is done meanwhile, the rest until 437.5. Then
-    # the sum goes home.
+    # The own block takes 100 pairs x 10 flops / 20 a second = 50 s, while the other comes until 200, when the first
+    # step ends. Its sum is on its way until 400; a quarter of the second visit is done meanwhile, the rest by
+    # 437.5. Then the sum goes home.
     assert found.done.tolist() == [200.0 + 200.0 + 0.75 * 50.0 + 200.0] * 2
 
 
@@ -119,9 +119,9 @@ def test_no_faster_link_makes_it_slower(mask: Mask, phase: Phase) -> None:
         assert totals[-1] >= least
 
 
-def test_a_thousand_ranks() -> None:
+@pytest.mark.parametrize("world", [256, pytest.param(1024, marks=pytest.mark.long)])
+def test_a_thousand_ranks(world: int) -> None:
     """Time is that of the work, as what is sent hides under it; and it is simulated in seconds."""
-    world = 1024
     where = scene(causal(), zigzag(world * 64, world), sizes=Sizes(1, 8, 8, 64, 64, 2, 4))
     table = timetable_for(Ring(), where)
     start = time.perf_counter()

@@ -52,8 +52,9 @@ def messages(timetable: Timetable) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 def test_all_ranks_at_once_as_each_by_itself(world: int) -> None:
     moved = 0
-    masks, homes = (MASKS, (True, False)) if world < 4 else (MASKS[1::2], (True,))
-    for exchange, mask, layout in product(exchanges_of(world), masks, (contiguous, zigzag, striped)):
+    masks, homes = (MASKS[:4], (True, False)) if world < 4 else (MASKS[1::2], (True,))
+    layouts = (contiguous, zigzag, striped) if world < 6 else (zigzag,)
+    for exchange, mask, layout in product(exchanges_of(world), masks, layouts):
         for phase, home in product(Phase, homes):
             held = layout(SEQ_LEN, world)
             read, written = both(exchange, mask, held, phase, home)
@@ -62,11 +63,11 @@ def test_all_ranks_at_once_as_each_by_itself(world: int) -> None:
             assert messages(read) == messages(written), told
             np.testing.assert_allclose(written.flops, read.flops, rtol=1e-12, err_msg=told)
             moved += len(read.messages.step)
-            times = [simulate(t, MODEL, backward=phase.is_backward).done for t in (read, written)]
+            by_rank, at_once = (simulate(t, MODEL, backward=phase.is_backward).done for t in (read, written))
             if isinstance(exchange, Gather):  # what pieces are equal, and what is in each stage, is estimated
-                np.testing.assert_allclose(*times, rtol=0.1, err_msg=told)
+                np.testing.assert_allclose(at_once, by_rank, rtol=0.1, err_msg=told)
             else:
-                np.testing.assert_allclose(*times, rtol=1e-12, err_msg=told)
+                np.testing.assert_allclose(at_once, by_rank, rtol=1e-12, err_msg=told)
     assert moved > 0 or world == 1
 
 

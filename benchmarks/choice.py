@@ -4,7 +4,8 @@
 
 Documents of 128 to 8,192 tokens with a long tail fill the sequence. The ring that ignores them attends causally to
 everything before, in a zigzag layout: what many packed batches are still put through. All others attend within
-documents, in a layout that makes their work even. With --measure the cost model is measured first, else it is the constants.
+documents, in a layout that makes their work even. With --measure the cost model is
+measured first, else it is the constants.
 """
 
 from __future__ import annotations

@@ -82,9 +82,8 @@ def test_choice(tmp_path: Path) -> None:
     assert names[-1] == "auto"
     assert {"ring", "gather", "gather in 4 stages", "ulysses"} <= set(names)
     assert len({record["chosen"] for record in records}) == 1
+    unpredicted = {names[0], "ulysses in 2 stages"}  # no rank has two heads here
     for record in records:
         assert record["median_s"] > 0
-        assert (
-            record["exchange"] == names[0] or record["exchange"] == "ulysses in 2 stages" or record["predicted_s"] > 0
-        )
+        assert record["exchange"] in unpredicted or record["predicted_s"] > 0
     assert "->" in told

@@ -6,8 +6,24 @@ from dataclasses import replace
 
 import pytest
 
-from ringattn import Compute, CostModel, Layout, Link, Mask, causal, contiguous, documents, full, sliding_window, zigzag
+from ringattn import (
+    Compute,
+    CostModel,
+    Layout,
+    Link,
+    Mask,
+    balanced,
+    causal,
+    contiguous,
+    documents,
+    full,
+    sliding_window,
+    zigzag,
+)
 from ringattn.geometry.choice import CANDIDATES, Choice, Setting, choose
+from ringattn.geometry.demand import pairs_seen
+from ringattn.geometry.exchanges import Gather, Ring, cheaper_backward
+from ringattn.geometry.plan import Phase
 from ringattn.geometry.sizes import Sizes
 
 GPU = Compute(300e12, 200e12, 1500e9, 10e-6)
@@ -111,3 +127,18 @@ def test_every_mesh_and_length_has_a_choice(mesh: tuple[int, ...]) -> None:
             assert found.chosen is not None
             assert str(found)
             assert len(found.candidates) == len(CANDIDATES)
+
+
+def test_queries_do_not_travel_where_that_makes_a_rank_busier() -> None:
+    """Long documents beside short ones: queries are dealt evenly, and keys' work is what it is."""
+    ends = [0, 4096, 4691, 5200, 6000, 6300, 8200, 9000, 12000, 12500, 14000, 16384]
+    packed = documents(ends) & causal()
+    even = balanced(packed, 16384, 4)
+    pairs = pairs_seen((packed,), even, even)
+    assert pairs.sum(axis=1).max() < 1.05 * pairs.mean() * 4
+    assert pairs.sum(axis=0).max() > 1.1 * pairs.sum(axis=1).max()
+    for exchange in (Ring(), Gather()):
+        assert cheaper_backward(exchange, (packed,), even, even, MHA) is Phase.BACKWARD
+        for mask in (full(), causal()):
+            layout = zigzag(16384, 4)
+            assert cheaper_backward(exchange, (mask,), layout, layout, MHA) is Phase.BACKWARD_BY_QUERIES

@@ -62,7 +62,8 @@ def context_parallel_attention(
             "ulysses"; or a 2-D DeviceMesh, the slow axis first, for "double ring" or "hybrid".
         exchange: "auto", or one of these names, which is then the only one looked at.
         stages: how many a staged exchange has ("gather", "ulysses", "hybrid"); None lets it be chosen, too.
-        model: links, compute and memory to predict by, the same on all ranks; None is `DEFAULT_MODELS`' constants.
+        model: links, compute and memory to predict by, the same on all ranks; None is constants by the
+            type of device, see `attention.models.default_model`.
     Returns:
         (B, S_local, H, Dv) in q.dtype, as in `ring_attention`.
     Raises:

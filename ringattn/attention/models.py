@@ -33,8 +33,8 @@ DEFAULT_MODELS = {
 def default_model(device_type: str) -> CostModel:
     """Returns what `model=None` means on a type of device: constants that are orders of magnitude, no more.
 
-    On "cpu": a core with 30 GFLOP/s, and gloo within a machine with 1 GB/s and 100 µs. On "cuda": a data-centre GPU with
-    300 TFLOP/s, 150 GB/s and 15 µs within a machine, 40 GB/s and 30 µs between machines.
+    On "cpu": a core with 30 GFLOP/s, and gloo within a machine with 1 GB/s and 100 µs. On "cuda": a data-centre GPU
+    with 300 TFLOP/s, 150 GB/s and 15 µs within a machine, 40 GB/s and 30 µs between machines.
 
     Args:
         device_type: as of a torch.device.

@@ -57,12 +57,12 @@ def context_parallel_attention(
     forward and, where gradients are wanted, backward. Nothing is measured. Later calls of that signature take what was
     chosen. The result, its gradients and the way of calling are those of `ring_attention`.
 
-    Args are those of `ring_attention`, but for these. `group_or_mesh` is a ProcessGroup, a 1-D DeviceMesh, or None for the
-    default group, for one of "ring", "gather" and "ulysses"; or a 2-D DeviceMesh, the slow axis first, for "double ring"
-    or "hybrid". `exchange` is "auto", or one of these names, which is then the only one looked at. `stages` is how many a
-    staged exchange has ("gather", "ulysses", "hybrid"); None lets it be chosen, too. `model` has the links, compute and
-    memory to predict by, the same on all ranks; None is constants by the type of device, as in
-    `attention.models.default_model`.
+    Args are those of `ring_attention`, but for these. `group_or_mesh` is a ProcessGroup, a 1-D DeviceMesh, or
+    None for the default group, for one of "ring", "gather" and "ulysses"; or a 2-D DeviceMesh, the slow axis
+    first, for "double ring" or "hybrid". `exchange` is "auto", or one of these names, which is then the only
+    one looked at. `stages` is how many a staged exchange has ("gather", "ulysses", "hybrid"); None lets it be
+    chosen, too. `model` has the links, compute and memory to predict by, the same on all ranks; None is
+    constants by the type of device, as in `attention.models.default_model`.
 
     Returns:
         (B, S_local, H, Dv) in q.dtype, as in `ring_attention`.
@@ -123,8 +123,8 @@ def explain(
     A rank may call it alone. With a number of ranks in place of a group no process group is needed, and tensors on the
     device "meta" will do: only shapes and dtypes count, and whether gradients are required.
 
-    Args are those of `context_parallel_attention`, but that `group_or_mesh` may also be the number of ranks, or their
-    numbers along the two axes of a mesh.
+    Args are those of `context_parallel_attention`, but that `group_or_mesh` may also be the number of ranks, or
+    their numbers along the two axes of a mesh.
 
     Returns:
         a Choice, whose text is a table.

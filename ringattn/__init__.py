@@ -10,6 +10,12 @@ from ringattn.attention.api import (
     ulysses_attention,
     ulysses_attention_with_lse,
 )
+from ringattn.attention.context_parallel import (
+    context_parallel_attention,
+    context_parallel_attention_with_lse,
+    explain,
+)
+from ringattn.attention.models import measure_compute, measure_link
 from ringattn.attention.sharding import shard, shard_batch, unshard
 from ringattn.errors import (
     ArgumentError,
@@ -21,6 +27,8 @@ from ringattn.errors import (
     RingAttnError,
 )
 from ringattn.geometry.balance import balanced
+from ringattn.geometry.choice import Choice
+from ringattn.geometry.cost import Compute, CostModel, Link
 from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
 from ringattn.geometry.masks import Mask, causal, chunked, documents, full, prefix_lm, sliding_window
 
@@ -30,22 +38,31 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BackendError",
+    "Choice",
+    "Compute",
+    "CostModel",
     "DisagreementError",
     "Layout",
     "LayoutError",
+    "Link",
     "Mask",
     "MaskError",
     "RingAttnError",
     "balanced",
     "causal",
     "chunked",
+    "context_parallel_attention",
+    "context_parallel_attention_with_lse",
     "contiguous",
     "documents",
+    "explain",
     "full",
     "gather_attention",
     "gather_attention_with_lse",
     "hybrid_attention",
     "hybrid_attention_with_lse",
+    "measure_compute",
+    "measure_link",
     "prefix_lm",
     "ring_attention",
     "ring_attention_with_lse",

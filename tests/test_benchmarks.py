@@ -70,3 +70,20 @@ def test_attention(tmp_path: Path, kv_heads: str) -> None:
         assert record["median_s"] > 0
         assert len(record["rounds_s"]) == 1
         assert record["ratio"] == 1.0 or record["contender"] != "torch, one process"
+
+
+def test_choice(tmp_path: Path) -> None:
+    flags = ["--seq-len", "512", "--shortest", "8", "--longest", "128", "--heads", "2", "--kv-heads", "2"]
+    flags += ["--seeds", "0", "--rounds", "1", "--warmup", "0", "--head-dim", "16", "--measure"]
+    told = torchrun("benchmarks.choice", *flags, "--out", str(tmp_path))
+    records = lines(tmp_path / "choice.jsonl")
+    names = [record["exchange"] for record in records]
+    assert names[0] == "zigzag ring, documents ignored"
+    assert names[-1] == "auto"
+    assert {"ring", "gather", "gather in 4 stages", "ulysses"} <= set(names)
+    assert len({record["chosen"] for record in records}) == 1
+    unpredicted = {names[0], "ulysses in 2 stages"}  # no rank has two heads here
+    for record in records:
+        assert record["median_s"] > 0
+        assert record["exchange"] in unpredicted or record["predicted_s"] > 0
+    assert "->" in told

@@ -19,10 +19,11 @@ MANUAL = PACKAGE.parent / "docs" / "api.md"
 MAX_LINES = 420
 
 ATTENTION = {f"{way}_attention{also}" for way in ("gather", "hybrid", "ring", "ulysses") for also in ("", "_with_lse")}
-CALLS = ATTENTION | {"shard", "shard_batch", "unshard"}
+ATTENTION |= {"context_parallel_attention", "context_parallel_attention_with_lse"}
+CALLS = ATTENTION | {"explain", "measure_compute", "measure_link"} | {"shard", "shard_batch", "unshard"}
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}
-VALUES = {"Layout", "Mask"}
+VALUES = {"Choice", "Compute", "CostModel", "Layout", "Link", "Mask"}
 ERRORS = {
     "ArgumentError",
     "ArgumentTypeError",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import Mask, check_mask
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import Spread, united
-from ringattn.kernels import Call, Spec, select
+from ringattn.kernels import BlockKernel, Call, Spec, select
 from ringattn.softmax import accumulation_dtype
 
 Masks = Mask | Sequence[Mask] | None
@@ -95,18 +96,42 @@ def team_for(operation: str, group: object) -> Team:
     return team_of(group, _HYBRID)
 
 
-def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
-    """Checks a request and returns what the ranks must agree on, and how to run it here."""
+def autocast(request: Request) -> Request:
+    """Casts q, k, v as torch's own attention does inside autocast."""
+    q, k, v = request.q, request.k, request.v
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return request
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast_down(x: Tensor) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+        return x.to(dtype) if eligible else x
+
+    return replace(request, q=cast_down(q), k=cast_down(k), v=cast_down(v))
+
+
+class Checked(NamedTuple):
+    """What a request means, once nothing is wrong with it; the exchange is not looked at."""
+
+    told: Mapping[str, str]  # what the ranks must agree on
+    layout: Layout
+    kv_layout: Layout
+    masks: tuple[Mask, ...]
+    kernel: BlockKernel
+    spec: Spec
+    wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are
+
+
+def check(request: Request, team: Team) -> Checked:
+    """Checks a request, but for its exchange."""
     q, k, v, sink = request.q, request.k, request.v, request.sink
-    _check_tensors(q, k, v, sink)
-    layout, kv_layout = _layouts(request, team)
+    check_tensors(q, k, v, sink)
+    layout, kv_layout = layouts_of(request, team)
     scale = q.shape[3] ** -0.5 if request.scale is None else number("scale", request.scale)
     softcap = None if request.softcap is None else number("softcap", request.softcap)
     if softcap is not None and softcap <= 0:
         raise ArgumentError(f"softcap={softcap}: must be positive, or None")
     masks = check_mask(request.mask, q.shape[0])
-    exchange = _exchange(request, team)
-
     grads = list(request.require_gradients())
     spec = Spec(scale, softcap)
     kernel = select(
@@ -130,7 +155,14 @@ def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
         "backend": repr(request.backend),
         "which of q, k, v, sink require gradients": str(grads),
     }
-    wanted = (grads[0], grads[1] or grads[2])
+    return Checked(told, layout, kv_layout, masks, kernel, spec, (grads[0], grads[1] or grads[2]))
+
+
+def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
+    """Checks a request and returns what the ranks must agree on, and how to run it here."""
+    q, k, v = request.q, request.k, request.v
+    told, layout, kv_layout, masks, kernel, spec, wanted = check(request, team)
+    exchange = _exchange(request, team)
     spread, rank = None, team.rank
     if request.operation in _SPREADING:
         spread, rank, layout, kv_layout = _spread(request, team, layout, kv_layout)
@@ -152,16 +184,20 @@ def _spread(request: Request, team: Team, layout: Layout, kv_layout: Layout) -> 
 
 
 def _exchange(request: Request, team: Team) -> Exchange:
-    stages = request.stages
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ArgumentError(f"stages={stages!r}: must be an integer of 1 or more")
+    check_stages(request.stages)
     if request.operation == "gather_attention":
-        return Gather(stages)
+        return Gather(request.stages)
     double = len(team.shape) == 2 and request.operation not in _SPREADING
     return Ring(team.shape[0] if double else 1)
 
 
-def _layouts(request: Request, team: Team) -> tuple[Layout, Layout]:
+def check_stages(stages: object) -> None:
+    """Checks a number of stages."""
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ArgumentError(f"stages={stages!r}: must be an integer of 1 or more")
+
+
+def layouts_of(request: Request, team: Team) -> tuple[Layout, Layout]:
     """Returns the layouts of the queries and of the keys/values, checked against the team and the tensors."""
     layout = request.layout
     if layout is None:
@@ -180,7 +216,8 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     return Sizes(batch, heads, k.shape[2], dim, v.shape[3], q.dtype.itemsize, sums.itemsize)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+    """Checks that the tensors are tensors that go together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(

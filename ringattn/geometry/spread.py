@@ -92,6 +92,12 @@ def _complete_stripes(runs: list[range]) -> int:
     return step if fits and first.step == step else 1
 
 
+def replicates(stages: tuple[tuple[Share, ...], ...]) -> bool:
+    """Whether some kv head is in several shares, [stage][rank]."""
+    shares = [share for stage in stages for share in stage]
+    return sum(len(share.kv_heads) for share in shares) > max(share.kv_heads.stop for share in shares)
+
+
 @dataclass(frozen=True)
 class Spread:
     """How one rank's rows and heads are exchanged along one axis.
@@ -110,9 +116,7 @@ class Spread:
     @property
     def replicates(self) -> bool:
         """Whether some kv head is sent to several ranks, or in several stages, so that its gradients are summed up."""
-        return sum(len(share.kv_heads) for stage in self.stages for share in stage) > max(
-            share.kv_heads.stop for stage in self.stages for share in stage
-        )
+        return replicates(self.stages)
 
     def bytes_sent(self, sizes: Sizes, wanted: tuple[bool, bool] = (True, True)) -> tuple[int, int]:
         """Returns the bytes that this rank sends to others along the axis in (forward, backward).

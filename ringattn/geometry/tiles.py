@@ -247,25 +247,12 @@ def tiles_of_keys(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
     return _by_source(table, q_owner)
 
 
-def rows_seen(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> Ints:
-    """Returns how many rows of one side have an allowed pair with each rank of the other: (world, world) int64.
-
-    Args:
-        column: K_START counts key rows, [their rank, the queries' rank]; Q_START query rows, [theirs, the keys'].
-    """
+def lowered_by_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Yields `_lowered` for the queries of a few ranks at a time, which bounds the memory."""
     q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
-    table, q_owner, k_owner = _lowered(masks, layout, kv_layout, q, k)
-    world = layout.world_size
-    counted, seeing = (k_owner, q_owner) if column == K_START else (q_owner, k_owner)
-    pair = counted * world + seeing
-    # Rows of each pair of ranks apart from those of all others, so that one sweep counts every union.
-    base = pair * (max(layout.seq_len, kv_layout.seq_len) + 1)
-    start, stop = base + table[:, column], base + table[:, column + 1]
-    order = np.argsort(start, kind="stable")
-    reach = np.maximum.accumulate(stop[order])
-    new = np.maximum(reach - np.maximum(start[order], np.append(0, reach[:-1])), 0) if len(order) else reach
-    counts = np.bincount(pair[order], weights=new, minlength=world * world)
-    return counts.astype(np.int64).reshape(world, world)
+    height = max(1, (1 << 17) * layout.world_size // max(1, len(q.owner) * len(k.owner)))
+    for low in range(0, layout.world_size, height):
+        yield _lowered(masks, layout, kv_layout, q.take((q.owner >= low) & (q.owner < low + height)), k)
 
 
 def _lowered(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ringattn.geometry.demand import rows_seen
 from ringattn.geometry.layout import Ints, Layout
 from ringattn.geometry.masks import K_START, Q_START, Mask
 from ringattn.geometry.rows import Rows, merged
 from ringattn.geometry.sizes import Payload
-from ringattn.geometry.tiles import Bools, Tiles, needs, rows_seen, tiles_of_keys, tiles_of_rank
+from ringattn.geometry.tiles import Bools, Tiles, needs, tiles_of_keys, tiles_of_rank
 
 
 @dataclass(frozen=True)

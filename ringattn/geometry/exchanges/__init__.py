@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Protocol
 
+from ringattn.geometry.demand import pairs_seen
 from ringattn.geometry.exchanges.gather import Gather
 from ringattn.geometry.exchanges.ring import Ring
 from ringattn.geometry.layout import Layout
@@ -15,6 +16,9 @@ from ringattn.geometry.tiles import work_of_ranks
 from ringattn.geometry.travel import Travel
 
 __all__ = ["Exchange", "Gather", "Ring", "build_plan", "cheaper_backward"]
+
+# How much busier than the busiest rank of a backward by keys one may be in a backward by queries, which is fewer bytes.
+_BUSIER = 1.05
 
 
 class Exchange(Protocol):
@@ -76,6 +80,9 @@ def cheaper_backward(
 ) -> Phase:
     """Returns what should travel in the backward: what is fewer bytes over all ranks, the same on each of them.
 
+    Where queries travel, a rank computes what its own keys have to do with. Layouts make the work of queries even, and
+    that of keys may be anything: queries do not travel where they would make the busiest rank busier.
+
     Args:
         exchange, masks, layout, kv_layout: of the plan.
         sizes: of the tensors.
@@ -87,5 +94,8 @@ def cheaper_backward(
         carried, summed = exchange.rows_moved(travel)
         total[phase] = carried * sizes.row_bytes(phase.carried)
         total[phase] += summed * sizes.row_bytes(phase.carried.gradient) if comes_home else 0
-    by_queries = total[Phase.BACKWARD_BY_QUERIES] < total[Phase.BACKWARD]
-    return Phase.BACKWARD_BY_QUERIES if by_queries else Phase.BACKWARD
+    if total[Phase.BACKWARD_BY_QUERIES] >= total[Phase.BACKWARD]:
+        return Phase.BACKWARD
+    pairs = pairs_seen(masks, layout, kv_layout)
+    of_keys, of_queries = int(pairs.sum(axis=0).max()), int(pairs.sum(axis=1).max())
+    return Phase.BACKWARD_BY_QUERIES if of_keys <= _BUSIER * of_queries else Phase.BACKWARD

@@ -42,11 +42,11 @@ class Ring:
 
     def program(self, travel: Travel, rank: int, backward: bool) -> Program:
         """Returns rank's steps; in the backward the gradients' sums travel, too."""
-        return _Writer(travel, rank, backward, _Turns(travel, self.num_outer)).program()
+        return _Writer(travel, rank, backward, Turns(travel, self.num_outer)).program()
 
     def rows_moved(self, travel: Travel) -> tuple[int, int]:
         """Returns how many rows all ranks together send: of what is carried, and of its gradients' sums."""
-        turns = _Turns(travel, self.num_outer)
+        turns = Turns(travel, self.num_outer)
         rows = np.array(travel.block_rows, dtype=np.int64)
         carried = np.maximum(turns.reach, 0).sum(axis=1) + turns.outer_reach
         # Along the way from the first rank that adds to the last; to the block's own place; then home.
@@ -55,7 +55,7 @@ class Ring:
         return int((rows * carried).sum()), int((rows * (along + home)).sum())
 
 
-class _Turns:
+class Turns:
     """How far each block goes in each turn, and when turns begin: the same on every rank."""
 
     def __init__(self, travel: Travel, num_outer: int) -> None:
@@ -99,7 +99,7 @@ def _hops(needed: Bools, num_outer: int) -> tuple[Ints, Ints]:
 class _Writer:
     """Writes the steps of the rank at place `inner` of group `outer`."""
 
-    def __init__(self, travel: Travel, rank: int, backward: bool, turns: _Turns) -> None:
+    def __init__(self, travel: Travel, rank: int, backward: bool, turns: Turns) -> None:
         self._rank, self._backward, self._turns = rank, backward, turns
         self._outer, self._inner = divmod(rank, turns.num_inner)
         self._tiles = travel.tiles(rank)

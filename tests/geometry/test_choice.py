@@ -1,0 +1,144 @@
+"""What is chosen where it is plain what should be, what cannot be chosen, and how it is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ringattn import (
+    Compute,
+    CostModel,
+    Layout,
+    Link,
+    Mask,
+    balanced,
+    causal,
+    contiguous,
+    documents,
+    full,
+    sliding_window,
+    zigzag,
+)
+from ringattn.geometry.choice import CANDIDATES, Choice, Setting, choose
+from ringattn.geometry.demand import pairs_seen
+from ringattn.geometry.exchanges import Gather, Ring, cheaper_backward
+from ringattn.geometry.plan import Phase
+from ringattn.geometry.sizes import Sizes
+
+GPU = Compute(300e12, 200e12, 1500e9, 10e-6)
+FAST, SLOW = Link(5e-6, 400e9), Link(20e-6, 10e9)
+MODEL = CostModel(FAST, GPU, SLOW)
+MHA, GQA = Sizes(1, 32, 32, 128, 128, 2, 4), Sizes(1, 32, 4, 128, 128, 2, 4)
+BOTH = (True, True)
+
+
+def setting(mask: Mask, layout: Layout, sizes: Sizes = GQA, mesh: tuple[int, ...] | None = None) -> Setting:
+    return Setting(sizes, (mask,), layout, layout, mesh or (layout.world_size,), BOTH)
+
+
+def chosen(choice: Choice) -> str:
+    assert choice.chosen is not None
+    return choice.chosen.exchange
+
+
+PACKED = documents(list(range(0, 32769, 512))) & causal()
+
+
+def test_a_long_causal_sequence_goes_round_a_ring() -> None:
+    """Everything that travels hides under the work, and the plainest is taken of those as fast."""
+    found = choose(setting(causal(), zigzag(1 << 18, 8)), MODEL)
+    assert chosen(found) == "ring"
+
+
+def test_windows_and_packed_documents_are_gathered() -> None:
+    slow = replace(MODEL, link=SLOW)
+    for mask in (sliding_window(100), documents([0, 4000, 4100, 8300, 12000, 20000, 32768]) & causal()):
+        assert chosen(choose(setting(mask, contiguous(32768, 8)), slow)) == "gather"
+
+
+def test_many_heads_on_fast_links_are_spread() -> None:
+    """Work that the layout makes uneven, and heads make even."""
+    assert chosen(choose(setting(causal(), contiguous(1 << 16, 8), MHA), MODEL)) == "ulysses"
+
+
+def test_a_ring_where_there_is_no_memory_for_more() -> None:
+    where = setting(full(), contiguous(1 << 15, 16))
+    latencies = replace(MODEL, link=Link(1e-3, 400e9))
+    assert chosen(choose(where, latencies)) != "ring"
+    ring = next(c for c in choose(where, latencies).candidates if c.exchange == "ring")
+    assert ring.prediction is not None
+    tight = choose(where, replace(latencies, buffer_bytes=ring.prediction.buffer_bytes))
+    assert chosen(tight) == "ring"
+    gather = next(c for c in tight.candidates if c.exchange == "gather")
+    assert gather.refusal is not None
+    assert "MiB of buffers, and the model allows" in gather.refusal
+    nothing = choose(where, replace(latencies, buffer_bytes=0))
+    assert nothing.chosen is None
+
+
+def test_on_a_mesh() -> None:
+    """Heads make uneven work more even where there are heads; two rings where there are too few."""
+    layout = contiguous(1 << 15, 16)
+    assert chosen(choose(setting(causal(), layout, MHA, (2, 8)), MODEL)) == "hybrid"
+    one_head = replace(MHA, heads=1, kv_heads=1)
+    assert chosen(choose(setting(causal(), layout, one_head, (2, 8)), MODEL)) == "double ring"
+
+
+def test_what_does_not_apply_is_told() -> None:
+    flat = choose(setting(causal(), zigzag(64, 4), replace(MHA, heads=4, kv_heads=4)), MODEL)
+    refused = {str(c): c.refusal for c in flat.candidates if c.refusal}
+    assert set(refused) == {"double ring", "hybrid", "hybrid in 2 stages", "ulysses in 2 stages"}
+    assert "mesh of two axes" in str(refused["hybrid"])
+    mesh = choose(setting(causal(), zigzag(64, 4), mesh=(2, 2)), MODEL)
+    assert {c.exchange for c in mesh.candidates if c.refusal} == {"ring", "gather", "ulysses"}
+    text = str(mesh)
+    assert text.count("\n->") == 1
+    assert "gather: cannot run; it needs one group of all ranks" in text
+    assert "causal(); zigzag(64, 4); 2 x 2 ranks" in text
+
+
+def test_asked_for_by_name_and_by_stages() -> None:
+    where = setting(PACKED, zigzag(32768, 4))
+    for name in ("ring", "gather", "ulysses"):
+        assert chosen(choose(where, MODEL, name)) == name
+    for stages in (1, 2, 7):
+        found = choose(where, MODEL, "gather", stages)
+        assert [(c.exchange, c.stages) for c in found.candidates] == [("gather", stages)]
+    assert {c.exchange for c in choose(where, MODEL, "auto", 3).candidates if not c.refusal} == {"gather", "ulysses"}
+
+
+def test_forward_alone_is_chosen_by_the_forward() -> None:
+    where = setting(causal(), zigzag(32768, 4))
+    without = choose(replace(where, wanted=(False, False)), MODEL)
+    for there, alone in zip(choose(where, MODEL).candidates, without.candidates, strict=True):
+        if there.prediction and alone.prediction:
+            assert alone.prediction.forward_s == there.prediction.forward_s
+            assert alone.prediction.backward_s == 0.0 < there.prediction.backward_s
+            assert alone.prediction.num_bytes < there.prediction.num_bytes
+
+
+@pytest.mark.parametrize("mesh", [(4,), (2, 2), (1,), (1, 1), (4, 1), (1, 4)])
+def test_every_mesh_and_length_has_a_choice(mesh: tuple[int, ...]) -> None:
+    world = mesh[0] * mesh[-1] if len(mesh) == 2 else mesh[0]
+    for length in (0, 1, 3, 61):
+        for sizes in (replace(MHA, heads=1, kv_heads=1), GQA):
+            found = choose(setting(causal(), zigzag(length, world), sizes, mesh), MODEL)
+            assert found.chosen is not None
+            assert str(found)
+            assert len(found.candidates) == len(CANDIDATES)
+
+
+def test_queries_do_not_travel_where_that_makes_a_rank_busier() -> None:
+    """Long documents beside short ones: queries are dealt evenly, and keys' work is what it is."""
+    ends = [0, 4096, 4691, 5200, 6000, 6300, 8200, 9000, 12000, 12500, 14000, 16384]
+    packed = documents(ends) & causal()
+    even = balanced(packed, 16384, 4)
+    pairs = pairs_seen((packed,), even, even)
+    assert pairs.sum(axis=1).max() < 1.05 * pairs.mean() * 4
+    assert pairs.sum(axis=0).max() > 1.1 * pairs.sum(axis=1).max()
+    for exchange in (Ring(), Gather()):
+        assert cheaper_backward(exchange, (packed,), even, even, MHA) is Phase.BACKWARD
+        for mask in (full(), causal()):
+            layout = zigzag(16384, 4)
+            assert cheaper_backward(exchange, (mask,), layout, layout, MHA) is Phase.BACKWARD_BY_QUERIES

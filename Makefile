@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RANKS  ?= 2
+# Processes of the test suite; each test starts as many ranks as it needs.
+JOBS   ?= 2
 # A thread for each rank: ranks share the cores.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
 
@@ -31,7 +33,7 @@ demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks
 	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.train --out results/demo
 
 test: $(READY)  ## the test suite
-	$(BIN)/python -m pytest -m 'not long'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist loadfile
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long

@@ -18,7 +18,10 @@ from ringattn.errors import (
     DisagreementError,
     LayoutError,
     MaskError,
+    OutOfPagesError,
     RingAttnError,
+    SequenceError,
+    SnapshotError,
 )
 from ringattn.geometry.balance import balanced
 from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
@@ -35,7 +38,10 @@ __all__ = [
     "LayoutError",
     "Mask",
     "MaskError",
+    "OutOfPagesError",
     "RingAttnError",
+    "SequenceError",
+    "SnapshotError",
     "balanced",
     "causal",
     "chunked",

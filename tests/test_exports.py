@@ -30,7 +30,10 @@ ERRORS = {
     "DisagreementError",
     "LayoutError",
     "MaskError",
+    "OutOfPagesError",
     "RingAttnError",
+    "SequenceError",
+    "SnapshotError",
 }
 
 

@@ -11,6 +11,10 @@ from ringattn.attention.api import (
     ulysses_attention_with_lse,
 )
 from ringattn.attention.sharding import shard, shard_batch, unshard
+from ringattn.cache.decode import decode_attention, decode_attention_by_heads
+from ringattn.cache.kv_cache import DistributedKVCache
+from ringattn.cache.resharding import reshard
+from ringattn.cache.snapshot import load_cache, save_cache
 from ringattn.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -34,6 +38,7 @@ __all__ = [
     "ArgumentTypeError",
     "BackendError",
     "DisagreementError",
+    "DistributedKVCache",
     "Layout",
     "LayoutError",
     "Mask",
@@ -46,15 +51,20 @@ __all__ = [
     "causal",
     "chunked",
     "contiguous",
+    "decode_attention",
+    "decode_attention_by_heads",
     "documents",
     "full",
     "gather_attention",
     "gather_attention_with_lse",
     "hybrid_attention",
     "hybrid_attention_with_lse",
+    "load_cache",
     "prefix_lm",
+    "reshard",
     "ring_attention",
     "ring_attention_with_lse",
+    "save_cache",
     "shard",
     "shard_batch",
     "sliding_window",

@@ -19,10 +19,11 @@ MANUAL = PACKAGE.parent / "docs" / "api.md"
 MAX_LINES = 420
 
 ATTENTION = {f"{way}_attention{also}" for way in ("gather", "hybrid", "ring", "ulysses") for also in ("", "_with_lse")}
-CALLS = ATTENTION | {"shard", "shard_batch", "unshard"}
+INFERENCE = {"decode_attention", "decode_attention_by_heads", "load_cache", "reshard", "save_cache"}
+CALLS = ATTENTION | INFERENCE | {"shard", "shard_batch", "unshard"}
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}
-VALUES = {"Layout", "Mask"}
+VALUES = {"DistributedKVCache", "Layout", "Mask"}
 ERRORS = {
     "ArgumentError",
     "ArgumentTypeError",

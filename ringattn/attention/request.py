@@ -92,8 +92,8 @@ def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
     q, k, v, sink = request.q, request.k, request.v, request.sink
     _check_tensors(q, k, v, sink)
     layout, kv_layout = _layouts(request, team)
-    scale = q.shape[3] ** -0.5 if request.scale is None else _number("scale", request.scale)
-    softcap = None if request.softcap is None else _number("softcap", request.softcap)
+    scale = q.shape[3] ** -0.5 if request.scale is None else check_number("scale", request.scale)
+    softcap = None if request.softcap is None else check_number("softcap", request.softcap)
     if softcap is not None and softcap <= 0:
         raise ArgumentError(f"softcap={softcap}: must be positive, or None")
     masks = check_mask(request.mask, q.shape[0])
@@ -224,7 +224,8 @@ def _check_rows(name: str, x: Tensor, layout: Layout, argument: str, rank: int) 
         )
 
 
-def _number(name: str, value: object) -> float:
+def check_number(name: str, value: object) -> float:
+    """Returns `value` as a float if it is a finite number; raises ArgumentError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name}={value!r:.100}: must be a number or None, not {type(value).__name__}")
     if not math.isfinite(value):

@@ -163,6 +163,7 @@ class Pages:
         """Returns a new sequence of the same tokens, which shares the other's pages."""
         chain = self._chain(sequence)
         self._note("fork", sequence)
+        chain.version += 1  # what is still to be written would be written for both
         for rank, table in enumerate(chain.tables):
             for page in table.pages:
                 self._users[rank][page] += 1

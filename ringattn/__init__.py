@@ -13,6 +13,7 @@ from ringattn.attention.api import (
 from ringattn.attention.sharding import shard, shard_batch, unshard
 from ringattn.cache.decode import decode_attention, decode_attention_by_heads
 from ringattn.cache.kv_cache import DistributedKVCache
+from ringattn.cache.prefill import prefill_attention
 from ringattn.cache.resharding import reshard
 from ringattn.cache.snapshot import load_cache, save_cache
 from ringattn.errors import (
@@ -60,6 +61,7 @@ __all__ = [
     "hybrid_attention",
     "hybrid_attention_with_lse",
     "load_cache",
+    "prefill_attention",
     "prefix_lm",
     "reshard",
     "ring_attention",

@@ -19,7 +19,14 @@ MANUAL = PACKAGE.parent / "docs" / "api.md"
 MAX_LINES = 420
 
 ATTENTION = {f"{way}_attention{also}" for way in ("gather", "hybrid", "ring", "ulysses") for also in ("", "_with_lse")}
-INFERENCE = {"decode_attention", "decode_attention_by_heads", "load_cache", "reshard", "save_cache"}
+INFERENCE = {
+    "decode_attention",
+    "decode_attention_by_heads",
+    "load_cache",
+    "prefill_attention",
+    "reshard",
+    "save_cache",
+}
 CALLS = ATTENTION | INFERENCE | {"shard", "shard_batch", "unshard"}
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from ringattn import DistributedKVCache, decode_attention, zigzag
+from ringattn import DistributedKVCache, decode_attention, prefill_attention, zigzag
 
 dist.init_process_group("gloo")  # "nccl" on GPUs
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -17,7 +17,7 @@ sequence = cache.new()
 prompt = zigzag(100, world)  # the prompt's keys stay with the rank that computed them
 new = cache.extend([sequence], prompt)
 mine = prompt.positions(rank)
-cache.write(0, new, k[:, mine], v[:, mine])
+prefill_attention(q[:, mine], k[:, mine], v[:, mine], cache, 0, new)
 
 new = cache.extend([sequence], 4)  # four tokens at once, which every rank computes
 out = decode_attention(q[:, 100:], k[:, 100:], v[:, 100:], cache, 0, new)

@@ -107,6 +107,7 @@ class DistributedKVCache:
         self.form, self.pages, self.team, self.device = form, pages, team, device
         self._prefixes = Prefixes(form.page_size)
         self._tables: tuple[Extension, PageTables] | None = None
+        self._layout: tuple[Extension, Layout] | None = None
         shapes = form.shapes(pages.num_pages)
         self._layers = [
             tuple(torch.empty(shape, dtype=form.dtype, device=device) for shape in shapes)
@@ -263,6 +264,19 @@ class DistributedKVCache:
             made = PageTables(*(torch.from_numpy(x).to(self.device) for x in (pages, slots, starts)))
             self._tables = extension, made
         return self._tables[1]
+
+    def key_layout(self, extension: Extension) -> Layout:
+        """Returns who holds which keys of an extension's one sequence; made once for all layers."""
+        if self._layout is None or self._layout[0] is not extension:
+            self._layout = extension, self.pages.layout(extension.sequences[0])
+        return self._layout[1]
+
+    def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Returns this rank's keys and values of a sequence, (1, rows, H_kv, D) and (..., Dv), by position: copies."""
+        _, places = self.pages.table(sequence, self.team.rank).held()
+        where, size = torch.as_tensor(places, device=self.device), self.form.page_size
+        k, v = (pool[where // size, where % size][None] for pool in self.pools(layer))
+        return k, v
 
     def check(self, layer: int, extension: Extension) -> None:
         """Raises ArgumentError unless there is such a layer and nothing came after the extension."""

@@ -153,6 +153,23 @@ class Runner:
         dist.all_reduce(whole, group=self.group)
         return whole
 
+    def do_prefill(self, op: Op) -> None:
+        sequence, layout = self.pick(op.a), LAYOUTS[op.b % 3](op.b % 23, self.group.size())
+        try:
+            extension = self.cache.extend([sequence], layout)
+        except OutOfPagesError:
+            return
+        start = len(self.dense[sequence].tokens)
+        k, v = self.grow([sequence], layout.seq_len, [op.c % 2] * layout.seq_len)
+        o, window, mine = self.options(op), self.window(op), layout.positions(self.group.rank())
+        mask = None if window is None else ringattn.sliding_window(window)
+        for layer in range(self.setting.num_layers):
+            q = self.normal(1, layout.seq_len, self.setting.heads, self.setting.dim)
+            new = q[:, mine], k[layer][:, mine], v[layer][:, mine]
+            out = ringattn.prefill_attention(*new, self.cache, layer, extension, mask=mask, **o)  # type: ignore[arg-type]
+            whole = ringattn.unshard(out, layout, self.group)
+            self.compare("prefill", whole, q, layer, sequence, start, op, o)
+
     def do_fork(self, op: Op) -> None:
         parent = self.pick(op.a)
         self.dense[self.cache.fork(parent)] = self.dense[parent].copy()

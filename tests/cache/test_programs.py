@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tests.cache.programs import Op, Setting, run_program
 from tests.harness.ranks import RankPool
 
-NAMES = ("new", "decode", "decode", "decode", "fork", "truncate", "evict", "free", "share", "save", "reshard")
+OFTEN = ("new", "decode", "decode", "prefill", "prefill")
+NAMES = (*OFTEN, "fork", "truncate", "evict", "free", "share", "save", "reshard")
 numbers = st.integers(0, 99)
 operations = st.builds(Op, st.sampled_from(NAMES), numbers, numbers, numbers)
 programs = st.lists(operations, min_size=5, max_size=25)
-BEGIN = [Op("new"), *(Op("decode", 0, b, b) for b in range(5))]
+BEGIN = [Op("new"), Op("prefill", 0, 22, 0), *(Op("decode", 0, b, b) for b in range(5))]
 
 QUICK = settings(
     max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink)

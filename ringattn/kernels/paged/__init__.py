@@ -7,12 +7,13 @@ from functools import lru_cache
 from ringattn.kernels.choice import choose
 from ringattn.kernels.contract import Call
 from ringattn.kernels.paged.contract import PagedKernel, PageTables, Sight
+from ringattn.kernels.paged.native import NativePaged
 from ringattn.kernels.paged.reference import ReferencePaged
 
 __all__ = ["PAGED_BACKENDS", "PageTables", "PagedKernel", "Sight", "select_paged"]
 
 # In the order of preference. A new kernel is one line here.
-PAGED_BACKENDS: dict[str, PagedKernel] = {kernel.name: kernel for kernel in (ReferencePaged(),)}
+PAGED_BACKENDS: dict[str, PagedKernel] = {kernel.name: kernel for kernel in (NativePaged(), ReferencePaged())}
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,11 @@ from ringattn.attention.context_parallel import (
 )
 from ringattn.attention.models import measure_compute, measure_link
 from ringattn.attention.sharding import shard, shard_batch, unshard
+from ringattn.cache.decode import decode_attention, decode_attention_by_heads
+from ringattn.cache.kv_cache import DistributedKVCache
+from ringattn.cache.prefill import prefill_attention
+from ringattn.cache.resharding import reshard
+from ringattn.cache.snapshot import load_cache, save_cache
 from ringattn.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -24,7 +29,10 @@ from ringattn.errors import (
     DisagreementError,
     LayoutError,
     MaskError,
+    OutOfPagesError,
     RingAttnError,
+    SequenceError,
+    SnapshotError,
 )
 from ringattn.geometry.balance import balanced
 from ringattn.geometry.choice import Choice
@@ -42,18 +50,24 @@ __all__ = [
     "Compute",
     "CostModel",
     "DisagreementError",
+    "DistributedKVCache",
     "Layout",
     "LayoutError",
     "Link",
     "Mask",
     "MaskError",
+    "OutOfPagesError",
     "RingAttnError",
+    "SequenceError",
+    "SnapshotError",
     "balanced",
     "causal",
     "chunked",
     "context_parallel_attention",
     "context_parallel_attention_with_lse",
     "contiguous",
+    "decode_attention",
+    "decode_attention_by_heads",
     "documents",
     "explain",
     "full",
@@ -61,11 +75,15 @@ __all__ = [
     "gather_attention_with_lse",
     "hybrid_attention",
     "hybrid_attention_with_lse",
+    "load_cache",
     "measure_compute",
     "measure_link",
+    "prefill_attention",
     "prefix_lm",
+    "reshard",
     "ring_attention",
     "ring_attention_with_lse",
+    "save_cache",
     "shard",
     "shard_batch",
     "sliding_window",

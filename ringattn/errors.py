@@ -4,9 +4,12 @@
     ├── ArgumentError (also a ValueError)     an argument has a value that is not allowed
     │   ├── ArgumentTypeError (also a TypeError)  ... or a type that is not
     │   ├── LayoutError                       a layout does not fit: its world size, its length, its rows
-    │   └── MaskError                         a mask does not fit: its parameters, or the sequence it meets
+    │   ├── MaskError                         a mask does not fit: its parameters, or the sequence it meets
+    │   └── SequenceError                     a cache has no such sequence, or not the tokens that are meant
     ├── BackendError (also a ValueError)      the kernel that was asked for cannot run this call: every reason
-    └── DisagreementError (also a ValueError) the ranks of one group did not ask for the same thing
+    ├── DisagreementError (also a ValueError) the ranks of one group did not ask for the same thing
+    ├── OutOfPagesError                       a cache has no room for what was to be added; nothing was added
+    └── SnapshotError (also a ValueError)     a saved cache is not there, not whole, or does not fit
 
 Everything that a caller can get wrong is raised before anything is sent, on every rank of the group alike:
 what one rank finds wrong with its own arguments, the others raise too, naming that rank.
@@ -35,9 +38,21 @@ class MaskError(ArgumentError):
     """A mask does not fit the sequence, the batch, or itself."""
 
 
+class SequenceError(ArgumentError):
+    """A cache has no such sequence, or the sequence has not the tokens that are meant."""
+
+
 class BackendError(RingAttnError, ValueError):
     """No kernel, or not the one that was asked for, can run this call; the message holds every reason."""
 
 
 class DisagreementError(RingAttnError, ValueError):
     """The ranks of one group asked for different things; the message says who asked for what."""
+
+
+class OutOfPagesError(RingAttnError):
+    """A cache has no room for what was to be added; nothing was added, on any rank."""
+
+
+class SnapshotError(RingAttnError, ValueError):
+    """A saved cache is not there, not whole, or does not fit the cache that it was to become."""

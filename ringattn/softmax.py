@@ -52,6 +52,22 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     torch.logaddexp(lse, part_lse, out=lse)
 
 
+def merged(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the result over all keys, from those over disjoint parts of them; always summed up in the same order.
+
+    Args:
+        outs: outputs over each part, (parts, B, S, H, Dv); finite also where lses is -inf.
+        lses: their log-sum-exps, (parts, B, H, S), natural log.
+    Returns:
+        out (B, S, H, Dv) and lse (B, H, S).
+    """
+    lse = torch.logsumexp(lses, dim=0)
+    # Nothing anywhere: (-inf) - (-inf) is NaN, and weighs nothing.
+    weights = torch.exp(lses - lse).nan_to_num_(nan=0.0)
+    out = (outs * weights.transpose(2, 3).unsqueeze(-1)).sum(dim=0)
+    return out, lse
+
+
 def add_sink_(out: Tensor, lse: Tensor, sink: Tensor) -> None:
     """Lets a logit per head, with no value, take part in each row's denominator, in place.
 

@@ -20,10 +20,18 @@ MAX_LINES = 420
 
 ATTENTION = {f"{way}_attention{also}" for way in ("gather", "hybrid", "ring", "ulysses") for also in ("", "_with_lse")}
 ATTENTION |= {"context_parallel_attention", "context_parallel_attention_with_lse"}
-CALLS = ATTENTION | {"explain", "measure_compute", "measure_link"} | {"shard", "shard_batch", "unshard"}
+INFERENCE = {
+    "decode_attention",
+    "decode_attention_by_heads",
+    "load_cache",
+    "prefill_attention",
+    "reshard",
+    "save_cache",
+}
+CALLS = ATTENTION | INFERENCE | {"explain", "measure_compute", "measure_link"} | {"shard", "shard_batch", "unshard"}
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}
-VALUES = {"Choice", "Compute", "CostModel", "Layout", "Link", "Mask"}
+VALUES = {"Choice", "Compute", "CostModel", "DistributedKVCache", "Layout", "Link", "Mask"}
 ERRORS = {
     "ArgumentError",
     "ArgumentTypeError",
@@ -31,7 +39,10 @@ ERRORS = {
     "DisagreementError",
     "LayoutError",
     "MaskError",
+    "OutOfPagesError",
     "RingAttnError",
+    "SequenceError",
+    "SnapshotError",
 }
 
 

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -210,6 +212,73 @@ void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor
   });
 }
 
+const int32_t* integers(const Tensor& x, int64_t count, const char* what) {
+  check(x.is_cpu() && x.scalar_type() == torch::headeronly::ScalarType::Int && x.is_contiguous() && x.numel() == count,
+        what);
+  return static_cast<const int32_t*>(x.const_data_ptr());
+}
+
+// Slots of one task: enough to outweigh its merge, few enough that every thread has some.
+constexpr int64_t TASK_SLOTS = 4096;
+
+// Merges a partial result of one row into its state.
+void merge_row(float* out, float* lse, const float* part, float part_lse, int64_t dim) {
+  if (part_lse == -std::numeric_limits<float>::infinity()) return;
+  const float top = std::max(*lse, part_lse), mine = std::exp(*lse - top), theirs = std::exp(part_lse - top);
+  const float weight = theirs / (mine + theirs);
+  for (int64_t e = 0; e < dim; ++e) out[e] += (part[e] - out[e]) * weight;
+  *lse = top + std::log(mine + theirs);
+}
+
+void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& slots,
+            const Tensor& starts, const Tensor& first, const Tensor& stop, double scale, double softcap, Tensor out,
+            Tensor lse, std::string isa) {
+  for (const Tensor& x : {q, k, v}) check_rows(x, "q, k and v must have 4 dims, the last contiguous, on the CPU");
+  check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
+  const int64_t batch = q.size(0), entries = pages.numel();
+  DecodeProblem p{};
+  p.q = input(q), p.k = input(k), p.v = input(v), p.dtype = dtype_of(q);
+  p.tokens = q.size(1), p.heads = q.size(2), p.dim = q.size(3), p.page_size = k.size(1), p.kv_heads = k.size(2);
+  p.v_dim = v.size(3), p.scale = (float)scale, p.softcap = (float)softcap;
+  check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "the heads of q must be a multiple of those of k");
+  check(k.size(3) == p.dim && same_shape(v, k.size(0), p.page_size, p.kv_heads, p.v_dim), "k and v must fit q");
+  p.pages = integers(pages, entries, "pages must be int32"), p.slots = integers(slots, entries * p.page_size, "slots must fit pages");
+  p.first = integers(first, batch * p.tokens, "first must fit q"), p.stop = integers(stop, batch * p.tokens, "stop must fit q");
+  const int32_t* start = integers(starts, batch + 1, "starts must fit q");
+  for (int64_t i = 0; i < entries; ++i) check(0 <= p.pages[i] && p.pages[i] < k.size(0), "there is no such page");
+  for (int64_t i = 0; i < batch; ++i) check(0 <= start[i] && start[i] <= start[i + 1] && start[i + 1] <= entries, "starts must ascend");
+  const State to = state(out);
+  Problem shape{};
+  shape.batch = batch, shape.heads = p.heads;
+  const Statistic sums = statistic(lse, shape, p.tokens);
+  check(same_shape(out, batch, p.tokens, p.heads, p.v_dim), "out must fit q and v");
+  const int64_t step = std::max<int64_t>(1, TASK_SLOTS / p.page_size), rows = p.tokens * p.group();
+  std::vector<DecodeTask> tasks;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t entry = start[b]; entry < start[b + 1]; entry += step) {
+      for (int64_t head = 0; head < p.kv_heads; ++head) {
+        tasks.push_back({b, head, entry, std::min<int64_t>(entry + step, start[b + 1]), nullptr, nullptr});
+      }
+    }
+  }
+  std::vector<float> found(tasks.size() * rows * (p.v_dim + 1));
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    tasks[i].out = found.data() + i * rows * (p.v_dim + 1);
+    tasks[i].lse = tasks[i].out + rows * p.v_dim;
+  }
+  const Kernels& kernels = select(isa, p.dtype);
+  run_tasks(tasks.size(), kernels.decode_scratch(p), [&](int64_t i, void* memory) { kernels.decode(p, tasks[i], memory); });
+  // In the order of the table, whoever computed what: results do not depend on the number of threads.
+  for (const DecodeTask& task : tasks) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t token = r / p.group(), head = task.kv_head * p.group() + r % p.group();
+      merge_row(to.data + task.batch * to.batch + token * to.row + head * to.head,
+                sums.data + task.batch * sums.batch + token * sums.row + head * sums.head, task.out + r * p.v_dim,
+                task.lse[r], p.v_dim);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ringattn
 
@@ -221,11 +290,15 @@ STABLE_TORCH_LIBRARY(ringattn_native, m) {
   m.def(
       "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor tiles, float scale, "
       "float softcap, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, str isa) -> ()");
+  m.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor slots, Tensor starts, Tensor first, Tensor stop, "
+      "float scale, float softcap, Tensor(a!) out, Tensor(b!) lse, str isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ringattn_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&ringattn::forward));
   m.impl("backward", TORCH_BOX(&ringattn::backward));
+  m.impl("decode", TORCH_BOX(&ringattn::decode));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ringattn_native, CompositeExplicitAutograd, m) {

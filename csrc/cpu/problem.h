@@ -55,6 +55,26 @@ struct BackwardTask {
   State dq;
 };
 
+// A few query rows of each sequence against keys in pages. A pool's `batch` stride is that of its pages, `row` that of
+// the slots in one.
+struct DecodeProblem {
+  Input q, k, v;
+  const int32_t *pages, *slots;  // (entries), and the position in each slot (entries, page_size)
+  const int32_t *first, *stop;   // the positions that each row sees, (batch, tokens)
+  int64_t tokens, page_size, heads, kv_heads, dim, v_dim;
+  Dtype dtype;
+  float scale;
+  float softcap;  // 0: none
+  int64_t group() const { return heads / kv_heads; }
+};
+
+// Entries [first, stop) of a sequence, for all query rows of one kv head: row i is token i / group, head i % group. What is
+// found is written to out (rows, v_dim) and lse (rows).
+struct DecodeTask {
+  int64_t batch, kv_head, first, stop;
+  float *out, *lse;
+};
+
 // One instruction set's kernels. Scratch is in bytes, aligned to 64.
 struct Kernels {
   const char* name;
@@ -64,6 +84,8 @@ struct Kernels {
   void (*forward)(const Problem&, const ForwardTask&, void* scratch);
   int64_t (*backward_scratch)(const Problem&);
   void (*backward)(const Problem&, const BackwardTask&, void* scratch);
+  int64_t (*decode_scratch)(const DecodeProblem&);
+  void (*decode)(const DecodeProblem&, const DecodeTask&, void* scratch);
 };
 
 }  // namespace ringattn

@@ -20,7 +20,7 @@ from torch.fx.node import has_side_effect
 
 from ringattn.attention import function
 from ringattn.attention.executor import Job
-from ringattn.attention.request import Masks, Request, number, prepare, team_for
+from ringattn.attention.request import Masks, Request, check_number, prepare, team_for
 from ringattn.comm.group import agreed, named, recalled, team_named
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout, contiguous, layout_of, striped, zigzag
@@ -30,8 +30,8 @@ from ringattn.softmax import accumulation_dtype
 
 def attend(request: Request, group: object) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of a call in a graph that is being made."""
-    scale = None if request.scale is None else number("scale", request.scale)
-    softcap = None if request.softcap is None else number("softcap", request.softcap)
+    scale = None if request.scale is None else check_number("scale", request.scale)
+    softcap = None if request.softcap is None else check_number("softcap", request.softcap)
     if isinstance(request.stages, bool):
         raise ArgumentError(f"stages={request.stages!r}: must be an integer of 1 or more")
     call = _written(request, _team_text(request.operation, group))

@@ -127,8 +127,8 @@ def check(request: Request, team: Team) -> Checked:
     q, k, v, sink = request.q, request.k, request.v, request.sink
     check_tensors(q, k, v, sink)
     layout, kv_layout = layouts_of(request, team)
-    scale = q.shape[3] ** -0.5 if request.scale is None else number("scale", request.scale)
-    softcap = None if request.softcap is None else number("softcap", request.softcap)
+    scale = q.shape[3] ** -0.5 if request.scale is None else check_number("scale", request.scale)
+    softcap = None if request.softcap is None else check_number("softcap", request.softcap)
     if softcap is not None and softcap <= 0:
         raise ArgumentError(f"softcap={softcap}: must be positive, or None")
     masks = check_mask(request.mask, q.shape[0])
@@ -269,8 +269,8 @@ def _check_rows(name: str, x: Tensor, layout: Layout, argument: str, rank: int) 
         )
 
 
-def number(name: str, value: object) -> float:
-    """Returns a finite number; raises ArgumentTypeError or ArgumentError where it is none."""
+def check_number(name: str, value: object) -> float:
+    """Returns `value` as a float if it is a finite number; raises ArgumentError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name}={value!r:.100}: must be a number or None, not {type(value).__name__}")
     if not math.isfinite(value):

@@ -54,6 +54,7 @@ class Layout:
         seq_len: positions 0 .. seq_len - 1 are held, each by exactly one rank.
         rank_ranges: for each rank its ranges, in the order of its local rows; ascending steps only.
         name: how it was made, for messages.
+        whole: whether each position is held; if not, some may be held by nobody.
     Raises:
         LayoutError: when a position is held twice, by nobody, or lies outside the sequence.
     """
@@ -61,6 +62,7 @@ class Layout:
     seq_len: int
     rank_ranges: tuple[tuple[range, ...], ...]
     name: str = "Layout(...)"
+    whole: bool = True
     # The content, the same in every process; `layout_of` reads it. A plain attribute, as that of Mask.
     text: str = field(init=False, repr=False)
 
@@ -72,7 +74,8 @@ class Layout:
         ranges = tuple(tuple(r for r in own if len(r)) for own in self.rank_ranges)
         object.__setattr__(self, "rank_ranges", ranges)
         triples = [[(r.start, r.stop, r.step) for r in own] for own in ranges]
-        object.__setattr__(self, "text", json.dumps([self.seq_len, triples, self.name], separators=(",", ":")))
+        content = [self.seq_len, triples, self.name, self.whole]
+        object.__setattr__(self, "text", json.dumps(content, separators=(",", ":")))
         if any(r.step < 1 for own in ranges for r in own):
             raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
         held = [r for own in ranges for r in own]
@@ -81,8 +84,9 @@ class Layout:
         holders = np.zeros(self.seq_len, dtype=np.int32)
         for r in held:
             holders[r.start : r.stop : r.step] += 1
-        if (holders != 1).any():
-            position = int(np.flatnonzero(holders != 1)[0])
+        wrong = (holders != 1) if self.whole else (holders > 1)
+        if wrong.any():
+            position = int(np.flatnonzero(wrong)[0])
             raise LayoutError(
                 f"{self.name}: position {position} is held {int(holders[position])} times; each must be held once"
             )
@@ -122,24 +126,23 @@ class Layout:
 
     @cached_property
     def segments(self) -> Segments:
-        """The sequence as consecutive segments, neighbours having different owners."""
+        """The sequence as consecutive segments; neighbours have different owners, or positions of nobody between."""
         runs = self.runs
         single = (runs.step == 1) | (runs.length == 1)
         if single.all():
-            owner, start, length = runs.owner, runs.start, runs.length
+            owner, start, stop = runs.owner, runs.start, runs.start + runs.length
         else:
             # Interleaved ranges: go through the owner of every position.
-            owner = np.empty(self.seq_len, dtype=np.int64)
+            owner = np.full(self.seq_len, -1, dtype=np.int64)
             for rank, own in enumerate(self.rank_ranges):
                 for r in own:
                     owner[r.start : r.stop : r.step] = rank
-            start = np.arange(self.seq_len, dtype=np.int64)
-            length = np.ones(self.seq_len, dtype=np.int64)
-        first = np.ones(len(owner), dtype=bool)
-        first[1:] = owner[1:] != owner[:-1]
-        start = start[first]
-        stop = np.append(start[1:], self.seq_len) if len(length) else start
-        return Segments(owner[first], start, stop)
+            start = np.flatnonzero(owner >= 0)
+            owner, stop = owner[start], start + 1
+        first, last = np.ones(len(owner), dtype=bool), np.ones(len(owner), dtype=bool)
+        first[1:] = (owner[1:] != owner[:-1]) | (start[1:] != stop[:-1])
+        last[:-1] = first[1:]
+        return Segments(owner[first], start[first], stop[last])
 
     @cached_property
     def digest(self) -> str:
@@ -257,8 +260,8 @@ def joined(runs: Iterable[range]) -> tuple[range, ...]:
 @lru_cache(maxsize=64)
 def layout_of(text: str) -> Layout:
     """Returns the layout whose text this is."""
-    seq_len, triples, name = json.loads(text)
-    return Layout(seq_len, tuple(tuple(range(*triple) for triple in own) for own in triples), name)
+    seq_len, triples, name, whole = json.loads(text)
+    return Layout(seq_len, tuple(tuple(range(*triple) for triple in own) for own in triples), name, whole)
 
 
 def check_layout(layout: object, name: str, world_size: int) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ringattn.errors import BackendError
+from ringattn.kernels.choice import choose, refused_by
 from ringattn.kernels.contract import BlockKernel, Call, Spec
 from ringattn.kernels.flash import FlashKernel
 from ringattn.kernels.flash_ops import Flash2, Flash3, Flash4
@@ -38,29 +38,10 @@ BACKENDS: dict[str, BlockKernel] = {
 
 def refusals(name: str, call: Call) -> list[str]:
     """Returns every reason why backend `name` cannot run `call`: of this machine, else of the call; empty if it can."""
-    kernel = BACKENDS[name]
-    return kernel.available() or kernel.unsupported(call)
+    return refused_by(BACKENDS[name], call)
 
 
 @lru_cache(maxsize=256)
 def select(backend: str | None, call: Call) -> BlockKernel:
-    """Returns the kernel for a call.
-
-    Args:
-        backend: a key of BACKENDS, which is taken or refused but never replaced; None takes the first that can.
-        call: what is to be run.
-    Raises:
-        BackendError: when the backend is unknown, or cannot run the call, with every reason.
-    """
-    if backend is not None and backend not in BACKENDS:
-        raise BackendError(f"backend={backend!r}: must be one of {', '.join(map(repr, BACKENDS))}, or None")
-    names = list(BACKENDS) if backend is None else [backend]
-    reasons = {name: refusals(name, call) for name in names}
-    for name in names:
-        if not reasons[name]:
-            return BACKENDS[name]
-    told = "; ".join(f"{name}: {' and '.join(why)}" for name, why in reasons.items())
-    raise BackendError(
-        f"backend={backend!r} cannot run this call ({told}). "
-        "Pass backend=None for the first kernel that can, or change what it refuses"
-    )
+    """Returns the kernel for a call; see choice.choose."""
+    return choose(BACKENDS, backend, call)

@@ -317,3 +317,15 @@ def test_check_layout_names_the_argument() -> None:
         check_layout("zigzag", "kv_layout", 2)
     with pytest.raises(LayoutError, match="made for 2 ranks, but the group has 3"):
         check_layout(contiguous(8, 2), "layout", 3)
+
+
+def test_a_layout_may_leave_positions_to_nobody() -> None:
+    ranges = ((range(0, 2), range(6, 7)), (range(2, 4), range(9, 10)))
+    with pytest.raises(LayoutError, match="position 4 is held 0 times"):
+        Layout(11, ranges)
+    layout = Layout(11, ranges, whole=False)
+    assert [x.tolist() for x in layout.segments] == [[0, 1, 0, 1], [0, 2, 6, 9], [2, 4, 7, 10]]
+    with pytest.raises(LayoutError, match="position 1 is held 2 times"):
+        Layout(4, ((range(2),), (range(1, 3),)), whole=False)
+    striped_with_gap = Layout(9, ((range(1, 8, 3),), (range(2, 9, 3),)), whole=False)
+    assert [x.tolist() for x in striped_with_gap.segments] == [[0, 1] * 3, [1, 2, 4, 5, 7, 8], [2, 3, 5, 6, 8, 9]]

@@ -1,0 +1,270 @@
+"""Attention of new tokens, which every rank has, to a cache of which every rank has a part: one collective a layer.
+
+Each rank attends to the keys that it holds. What comes of it, an output and a log-sum-exp for each row, is all that
+is exchanged, and merged in the order of ranks. So what all ranks have computed is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringattn.attention.request import check_number
+from ringattn.cache.kv_cache import DistributedKVCache
+from ringattn.cache.pages import Extension
+from ringattn.comm.collectives import all_gather_packets, all_to_all_packets, packets_in_a_row
+from ringattn.comm.group import agreed
+from ringattn.comm.packet import Field, Packet
+from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError
+from ringattn.geometry.layout import contiguous
+from ringattn.geometry.masks import Mask, causal
+from ringattn.geometry.sight import sight_of
+from ringattn.kernels import Call, Spec
+from ringattn.kernels.paged import PagedKernel, Sight, select_paged
+from ringattn.softmax import accumulation_dtype, add_sink_, merged
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a call asks for besides its tensors."""
+
+    operation: str
+    mask: Mask | None
+    scale: float | None
+    softcap: float | None
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A result over the keys of one rank."""
+
+    out: Tensor
+    lse: Tensor
+
+
+@torch.no_grad()
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: DistributedKVCache,
+    layer: int,
+    extension: Extension,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of the new tokens of some sequences to all that the cache holds of them, the new ones included.
+
+    Puts k and v in their places first. All ranks of the cache's group call it together, with the same tensors; the
+    result is the same to the bit on all of them. It takes no part in autograd.
+
+    Args:
+        q: queries of the new tokens, (B, T, H, D), B sequences with T tokens each, in the cache's dtype; H % H_kv == 0.
+        k: their keys, (B, T, H_kv, D).
+        v: their values, (B, T, H_kv, Dv).
+        cache: where they go, and what they attend to.
+        layer: which, from 0.
+        extension: what `cache.extend(sequences, T)` returned; the B sequences are its.
+        mask: who sees whom, in global positions, over the sequence as long as it is now; None is causal(). Each query
+            must see one run of positions; what was evicted is not there to be seen.
+        scale: softmax scale, dimensionless; D ** -0.5 if None.
+        softcap: scores become softcap * tanh(score / softcap); positive; None leaves them.
+        sink: (H,) learned logits that take part in each row's denominator; the same on all ranks.
+        backend: a name out of kernels.paged.PAGED_BACKENDS; None takes the first that can.
+    Returns:
+        (B, T, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
+    Raises:
+        ArgumentError, MaskError, BackendError: when something is not allowed; nothing is written.
+        DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before.
+    Communication: one all-gather; each rank sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64).
+        On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
+    Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
+        arXiv:2408.04093, in one message instead of three.
+    """
+    options = _Options("decode_attention", mask, scale, softcap, backend)
+    kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
+    fields = _fields(q, v.shape[3], q.shape[2])
+    packet = Packet.empty(fields, q.device)
+    out, lse, mark = packet.tensors
+    mark.copy_(_mark(cache, layer, extension, options))
+    _attend(q, cache, layer, extension, options, kernel, spec, _Local(out, lse))
+    packets = all_gather_packets(packet, fields, cache.team.axes[0].group)
+    return _merged(packets, sink).to(q.dtype)
+
+
+@torch.no_grad()
+def decode_attention_by_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: DistributedKVCache,
+    layer: int,
+    extension: Extension,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The result of `decode_attention` for this rank's heads only, for a projection that is sharded by heads.
+
+    Args, errors and the way of calling are those of `decode_attention`.
+
+    Returns:
+        (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
+    Communication: one all-to-all; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
+    """
+    options = _Options("decode_attention_by_heads", mask, scale, softcap, backend)
+    kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
+    team, heads = cache.team, q.shape[2]
+    shares = [contiguous(heads, team.size).ranges(rank) for rank in range(team.size)]
+    own = [slice(runs[0].start, runs[0].stop) if runs else slice(0, 0) for runs in shares]
+    fields = [_fields(q, v.shape[3], part.stop - part.start) for part in own]
+    whole = Packet.empty(_fields(q, v.shape[3], heads), q.device)
+    local = _Local(*whole.tensors[:2])
+    _attend(q, cache, layer, extension, options, kernel, spec, local)
+    mark = _mark(cache, layer, extension, options)
+    packets = packets_in_a_row(fields, q.device)
+    for packet, part in zip(packets, own, strict=True):
+        for place, x in zip(packet.tensors, (local.out[:, :, part], local.lse[:, part], mark), strict=True):
+            place.copy_(x)
+    came = all_to_all_packets(packets, fields[team.rank], team.axes[0].group, q.device)
+    return _merged(came, None if sink is None else sink[own[team.rank]]).to(q.dtype)
+
+
+def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
+    """What a rank tells another: an output and a log-sum-exp for each row, and a mark of what was asked for."""
+    batch, tokens, dtype = q.shape[0], q.shape[1], accumulation_dtype(q.dtype)
+    return [
+        Field((batch, tokens, heads, v_dim), dtype),
+        Field((batch, heads, tokens), dtype),
+        Field((2,), torch.int32),
+    ]
+
+
+def _merged(packets: list[Packet], sink: Tensor | None) -> Tensor:
+    outs, lses, marks = (torch.stack(parts) for parts in zip(*(packet.tensors for packet in packets), strict=True))
+    if len(packets) > 1 and bool((marks != marks[0]).any()):
+        raise DisagreementError(
+            "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
+            f"layer, mask, scale, softcap (marks by rank: {marks.tolist()})"
+        )
+    out, lse = merged(outs, lses)
+    if sink is not None:
+        add_sink_(out, lse, sink)
+    return out
+
+
+def _mark(cache: DistributedKVCache, layer: int, extension: Extension, options: _Options) -> Tensor:
+    mask = None if options.mask is None else options.mask.digest
+    asked = (cache.pages.digest, layer, extension.sequences, extension.versions, mask, options.scale, options.softcap)
+    mark = hashlib.blake2b(repr(asked).encode(), digest_size=8).digest()
+    return torch.from_numpy(np.frombuffer(mark, dtype=np.int32).copy())
+
+
+def _attend(
+    q: Tensor,
+    cache: DistributedKVCache,
+    layer: int,
+    extension: Extension,
+    options: _Options,
+    kernel: PagedKernel,
+    spec: Spec,
+    local: _Local,
+) -> None:
+    """Attends to what this rank holds."""
+    local.out.zero_()
+    local.lse.fill_(-torch.inf)
+    tables, sight = cache.page_tables(extension), _sight(extension, options.mask, q.device)
+    if len(tables.pages) and q.numel():
+        kernel.forward(q, *cache.pools(layer), tables, sight, spec, local.out, local.lse)
+
+
+def _sight(extension: Extension, mask: Mask | None, device: torch.device) -> Sight:
+    mask = causal() if mask is None else mask
+    rows = np.stack([sight_of(mask, start, start + extension.num_tokens) for start in extension.starts])
+    first, stop = (torch.from_numpy(rows[:, :, column].astype(np.int32)).to(device) for column in (0, 1))
+    return Sight(first, stop)
+
+
+def _prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    cache: DistributedKVCache,
+    layer: int,
+    extension: Extension,
+    options: _Options,
+) -> tuple[PagedKernel, Spec]:
+    """Checks a call, writes the new keys and values, and returns what runs it."""
+
+    def prepare() -> tuple[Mapping[str, str], tuple[PagedKernel, Spec]]:
+        cache.check(layer, extension)
+        spec = check_queries(q, sink, cache, options.scale, options.softcap)
+        if options.mask is not None and not isinstance(options.mask, Mask):
+            raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
+        if extension.layout is not None:
+            raise ArgumentError("extension: made by a layout, for prefill_attention; decoding takes a number of tokens")
+        wanted = (len(extension.sequences), extension.num_tokens)
+        if q.shape[:2] != wanted:
+            raise ArgumentError(f"q has (sequences, tokens) = {tuple(q.shape[:2])}: the extension has {wanted}")
+        cache.check_new("k", k, extension, cache.form.head_dim)
+        cache.check_new("v", v, extension, cache.form.v_head_dim)
+        form = cache.form
+        call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
+        told = {"the call": f"{options} q={tuple(q.shape)} sink={None if sink is None else tuple(sink.shape)} {form}"}
+        return told, (select_paged(options.backend, call), spec)
+
+    key = signature(q, k, v, sink, cache, options)
+    cache.check(layer, extension)
+    found = agreed(cache.team, key, prepare)
+    _sight(extension, options.mask, torch.device("cpu"))  # a mask that does not fit raises before anything is written
+    cache.write(layer, extension, k, v)
+    return found
+
+
+def signature(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, cache: DistributedKVCache, options: Hashable
+) -> Hashable | None:
+    """Returns what decides a call apart from the contents of tensors and cache; None if that cannot be told."""
+    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
+    key = (options, tensors, cache.form)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def check_queries(
+    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, scale: float | None, softcap: float | None
+) -> Spec:
+    """Checks queries and options against a cache; returns what every tile of the call shares."""
+    form = cache.form
+    if not isinstance(q, Tensor) or q.ndim != 4:
+        raise ArgumentError("q: must be a tensor (batch, tokens, heads, head_dim)")
+    if q.dtype != form.dtype or q.device.type != cache.device.type:
+        raise ArgumentError(f"q is {q.dtype} on {q.device}: the cache is {form.dtype} on {cache.device}")
+    heads = q.shape[2]
+    if heads < 1 or heads % form.num_kv_heads:
+        raise ArgumentError(f"q has {heads} heads: must be a multiple of the {form.num_kv_heads} kv heads of the cache")
+    if q.shape[3] != form.head_dim:
+        raise ArgumentError(f"q has head_dim {q.shape[3]}: the cache has {form.head_dim}")
+    if sink is not None and (not isinstance(sink, Tensor) or sink.shape != (heads,) or not sink.is_floating_point()):
+        raise ArgumentError(f"sink: must be a floating tensor ({heads},), one logit per query head, or None")
+    found_cap = None if softcap is None else check_number("softcap", softcap)
+    if found_cap is not None and found_cap <= 0:
+        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
+    return Spec(form.head_dim**-0.5 if scale is None else check_number("scale", scale), found_cap)

@@ -1,0 +1,253 @@
+"""Attention of new tokens, each computed by one rank, to a cache of which every rank has a part.
+
+What the ranks hold of a sequence is a layout of its keys, and the new tokens are a layout of queries in the same
+positions. So this is attention as in training, with a plan: keys and values come to the queries; or queries go to the
+keys, and what they find comes home, if that is fewer bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ringattn.attention.blocks import Blocks
+from ringattn.attention.executor import Job, run_forward
+from ringattn.cache.decode import check_queries
+from ringattn.cache.kv_cache import DistributedKVCache
+from ringattn.cache.pages import Extension
+from ringattn.comm.all_to_all import Trade
+from ringattn.comm.group import agreed
+from ringattn.comm.packet import Field, Packet
+from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.geometry.exchanges import Gather, build_plan
+from ringattn.geometry.heads import whole
+from ringattn.geometry.layout import Layout
+from ringattn.geometry.masks import Mask, causal
+from ringattn.geometry.rows import Rows, count
+from ringattn.geometry.sizes import Payload, Sizes
+from ringattn.geometry.travel import Travel
+from ringattn.kernels import BlockKernel, Call, Spec, select
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a call asks for besides its tensors."""
+
+    operation: str
+    mask: Mask
+    scale: float | None
+    softcap: float | None
+    backend: str | None
+
+
+@torch.no_grad()
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: DistributedKVCache,
+    layer: int,
+    extension: Extension,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of a sequence's new tokens, sharded by a layout, to all that the cache holds of it, them included.
+
+    Puts k and v in their places first. The result is that of one process which holds everything. All ranks of the
+    cache's group call it together. A long prompt may come in chunks, each an extension of its own; so may the
+    next turn of a conversation, after decoding. It takes no part in autograd.
+
+    Args:
+        q: queries of the new tokens that this rank computes, (1, S_local, H, D), in the cache's dtype; H % H_kv == 0.
+        k: their keys, (1, S_local, H_kv, D).
+        v: their values, (1, S_local, H_kv, Dv).
+        cache: where they go, and what they attend to.
+        layer: which, from 0.
+        extension: what `cache.extend([sequence], layout)` returned, `layout` being that of the new tokens.
+        mask: who sees whom, in global positions, over the sequence as long as it is now; None is causal(). What was
+            evicted is not there to be seen.
+        scale: softmax scale, dimensionless; D ** -0.5 if None.
+        softcap: scores become softcap * tanh(score / softcap); positive; None leaves them.
+        sink: (H,) learned logits that take part in each row's denominator; the same on all ranks.
+        backend: a name out of `ringattn info`; None takes the first that can.
+    Returns:
+        (1, S_local, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
+    Raises:
+        ArgumentError, MaskError, BackendError: when something is not allowed. DisagreementError when the ranks do not
+            ask for the same. On every rank, on the first call with an extension, after which they are not compared.
+    Communication: what is fewer bytes over all ranks: each key and value that some query of a rank sees, to
+        that rank, H_kv (D + Dv) elements a row; or each query to each rank that holds keys which it sees, H D elements,
+        and back H (Dv + 1) in the accumulation dtype. One all-gather of a few hundred bytes for each extension.
+    Source: Yang et al. 2024, arXiv:2411.01783.
+    """
+    options = _Options("prefill_attention", causal() if mask is None else mask, scale, softcap, backend)
+    kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
+    layout, kv_layout = _layouts(cache, extension)
+    options.mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
+    cache.write(layer, extension, k, v)
+    keys, values = cache.held(layer, extension.sequences[0])
+    if queries_travel((options.mask,), layout, kv_layout, _sizes(q, cache)):
+        travel = Travel(Payload.Q, (options.mask,), layout, kv_layout)
+        out, lse = _ask_around(travel, cache, q, keys, values, kernel, spec)
+        if sink is not None:
+            add_sink_(out, lse, sink)
+    else:
+        team = cache.team
+        plan = build_plan(Gather(team.size), (options.mask,), layout, kv_layout, team.rank)
+        heads = whole(q.shape[2], keys.shape[2]).runs()
+        job = Job(plan, None, kernel, spec, heads, False, (False, False))
+        out, _ = run_forward(job, team, q, keys, values, sink)
+    return out.to(q.dtype)
+
+
+@lru_cache(maxsize=64)
+def queries_travel(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: Sizes) -> bool:
+    """Returns whether it is fewer bytes, over all ranks, to pass queries and their results than keys and values.
+
+    Args:
+        masks, layout, kv_layout: of the plan.
+        sizes: of the tensors.
+    """
+    by_queries, by_keys = (bytes_moved(carried, masks, layout, kv_layout, sizes) for carried in (Payload.Q, Payload.KV))
+    return by_queries < by_keys
+
+
+def bytes_moved(carried: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: Sizes) -> int:
+    """Returns the bytes that all ranks together send when keys and values travel, or queries and their results."""
+    rows, _ = Gather().rows_moved(Travel(carried, masks, layout, kv_layout))
+    if carried is Payload.KV:
+        return rows * sizes.row_bytes(Payload.KV)
+    there = sizes.head_dim * sizes.itemsize
+    back = (sizes.v_head_dim + 1) * sizes.sum_itemsize
+    return rows * sizes.batch * sizes.heads * (there + back)
+
+
+def _sizes(q: Tensor, cache: DistributedKVCache) -> Sizes:
+    form = cache.form
+    wide = accumulation_dtype(q.dtype).itemsize
+    return Sizes(1, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, q.dtype.itemsize, wide)
+
+
+def _layouts(cache: DistributedKVCache, extension: Extension) -> tuple[Layout, Layout]:
+    """Returns who has which queries, and who holds which keys, in positions of the sequence."""
+    kv_layout = cache.key_layout(extension)
+    assert extension.layout is not None
+    return _shifted(extension.layout, extension.starts[0]), kv_layout
+
+
+@lru_cache(maxsize=64)
+def _shifted(layout: Layout, start: int) -> Layout:
+    ranges = tuple(tuple(range(r.start + start, r.stop + start, r.step) for r in own) for own in layout.rank_ranges)
+    return Layout(start + layout.seq_len, ranges, f"{layout} from {start}", whole=False)
+
+
+def _prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    cache: DistributedKVCache,
+    layer: int,
+    extension: Extension,
+    options: _Options,
+) -> tuple[BlockKernel, Spec]:
+    """Checks a call, and returns what runs it."""
+
+    def prepare() -> tuple[Mapping[str, str], tuple[BlockKernel, Spec]]:
+        cache.check(layer, extension)
+        spec = check_queries(q, sink, cache, options.scale, options.softcap)
+        if not isinstance(options.mask, Mask):
+            raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
+        if extension.layout is None or len(extension.sequences) != 1:
+            raise ArgumentError("extension: a prefill takes one of one sequence, made by a layout")
+        form = cache.form
+        _check_rows(q, cache, extension)
+        cache.check_new("k", k, extension, form.head_dim)
+        cache.check_new("v", v, extension, form.v_head_dim)
+        call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
+        sink_shape = None if sink is None else tuple(sink.shape)
+        told = {"the call": f"{options} {options.mask.digest} heads={q.shape[2]} sink={sink_shape} {form}"}
+        return told, (select(options.backend, call), spec)
+
+    cache.check(layer, extension)
+    found = agreed(cache.team, _signature(q, sink, cache, extension, options), prepare)
+    _check_rows(q, cache, extension)
+    return found
+
+
+def _signature(
+    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, extension: Extension, options: _Options
+) -> Hashable | None:
+    """Returns what decides a call: the same on every rank, so without this one's number of rows."""
+    heads = q.shape[2] if isinstance(q, Tensor) and q.ndim == 4 else None
+    place = (extension.sequences, extension.versions, extension.starts, extension.layout)
+    key = (options, heads, getattr(sink, "shape", None), cache.form, place)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _check_rows(q: Tensor, cache: DistributedKVCache, extension: Extension) -> None:
+    rows = 0 if extension.layout is None else extension.layout.num_tokens(cache.team.rank)
+    if q.shape[:2] != (1, rows):
+        raise ArgumentError(f"q has (sequences, rows) = {tuple(q.shape[:2])}: the extension has (1, {rows}) here")
+
+
+def _ask_around(
+    travel: Travel, cache: DistributedKVCache, q: Tensor, keys: Tensor, values: Tensor, kernel: BlockKernel, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of this rank's queries: they go to whoever holds keys for them, and what is found comes home.
+
+    Communication: each query once to each rank that it needs; its output and lse once back.
+    """
+    team = cache.team
+    program = Gather().program(travel, team.rank, backward=False)
+    blocks = Blocks(program, team, team.rank, [q.transpose(1, 2)])
+    out, lse = empty_state(q, values.shape[3])
+    answers: list[Packet | None] = [None] * team.size
+    for step in program.steps:
+        blocks.begin(step)
+        for visit in step.visits:
+            (came,) = blocks.carried(visit.piece)
+            if visit.piece.block == team.rank:
+                kernel.forward(q, keys, values, visit.tiles, spec, out, lse)
+                continue
+            asked = came.transpose(1, 2)
+            answer = Packet.empty(_answer(asked, values.shape[3], asked.shape[1]), q.device)
+            for place, x in zip(answer.tensors, empty_state(asked, values.shape[3]), strict=True):
+                place.copy_(x)
+            kernel.forward(asked, keys, values, visit.tiles, spec, answer.tensors[0], answer.tensors[1])
+            answers[visit.piece.block] = answer
+        blocks.end(step)
+    given = travel.rows_given(team.rank)
+    fields = [_answer(q, values.shape[3], count(given.get(peer, ()))) for peer in range(team.size)]
+    found = Trade(team.axes[0], answers, fields).wait()
+    for peer in sorted(given):  # always in the same order, so that results do not depend on who was first
+        part, part_lse = found[peer].tensors
+        _merge_rows(out, lse, part, part_lse, given[peer])
+    return out, lse
+
+
+def _answer(q: Tensor, v_dim: int, rows: int) -> list[Field]:
+    """What a rank tells of others' queries."""
+    dtype = accumulation_dtype(q.dtype)
+    return [Field((q.shape[0], rows, q.shape[2], v_dim), dtype), Field((q.shape[0], q.shape[2], rows), dtype)]
+
+
+def _merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Rows) -> None:
+    start = 0
+    for run in rows:
+        here, there = slice(run.start, run.stop), slice(start, start + len(run))
+        merge_(out[:, here], lse[:, :, here], part[:, there], part_lse[:, :, there])
+        start += len(run)

@@ -1,0 +1,203 @@
+"""Decoding: what is sent, what every rank gets, how exact it is in each dtype, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringattn
+from ringattn import DistributedKVCache, contiguous, zigzag
+from ringattn.comm import collectives
+from ringattn.geometry.masks import Term
+from tests.harness.cases import Tensors, tensors
+from tests.harness.compare import assert_within_rule
+from tests.harness.oracle import dense_attention, plain_attention
+from tests.harness.ranks import RankPool
+
+PROMPT, NEW = 37, 3
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[tuple[str, int]]]:
+    """Within it, every message of any kind leaves its name, and its bytes to other ranks."""
+    sent: list[tuple[str, int]] = []
+    names = ("all_gather_into_tensor", "all_to_all_single", "all_gather_object", "all_reduce", "batch_isend_irecv")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def gather(output: Tensor, x: Tensor, group: dist.ProcessGroup) -> Any:
+        sent.append(("all_gather", (group.size() - 1) * x.nbytes))
+        return originals["all_gather_into_tensor"](output, x, group=group)
+
+    def trade(output: Tensor, x: Tensor, into: list[int], counts: list[int], group: dist.ProcessGroup) -> Any:
+        sent.append(("all_to_all", sum(counts) - counts[group.rank()]))
+        return originals["all_to_all_single"](output, x, into, counts, group=group)
+
+    def other(name: str) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            sent.append((name, -1))
+            return originals[name](*args, **kwargs)
+
+        return called
+
+    try:
+        for name in names:
+            setattr(dist, name, other(name))
+        dist.all_gather_into_tensor, dist.all_to_all_single = gather, trade  # type: ignore[assignment]
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def filled(group: dist.ProcessGroup, t: Tensors, dtype: torch.dtype, layers: int = 2) -> tuple[DistributedKVCache, int]:
+    """A cache with a prompt, laid out by zigzag."""
+    cache = DistributedKVCache(
+        num_layers=layers, num_kv_heads=t.k.shape[2], head_dim=t.k.shape[3], v_head_dim=t.v.shape[3],
+        num_pages=40, page_size=4, dtype=dtype, group=group,
+    )  # fmt: skip
+    sequence = cache.new()
+    layout = zigzag(PROMPT, group.size())
+    extension = cache.extend([sequence], layout)
+    mine = layout.positions(group.rank())
+    for layer in range(layers):
+        cache.write(layer, extension, t.k[:, mine], t.v[:, mine])
+    return cache, sequence
+
+
+def new_tensors(dtype: torch.dtype, kv_heads: int = 2) -> Tensors:
+    return tensors(5, 1, PROMPT + NEW, PROMPT + NEW, 4, kv_heads, 8, 6, dtype)
+
+
+def decode_once(group: dist.ProcessGroup, dtype: torch.dtype, by_heads: bool) -> tuple[Tensor, list[tuple[str, int]]]:
+    t = new_tensors(dtype)
+    cache, sequence = filled(group, t, dtype)
+    attend = ringattn.decode_attention_by_heads if by_heads else ringattn.decode_attention
+    q, k, v = (x[:, PROMPT:] for x in t[:3])
+    with contextlib.ExitStack() as stack:
+        extension = cache.extend([sequence], NEW)
+        attend(q, k, v, cache, 0, extension)  # the first call of a signature compares notes
+        sent = stack.enter_context(counted())
+        out = attend(q, k, v, cache, 1, extension)
+    return out, sent
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_one_collective_of_the_bytes_in_the_docs(pool: RankPool, world_size: int, dtype: torch.dtype) -> None:
+    size = 8 if dtype == torch.float64 else 4
+    row = NEW * (6 + 1) * size
+    results = pool.run(decode_once, world_size, dtype, False)
+    others = world_size - 1
+    for out, sent in results:
+        assert torch.equal(out, results[0][0])  # to the bit, on every rank
+        assert sent == ([("all_gather", others * (4 * row + 8))] if others else [])
+    heads = []
+    for rank, (out, sent) in enumerate(pool.run(decode_once, world_size, dtype, True)):
+        own = contiguous(4, world_size).num_tokens(rank)
+        assert sent == ([("all_to_all", (4 - own) * row + 8 * others)] if others else [])
+        heads.append(out)
+    assert torch.equal(torch.cat(heads, 2), results[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_accuracy_follows_the_dtype(pool: RankPool, dtype: torch.dtype) -> None:
+    t = new_tensors(dtype)
+    allowed = torch.arange(PROMPT + NEW)[None, :] <= torch.arange(PROMPT, PROMPT + NEW)[:, None]
+    q = t.q[:, PROMPT:]
+    expected, _ = dense_attention(q, t.k, t.v, allowed)
+    plain, _ = plain_attention(q, t.k, t.v, allowed)
+    for world_size in (1, 4):
+        for out, _ in pool.run(decode_once, world_size, dtype, False):
+            assert_within_rule(out, expected, plain, name="out")
+
+
+def make_wrong(group: dist.ProcessGroup, wrong: str) -> None:
+    t = new_tensors(torch.float32)
+    cache, sequence = filled(group, t, torch.float32)
+    q, k, v = (x[:, PROMPT:] for x in t[:3])
+    extension = cache.extend([sequence], NEW)
+    options: dict[str, Any] = {"scale": 0.1 + len(wrong)}  # a signature that was not agreed on before
+    layer = 0
+    last = group.rank() == group.size() - 1
+    if wrong == "layer":
+        layer = 2
+    elif wrong == "stale":
+        cache.truncate(sequence, PROMPT)
+    elif wrong == "heads":
+        q = q[:, :, :3]
+    elif wrong == "mask":
+        options["mask"] = "causal"
+    elif wrong == "two runs":
+        two = Term("two", (), lambda q, k: two_runs(q, k))
+        options["mask"] = ringattn.Mask((two,))
+    elif wrong == "backend":
+        options["backend"] = "magic"
+    elif wrong == "values on one rank":
+        v = v[..., :5] if last else v
+    elif wrong == "scale on one rank":
+        options["scale"] = 0.5 if last else 0.25
+    elif wrong == "program of one rank":
+        if last:
+            cache.free(cache.fork(sequence))
+        extension = cache.extend([sequence], NEW)
+    elif wrong == "layout of one rank":
+        cache.extend([sequence], contiguous(5, group.size()) if last else zigzag(5, group.size()))
+    elif wrong == "prefill":
+        extension = cache.extend([sequence], contiguous(3 * group.size(), group.size()))
+    elif wrong == "no such sequence":
+        cache.extend([sequence + 1], 1)
+    elif wrong == "no room":
+        cache.extend([sequence], 160 * group.size())
+    free, pools = cache.num_free_pages, [[p.clone() for p in cache.pools(each)] for each in range(2)]
+    length = cache.length(sequence)
+    try:
+        ringattn.decode_attention(q, k, v, cache, layer, extension, **options)
+    finally:
+        assert (cache.num_free_pages, cache.length(sequence)) == (free, length)
+        if wrong not in ("program of one rank",):
+            for each in range(2):
+                same = [
+                    torch.equal(a.view(torch.int32), b.view(torch.int32))
+                    for a, b in zip(cache.pools(each), pools[each], strict=True)
+                ]
+                assert all(same)
+
+
+def two_runs(q_len: int, k_len: int) -> Any:
+    return torch.tensor([[0, q_len, 0, 1, -1000, 1000], [0, q_len, 3, k_len, -1000, 0]]).numpy()
+
+
+WRONG = {
+    "layer": ("ArgumentError", "layer=2: the cache has layers 0 to 1"),
+    "stale": ("ArgumentError", "they have changed since"),
+    "heads": ("ArgumentError", "q has 3 heads: must be a multiple of the 2 kv heads"),
+    "mask": ("ArgumentTypeError", "mask='causal'"),
+    "two runs": ("MaskError", "sees several runs of keys"),
+    "backend": ("BackendError", "backend='magic': must be one of"),
+    "values on one rank": ("ArgumentError", "v has shape (1, 3, 2, 5): must be (1, 3, 2, 6)"),
+    "scale on one rank": ("DisagreementError", "the ranks of the group disagree on the call"),
+    "program of one rank": ("DisagreementError", "disagree on what they have asked of the cache"),
+    "layout of one rank": ("DisagreementError", "disagree on what is asked of the cache"),
+    "prefill": ("ArgumentError", "made by a layout"),
+    "no such sequence": ("SequenceError", "there is none of this name"),
+    "no room": ("OutOfPagesError", "no rank has a free page of 4 tokens"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> None:
+    kind, message = WRONG[wrong]
+    for error in pool.expect_error(make_wrong, 3, wrong):
+        assert error.type_name == kind
+        assert message in error.message
+
+
+def test_collectives_of_one_rank_send_nothing() -> None:
+    packets = collectives.packets_in_a_row([[], []], torch.device("cpu"))
+    assert [packet.flat.numel() for packet in packets] == [0, 0]

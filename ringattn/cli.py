@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import ringattn
 from ringattn.kernels import BACKENDS, Call, Spec, refusals
+from ringattn.kernels.paged import PAGED_BACKENDS
 
 
 def info() -> str:
@@ -25,10 +26,14 @@ def info() -> str:
         "backends, in the order in which backend=None tries them:",
     ]
     for number, (name, kernel) in enumerate(BACKENDS.items(), 1):
-        reasons = kernel.available()
-        lines.append(f"  {number}. {name:<10} {'available' if not reasons else 'unavailable: ' + '; '.join(reasons)}")
-        lines.append(f"     {'':<10} {kernel.about}")
+        lines += [_state(number, name, kernel.available()), f"     {'':<10} {kernel.about}"]
+    lines.append("backends of decode_attention, in the same way:")
+    lines += [_state(n, name, paged.available()) for n, (name, paged) in enumerate(PAGED_BACKENDS.items(), 1)]
     return "\n".join(lines)
+
+
+def _state(number: int, name: str, reasons: list[str]) -> str:
+    return f"  {number}. {name:<10} {'unavailable: ' + '; '.join(reasons) if reasons else 'available'}"
 
 
 def _cuda() -> str:

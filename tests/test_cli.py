@@ -13,6 +13,7 @@ import ringattn.kernels as kernels
 from ringattn import cli
 from ringattn.kernels import BACKENDS, Call, Spec, select
 from ringattn.kernels.native import instruction_sets
+from ringattn.kernels.paged import PAGED_BACKENDS
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ def info(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_info_lists_backends_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     listed = re.findall(r"^  (\d+)\. (\S+) +(available|unavailable: .+)$", info(capsys), re.MULTILINE)
-    assert [(number, name) for number, name, _ in listed] == [(str(i), name) for i, name in enumerate(BACKENDS, 1)]
-    for _, name, state in listed:
-        reasons = BACKENDS[name].available()
-        assert state == ("unavailable: " + "; ".join(reasons) if reasons else "available")
+    expected = [(str(i), name, kernel.available()) for i, (name, kernel) in enumerate(BACKENDS.items(), 1)]
+    expected += [(str(i), name, paged.available()) for i, (name, paged) in enumerate(PAGED_BACKENDS.items(), 1)]
+    assert listed == [(n, name, "unavailable: " + "; ".join(r) if r else "available") for n, name, r in expected]
 
 
 def test_info_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,8 @@ def context_parallel_attention(
     Communication: that of the exchange which is chosen; `explain` tells which.
     """
     request = Request("context_parallel_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend)
-    return _attend(request, group_or_mesh, exchange, stages, model)[0]
+    out: Tensor = _attend(request, group_or_mesh, exchange, stages, model)[0]
+    return out
 
 
 def context_parallel_attention_with_lse(
@@ -102,7 +103,8 @@ def context_parallel_attention_with_lse(
     request = Request(
         "context_parallel_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, returns_lse=True
     )
-    return _attend(request, group_or_mesh, exchange, stages, model)
+    found: tuple[Tensor, Tensor] = _attend(request, group_or_mesh, exchange, stages, model)
+    return found
 
 
 def explain(
@@ -149,6 +151,8 @@ def explain(
     return _choice(setting, q.device.type, exchange, stages, model)
 
 
+# It decides in Python, and may ask the other ranks: nothing to be traced.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(
     request: Request, group: Group, exchange: str, stages: int | None, model: CostModel | None
 ) -> tuple[Tensor, Tensor]:

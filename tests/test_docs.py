@@ -14,13 +14,15 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TIMEOUT_S = 300.0
+RANKS = 2
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(example: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launcher, str(example)],
+@pytest.fixture(scope="module")
+def run_of_all() -> subprocess.CompletedProcess[str]:
+    """All of them on two ranks, up to the first that fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    return subprocess.run(
+        [*launcher, "-m", "tests.harness.examples", *map(str, EXAMPLES)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -28,7 +30,12 @@ def test_example_runs(example: Path) -> None:
         timeout=TIMEOUT_S,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-8000:]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example: Path, run_of_all: subprocess.CompletedProcess[str]) -> None:
+    ended = [f"ended {rank} {example}" in run_of_all.stdout.splitlines() for rank in range(RANKS)]
+    assert all(ended), run_of_all.stderr[-8000:]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ringattn.attention import operators
+from ringattn.attention.choosing import settled
 from ringattn.attention.function import Attention
 from ringattn.attention.request import Request, autocast, prepare, team_for
 from ringattn.comm.group import Team, agreed
@@ -30,6 +31,7 @@ def _attend_at_once(request: Request, group: object) -> tuple[Tensor, Tensor]:
 
 def attend_with(request: Request, team: Team) -> tuple[Tensor, Tensor]:
     """Returns the same for a team, at once."""
+    request = settled(request, team)
     job = agreed(team, request.signature(), lambda: prepare(request, team))
     out, lse = Attention.apply(*request.tensors, job, team)  # type: ignore[no-untyped-call]
     return cast(Tensor, out), cast(Tensor, lse)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -72,19 +71,12 @@ class Blocks:
             return self._own
         return self._packets[piece].tensors
 
-    def awaits_sum(self, piece: Piece) -> bool:
-        """Whether a sum of the piece's gradients is still on its way here."""
-        return any(self._target(t) == piece for t in self._gradients_coming())
-
     def sums(self, piece: Piece) -> tuple[Tensor, ...]:
-        """Returns the sums so far of a piece's gradients, (B, H, rows, ...), once they are here; or zeros."""
-        return self._sum_of(piece).tensors
+        """Returns the sums so far of a piece's gradients, (B, H, rows, ...), once they are here; or zeros.
 
-    def blank_sums(self, piece: Piece, num_heads: int) -> tuple[Tensor, ...]:
-        """Returns zeros like the piece's sums, of the first heads only."""
-        fields = self._sized(self._sum_fields, piece)
-        shapes = [(f.shape[0], num_heads, *f.shape[_ROWS:]) for f in fields]
-        return tuple(torch.zeros(s, dtype=f.dtype, device=self._device) for s, f in zip(shapes, fields, strict=True))
+        What others send home of this rank's own block is added apart, when the program says so.
+        """
+        return self._sum_of(piece).tensors
 
     def forget_sums(self) -> None:
         """Lets go of all sums: nobody wants them."""
@@ -132,7 +124,7 @@ class Blocks:
                 flight.wait()
 
     def _sum_of(self, piece: Piece) -> Packet:
-        for t in [t for t in self._gradients_coming() if self._target(t) == piece]:
+        for t in [t for t in self._coming if t.piece == piece and t.payload is not self._program.carried]:
             self._add(t)
         if piece not in self._sums:
             self._sums[piece] = Packet.zeros(self._sized(self._sum_fields, piece), self._device)
@@ -153,9 +145,6 @@ class Blocks:
             places = [(slice(None), slice(None))] if target == t.piece else _places(t.piece, total.shape[_ROWS])
             for rows, held in places:
                 total[:, :, held] += part[:, :, rows]
-
-    def _gradients_coming(self) -> list[Transfer]:
-        return [t for t in self._coming if t.payload is not self._program.carried]
 
     def _target(self, t: Transfer) -> Piece:
         """The piece whose sum a gradient belongs to: at home, that of the whole block."""

@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from ringattn.attention.blocks import Blocks
 from ringattn.attention.sides import Queries, Side, side_of
 from ringattn.comm.group import Team
-from ringattn.geometry.heads import HeadRun, early_and_late
+from ringattn.geometry.heads import HeadRun
 from ringattn.geometry.plan import Payload, Plan, Program, Visit
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import Spread
@@ -98,28 +98,8 @@ def run_backward(job: Job, team: Team, queries: Queries, k: Tensor, v: Tensor) -
 
 
 def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:
-    """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece.
-
-    When that sum is still under way, a quarter of the heads is computed aside meanwhile, the others into it: a
-    quarter of a block of memory instead of a whole one, and a quarter of the step's work to hide the rest of the
-    transfer under.
-    """
-    came = blocks.carried(visit.piece)
-
-    def compute(runs: tuple[HeadRun, ...], sums: tuple[Tensor, ...]) -> None:
-        for run in runs:
-            (q, dout, lse, delta), k, v = side.inputs(came, run)
-            outputs = side.outputs(sums, run)
-            job.kernel.backward(dout, q, k, v, lse, delta, visit.tiles, job.spec, *outputs)
-
-    if not blocks.awaits_sum(visit.piece):
-        compute(job.head_runs, blocks.sums(visit.piece))
-        return
-    early, late = early_and_late(job.head_runs)
-    aside = blocks.blank_sums(visit.piece, side.num_travelling(early))
-    compute(early, aside)
-    sums = blocks.sums(visit.piece)
-    for total, part in zip(sums, aside, strict=True):
-        total[:, : part.shape[1]] += part
-    del aside
-    compute(late, sums)
+    """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
+    came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
+    for run in job.head_runs:
+        (q, dout, lse, delta), k, v = side.inputs(came, run)
+        job.kernel.backward(dout, q, k, v, lse, delta, visit.tiles, job.spec, *side.outputs(sums, run))

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from ringattn.attention import function
+from ringattn.attention.choosing import settled
 from ringattn.attention.executor import Job
-from ringattn.attention.request import Masks, Request, check_number, prepare, team_for
+from ringattn.attention.request import Asked, Masks, Request, check_number, prepare, team_for
 from ringattn.comm.group import agreed, named, recalled, team_named
-from ringattn.errors import ArgumentError
+from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.geometry.cost import CostModel, model_of
 from ringattn.geometry.layout import Layout, contiguous, layout_of, striped, zigzag
 from ringattn.geometry.masks import Mask, mask_of
 from ringattn.softmax import accumulation_dtype
@@ -35,8 +37,17 @@ def attend(request: Request, group: object) -> tuple[Tensor, Tensor]:
     if isinstance(request.stages, bool):
         raise ArgumentError(f"stages={request.stages!r}: must be an integer of 1 or more")
     call = _written(request, _team_text(request.operation, group))
+    if request.asked is not None:
+        _check_asked(request.asked)
     found: tuple[Tensor, Tensor] = attention(*request.tensors, call, scale, softcap, request.stages)
     return found
+
+
+def _check_asked(asked: Asked) -> None:
+    if not isinstance(asked.exchange, str):
+        raise ArgumentError(f"exchange={asked.exchange!r}: must be the name of one, or 'auto'")
+    if asked.model is not None and not isinstance(asked.model, CostModel):
+        raise ArgumentTypeError(f"model={asked.model!r}: must be a CostModel or None")
 
 
 # ---- a call as a text
@@ -50,6 +61,7 @@ class _Call(NamedTuple):
     gradients: tuple[bool, ...]
     team: str
     backend: str | None
+    asked: Asked | None
     layout: Layout | None
     kv_layout: Layout | None
     mask: Masks
@@ -68,13 +80,19 @@ def _written(request: Request, team: str) -> str:
         masks = ["each", *[row.text for row in mask]]
     gradients = "".join(["1" if wanted else "0" for wanted in request.require_gradients()])
     layouts = ["" if layout is None else layout.text for layout in (request.layout, request.kv_layout)]
-    lines = [request.operation, "lse" if request.returns_lse else "", gradients, team, repr(backend), *layouts, *masks]
+    asked = ""
+    if request.asked is not None:
+        model = request.asked.model
+        asked = repr(request.asked.exchange) + "\t" + ("" if model is None else model.text)
+    told = [request.operation, "lse" if request.returns_lse else "", gradients, team, repr(backend), asked]
+    lines = [*told, *layouts, *masks]
     return "\n".join(lines)
 
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> _Call:
-    operation, lse, gradients, team, backend, layout, kv_layout, *masks = text.split("\n")
+    operation, lse, gradients, team, backend, asked, layout, kv_layout, *masks = text.split("\n")
+    exchange, _, model = asked.partition("\t")
     mask: Masks = None
     if masks:
         rows = [mask_of(row) for row in masks[1:]]
@@ -85,6 +103,7 @@ def _read(text: str) -> _Call:
         tuple(wanted == "1" for wanted in gradients),
         team,
         literal_eval(backend),
+        Asked(literal_eval(exchange), model_of(model) if model else None) if asked else None,
         layout_of(layout) if layout else None,
         layout_of(kv_layout) if kv_layout else None,
         mask,
@@ -110,11 +129,11 @@ def _request(
     call: _Call,
     scale: float | None,
     softcap: float | None,
-    stages: int,
+    stages: int | None,
 ) -> Request:
     return Request(
         call.operation, q, k, v, call.mask, call.layout, call.kv_layout, scale, softcap, sink, call.backend, stages,
-        call.returns_lse, call.gradients,
+        call.returns_lse, call.gradients, call.asked,
     )  # fmt: skip
 
 
@@ -130,11 +149,12 @@ def attention(
     call: str,
     scale: float | None,
     softcap: float | None,
-    stages: int,
+    stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a call forward: (out, lse), as in api.ring_attention_with_lse."""
     request = _request(q, k, v, sink, _read(call), scale, softcap, stages)
     team = team_named(_read(call).team)
+    request = settled(request, team)
     job = agreed(team, request.signature(), lambda: prepare(request, team))
     return function.forward(job, team, q, k, v, sink)
 
@@ -148,7 +168,7 @@ def _(
     call: str,
     scale: float | None,
     softcap: float | None,
-    stages: int,
+    stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     _read(call)  # a mask that cannot be read again is refused before anything runs
     # Slices, so that tensors of wrong shapes get as far as the checks that all ranks make together.
@@ -170,11 +190,12 @@ def attention_backward(
     call: str,
     scale: float | None,
     softcap: float | None,
-    stages: int,
+    stages: int | None,
 ) -> list[Tensor]:
     """Runs a call backward: the gradients of those of q, k, v, sink that require them."""
     request = _request(q, k, v, sink, _read(call), scale, softcap, stages)
     team = team_named(_read(call).team)
+    request = settled(request, team, recalled)
     job: Job = recalled(team, request.signature(), lambda: prepare(request, team))
     saved = function.Saved(q, k, v, sink, out, lse)
     found = function.backward(job, team, saved, dout, dlse, request.require_gradients())
@@ -199,7 +220,7 @@ def _(
     call: str,
     scale: float | None,
     softcap: float | None,
-    stages: int,
+    stages: int | None,
 ) -> list[Tensor]:
     wanted = _read(call).gradients
     return [x.new_empty(x.shape) for x, wants in zip((q, k, v, sink), wanted, strict=True) if wants and x is not None]

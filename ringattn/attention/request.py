@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn.attention.executor import Job
 from ringattn.comm.group import Team, resolve, team_of
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
+from ringattn.geometry.cost import CostModel
 from ringattn.geometry.exchanges import Exchange, Gather, Ring, build_plan, cheaper_backward
 from ringattn.geometry.heads import shares_of, whole
 from ringattn.geometry.layout import Layout, check_layout, contiguous
@@ -25,12 +26,21 @@ from ringattn.softmax import accumulation_dtype
 
 Masks = Mask | Sequence[Mask] | None
 
+# The operation whose exchange is chosen.
+CHOOSING = "context_parallel_attention"
 # Operations that spread heads over the last axis, and run a plan along the first, if there are two.
 _SPREADING = ("ulysses_attention", "hybrid_attention")
 _DOUBLE_RING = ("outer", "inner")
 _HYBRID = ("ring", "ulysses")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Asked(NamedTuple):
+    """What a choice of the exchange is asked for: one by its name, or "auto"; by which model, None being constants."""
+
+    exchange: str
+    model: CostModel | None
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,10 @@ class Request:
     softcap: float | None
     sink: Tensor | None
     backend: str | None
-    stages: int = 1
+    stages: int | None = 1  # None lets it be chosen, where the exchange is
     returns_lse: bool = False
     gradients: tuple[bool, ...] | None = None  # which of q, k, v, sink require them; None is as they say themselves
+    asked: Asked | None = None  # of a call whose exchange is chosen
 
     def require_gradients(self) -> tuple[bool, ...]:
         """Returns which of q, k, v, sink require gradients of this call."""
@@ -67,7 +78,7 @@ class Request:
     def signature(self) -> Hashable | None:
         """Returns what decides a call apart from its tensors' contents; None if that cannot be told."""
         mask = tuple(self.mask) if isinstance(self.mask, list) else self.mask
-        options = (mask, self.layout, self.kv_layout, self.scale, self.softcap, self.backend, self.stages)
+        options = (mask, self.layout, self.kv_layout, self.scale, self.softcap, self.backend, self.stages, self.asked)
         tensors = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in self.tensors)
         gradients = self.require_gradients()
         key = (self.operation, self.returns_lse, options, tuple(map(type, options)), tensors, gradients)
@@ -85,6 +96,8 @@ def team_for(operation: str, group: object) -> Team:
         ArgumentTypeError: when `group` is neither a group nor a mesh.
         ArgumentError: when the operation does not run on it, or this process is not in it.
     """
+    if operation == CHOOSING:
+        return _team_of_any(group)
     if operation == "ring_attention":
         return team_of(group, _DOUBLE_RING)
     if operation != "hybrid_attention":
@@ -94,6 +107,14 @@ def team_for(operation: str, group: object) -> Team:
     if group.ndim != 2:
         raise ArgumentError(f"mesh={group!r}: must have two dims, with the axes {_HYBRID}, not {group.ndim}")
     return team_of(group, _HYBRID)
+
+
+def _team_of_any(group: object) -> Team:
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        names = group.mesh_dim_names
+        if names is not None and names[::-1] in (_DOUBLE_RING, _HYBRID):
+            raise ArgumentError(f"group_or_mesh={group!r}: the axes must be {names[::-1]}, in this order, not {names}")
+    return team_of(group)
 
 
 def autocast(request: Request) -> Request:
@@ -179,22 +200,23 @@ def _spread(request: Request, team: Team, layout: Layout, kv_layout: Layout) -> 
     group = team.rank // len(axis.members)
     layout, q_rows = united(layout, num_groups)
     kv_layout, kv_rows = united(kv_layout, num_groups)
-    stages = shares_of(request.q.shape[2], request.k.shape[2], len(axis.members), request.stages)
+    stages = shares_of(request.q.shape[2], request.k.shape[2], len(axis.members), check_stages(request.stages))
     return Spread(axis.place, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
 
 
 def _exchange(request: Request, team: Team) -> Exchange:
-    check_stages(request.stages)
+    stages = check_stages(request.stages)
     if request.operation == "gather_attention":
-        return Gather(request.stages)
+        return Gather(stages)
     double = len(team.shape) == 2 and request.operation not in _SPREADING
     return Ring(team.shape[0] if double else 1)
 
 
-def check_stages(stages: object) -> None:
-    """Checks a number of stages."""
+def check_stages(stages: object) -> int:
+    """Returns a number of stages if it is one."""
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise ArgumentError(f"stages={stages!r}: must be an integer of 1 or more")
+    return stages
 
 
 def layouts_of(request: Request, team: Team) -> tuple[Layout, Layout]:

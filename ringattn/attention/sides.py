@@ -37,10 +37,6 @@ class Side(Protocol):
         """Returns what the sums of a block's gradients look like."""
         ...
 
-    def num_travelling(self, runs: tuple[HeadRun, ...]) -> int:
-        """Returns how many heads of the sums these runs have."""
-        ...
-
     def inputs(self, came: tuple[Tensor, ...], run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
         """Returns the queries, keys and values of a visit, given the tensors of its piece."""
         ...
@@ -74,10 +70,6 @@ class KeysTravel:
         """See Side."""
         return [Field(tuple(x.shape), self._dq.dtype) for x in self.own()]
 
-    def num_travelling(self, runs: tuple[HeadRun, ...]) -> int:
-        """See Side."""
-        return sum(len(run.kv_heads) for run in runs)
-
     def inputs(self, came: tuple[Tensor, ...], run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
         """See Side."""
         k, v = (_heads(_turned(x), run.kv_heads) for x in came)
@@ -109,10 +101,6 @@ class QueriesTravel:
     def sums(self) -> list[Field]:
         """See Side."""
         return [Field(tuple(_turned(self._queries.q).shape), self._dk.dtype)]
-
-    def num_travelling(self, runs: tuple[HeadRun, ...]) -> int:
-        """See Side."""
-        return sum(len(run.heads) for run in runs)
 
     def inputs(self, came: tuple[Tensor, ...], run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
         """See Side."""

@@ -6,7 +6,7 @@ They are values that the caller holds and passes. Nothing is measured, and nothi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from ringattn.errors import ArgumentError, ArgumentTypeError
 
@@ -74,6 +74,8 @@ class CostModel:
     compute: Compute
     outer_link: Link | None = None
     buffer_bytes: int | None = None
+    # From which `model_of` makes it again. A plain attribute: tracing guards what it reads.
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, kind in (("link", Link), ("compute", Compute), ("outer_link", Link)):
@@ -83,6 +85,10 @@ class CostModel:
         limit = self.buffer_bytes
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ArgumentError(f"buffer_bytes={limit!r}: must be an integer of 0 or more, or None")
+        parts: list[Link | Compute] = [self.link, self.compute]
+        parts += [] if self.outer_link is None else [self.outer_link]
+        numbers = [" ".join(float(getattr(part, f.name)).hex() for f in fields(part)) for part in parts]
+        object.__setattr__(self, "text", "; ".join([str(limit), *numbers]))
 
     @property
     def links(self) -> tuple[Link, Link]:
@@ -93,6 +99,14 @@ class CostModel:
         outer = "" if self.outer_link is None else f"; outer link {self.outer_link}"
         limit = "" if self.buffer_bytes is None else f"; at most {self.buffer_bytes / 2**20:,.0f} MiB of buffers"
         return f"link {self.link}{outer}; {self.compute}{limit}"
+
+
+def model_of(text: str) -> CostModel:
+    """Returns the model whose text this is."""
+    limit, *parts = text.split("; ")
+    link, compute, *outer = ([float.fromhex(number) for number in part.split()] for part in parts)
+    outer_link = Link(*outer[0]) if outer else None
+    return CostModel(Link(*link), Compute(*compute), outer_link, None if limit == "None" else int(limit))
 
 
 def _check(value: Link | Compute, may_be_zero: tuple[str, ...]) -> None:

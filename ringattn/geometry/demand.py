@@ -8,6 +8,7 @@ import numpy as np
 
 from ringattn.geometry.layout import Ints, Layout
 from ringattn.geometry.masks import K_START, Mask
+from ringattn.geometry.rows import halves
 from ringattn.geometry.tiles import areas, lowered_by_ranks
 
 
@@ -43,3 +44,29 @@ def pairs_seen(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> In
         np.add.at(pairs, (q_owner, k_owner), areas(table))
     pairs.setflags(write=False)
     return pairs
+
+
+@lru_cache(maxsize=32)
+def pairs_seen_in_halves(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> tuple[Ints, Ints]:
+    """Returns the same of each half of the blocks of one side, as `rows.halves` cuts them.
+
+    Args:
+        column: whose blocks: K_START or Q_START.
+    """
+    held = kv_layout if column == K_START else layout
+    whole = pairs_seen(masks, layout, kv_layout)
+    middle = np.zeros_like(whole)
+    runs = [halves(held.num_tokens(rank))[1] for rank in range(held.world_size)]
+    start, stop = (
+        np.array([getattr(r[0], end) if r else 0 for r in runs], dtype=np.int64) for end in ("start", "stop")
+    )
+    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
+        owner = k_owner if column == K_START else q_owner
+        part = table.copy()
+        part[:, column] = np.maximum(part[:, column], start[owner])
+        part[:, column + 1] = np.minimum(part[:, column + 1], stop[owner])
+        np.add.at(middle, (q_owner, k_owner), areas(part))
+    outer = whole - middle
+    for found in (outer, middle):
+        found.setflags(write=False)
+    return outer, middle

@@ -62,17 +62,6 @@ def shares_of(heads: int, kv_heads: int, world_size: int, stages: int = 1) -> tu
     return tuple(zip(*by_rank, strict=True))
 
 
-def early_and_late(runs: tuple[HeadRun, ...]) -> tuple[tuple[HeadRun, ...], tuple[HeadRun, ...]]:
-    """Cuts runs of heads in two, the first of a quarter or so, never through a kv head's group."""
-    if len(runs) != 1:
-        return runs[:1], runs[1:]
-    (run,) = runs
-    group = len(run.heads) // len(run.kv_heads)
-    early = -(-len(run.kv_heads) // 4)
-    late = HeadRun(run.heads[early * group :], run.kv_heads[early:])
-    return (HeadRun(run.heads[: early * group], run.kv_heads[:early]),), (late,) if late.heads else ()
-
-
 def _stages(part: range, group: int, stages: int) -> list[Share]:
     kv = _kv_of(part, group)
     if len(kv) >= stages:

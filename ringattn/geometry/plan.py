@@ -5,7 +5,8 @@ step a rank first posts the step's messages, then attends to the pieces of its v
 what is done with. What makes a rank wait stands here or follows from it:
 
 - a piece that is on its way is awaited when a visit, or a send, first needs it: often many steps after it was posted;
-- so is a gradient that is added to a sum which a visit or a send needs; others are awaited in the step that says so;
+- so is a gradient that is added to a sum which a visit or a send needs; of this rank's own block, it is awaited in the
+  step that says so, as the visits of that block need not know of it;
 - a send is awaited in the step at whose end its buffer is free.
 
 Every rank has as many steps as the others, a message stands in the same step of its sender and its receiver, and

@@ -83,7 +83,7 @@ class _Reader:
                     self._number[t] = number
                     self._sums.setdefault(self._target(t), []).append(t)
             for order, visit in enumerate(step.visits):
-                coming = self._sums.pop(self._target(Transfer(self._program.carried, visit.piece, rank)), [])
+                coming = self._sums.pop(visit.piece, []) if visit.piece != self._home else []
                 total = self._number.pop(coming[0]) if coming else NONE
                 flops = visit.tiles.area(copies) * flops_per_pair
                 piece = self._pieces.pop(visit.piece, NONE)

@@ -36,6 +36,17 @@ def cut(rows: Rows, parts: int) -> list[Rows]:
     return [between(rows, a, b) for a, b in pairwise(ends)]
 
 
+def halves(num_rows: int) -> tuple[Rows, Rows]:
+    """Cuts a block in two: its outer quarters, and its middle.
+
+    There is as much work in each where that of a row is even, falls evenly from one end to the other, as under a causal
+    mask, or is in one half of the block only, as in the steps of a zigzag ring.
+    """
+    quarter = num_rows // 4
+    outer, middle = (range(quarter), range(num_rows - quarter, num_rows)), range(quarter, num_rows - quarter)
+    return tuple(run for run in outer if run), (middle,) if middle else ()
+
+
 def between(rows: Rows, first: int, last: int) -> Rows:
     """Returns the rows from the first-th up to the last-th."""
     found, seen = [], 0

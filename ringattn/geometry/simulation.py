@@ -15,10 +15,7 @@ import numpy as np
 from ringattn.geometry.cost import CostModel
 from ringattn.geometry.layout import Ints
 from ringattn.geometry.tiles import Bools
-from ringattn.geometry.timetable import AFTER, BEFORE, NONE, Column, Floats, Timetable
-
-# While a sum is on its way to a visit, this part of the visit's work is done aside.
-_ASIDE = 0.25
+from ringattn.geometry.timetable import AFTER, BEFORE, Column, Floats, Timetable
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +69,12 @@ class _Clock:
         m, v, w, p = (self._timetable.messages, self._timetable.visits, self._timetable.waits, self._timetable.packs)
         number = np.arange(len(m.step))
         # Of a rank's messages of one step the nearest go first; what is carried before gradients. So in each round
-        # every rank sends, and receives, one.
+        # every rank sends, and receives, one; of those of one kind between two ranks the first goes first.
         world = self._timetable.world_size
-        rounds = m.gradient * world + (m.target - m.source) % world
-        sum_bytes = np.append(m.num_bytes, 0)[v.total]
+        kind = m.gradient * world + (m.target - m.source) % world
+        rounds = _ranked(kind, m.step * world + m.source)
         messages = _Groups([*m[1:4], m.num_bytes, number], m.step, rounds, m.num_bytes > 0)
-        visits = _Groups([v.rank, v.flops, v.piece, v.total, sum_bytes], v.step, v.order)
+        visits = _Groups([*v[2:]], v.step, v.order)
         waits = _Groups([*w[2:]], w.step, w.moment)
         packs = _Groups([*p[1:3]], p.step, np.zeros_like(p.step))
         for step in range(self._timetable.num_steps):
@@ -110,13 +107,24 @@ class _Clock:
         self._leaving[axis, source] = self._coming[axis, target] = end
         self._arrival[number] = end + self._latency[axis]
 
-    def _visit(self, rank: Ints, flops: Ints, piece: Ints, total: Ints, sum_bytes: Ints) -> None:
+    def _visit(self, rank: Ints, flops: Ints, piece: Ints, total: Ints) -> None:
         work = flops / self._rate + self._compute.visit_s
-        adds = _ASIDE * sum_bytes / self._compute.copy_bytes_per_s
-        aside = np.where(total == NONE, 0.0, _ASIDE) * work
-        now = np.maximum(self._now[rank], self._arrival[piece]) + aside
-        self._now[rank] = np.maximum(now, self._arrival[total]) + adds + work - aside
-        self._busy[rank] += work + adds
+        here = np.maximum(self._arrival[piece], self._arrival[total])
+        self._now[rank] = np.maximum(self._now[rank], here) + work
+        self._busy[rank] += work
+
+
+def _ranked(kind: Ints, sender: Ints) -> Ints:
+    """Returns the kinds, made different where a sender has several messages of one, in the order they stand in."""
+    if not len(kind):
+        return kind
+    order = np.lexsort((kind, sender))
+    same = (np.diff(kind[order], prepend=-1) == 0) & (np.diff(sender[order], prepend=-1) == 0)
+    index = np.arange(len(kind))
+    number = np.empty_like(kind)
+    number[order] = index - np.maximum.accumulate(np.where(same, 0, index))
+    found: Ints = kind * (int(number.max()) + 1) + number
+    return found
 
 
 class _Groups:

@@ -94,16 +94,31 @@ class Tiles:
             rows: of the one side.
             column: which side: Q_START or K_START.
         """
+        length = np.array([len(r) for r in rows], dtype=np.int64)
+        t, run = self._clipped(rows, column)
+        shift = (np.cumsum(length) - length - np.array([r.start for r in rows], dtype=np.int64))[run]
+        t[:, column : column + 2] += shift[:, None]
+        t[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
+        return _joined(t)
+
+    def of_rows(self, rows: Rows, column: int) -> Tiles:
+        """Returns the tiles' pairs in these rows only, numbered as they were.
+
+        Args:
+            rows: of the one side.
+            column: which side: Q_START or K_START.
+        """
+        return _joined(self._clipped(rows, column)[0])
+
+    def _clipped(self, rows: Rows, column: int) -> tuple[Ints, Ints]:
+        """Each tile within each run of rows that it meets: a table, and which run."""
         start = np.array([r.start for r in rows], dtype=np.int64)
         stop = np.array([r.stop for r in rows], dtype=np.int64)
-        offset = np.cumsum(stop - start) - (stop - start)
         tile, run = overlapping_pairs(self.table[:, column], self.table[:, column + 1], start, stop)
-        t, shift = self.table[tile].copy(), (offset - start)[run]
-        t[:, column] = np.maximum(t[:, column], start[run]) + shift
-        t[:, column + 1] = np.minimum(t[:, column + 1], stop[run]) + shift
-        t[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
-        t = _tight(t)
-        return Tiles(_coalesce(np.column_stack([t, np.zeros_like(t[:, BATCH])]))[:, :SOURCE])
+        t = self.table[tile].copy()
+        t[:, column] = np.maximum(t[:, column], start[run])
+        t[:, column + 1] = np.minimum(t[:, column + 1], stop[run])
+        return t, run
 
     def area(self, batch: int = 1) -> int:
         """Returns the work: how many (query, key) pairs the tiles hold, over `batch` rows of a batch."""
@@ -157,6 +172,11 @@ def _tight(table: Ints) -> Ints:
     t[:, HI] = np.minimum(t[:, HI], t[:, K_STOP] - 1 - t[:, Q_START])
     some = (t[:, Q_START] < t[:, Q_STOP]) & (t[:, K_START] < t[:, K_STOP]) & (t[:, LO] <= t[:, HI])
     return t[some]
+
+
+def _joined(table: Ints) -> Tiles:
+    t = _tight(table)
+    return Tiles(_coalesce(np.column_stack([t, np.zeros_like(t[:, BATCH])]))[:, :SOURCE])
 
 
 def _coalesce(table: Ints) -> Ints:

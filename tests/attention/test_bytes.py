@@ -90,7 +90,7 @@ def test_queries_travel_back_when_that_is_fewer_bytes(pool: RankPool) -> None:
         for _, (forward, backward) in pool.run(planned_and_sent, 4, problem, (True, True, True)):
             kv, q = rows * kv_heads * 8, rows * 4
             assert forward == 3 * kv * 2
-            assert backward == (3 * kv * 2 + 4 * kv * 4 if by_keys else 3 * q * (8 * 2 + 8) + 4 * q * 4 * 4)
+            assert backward == (3 * kv * (2 + 4) if by_keys else 3 * q * (8 * 2 + 8 + 4 * 4))
 
 
 def test_a_window_costs_a_gather_its_halo(pool: RankPool) -> None:

@@ -14,7 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -142,6 +145,106 @@ def test_inductor(pool: RankPool) -> None:
 def test_inductor_around_every_exchange(pool: RankPool) -> None:
     for way in WAYS:
         pool.run(modules, 3 if way.mesh is None else 4, replace(PROBLEM, way=way), "inductor", timeout_s=600.0)
+
+
+MODEL = ringattn.CostModel(ringattn.Link(1e-5, 2e9), ringattn.Compute(1e12, 5e11, 1e10, 1e-6))
+
+
+class Choose(nn.Module):
+    """A module whose call leaves the exchange open."""
+
+    def __init__(self, group: object, problem: Problem, world_size: int, lse: bool = True, **asked: Any) -> None:
+        super().__init__()
+        self.operation = getattr(ringattn, f"context_parallel_attention{'_with_lse' if lse else ''}")
+        self.group, self.mask, self.layout = group, problem.built_mask(), problem.layouts(world_size)[0]
+        self.asked = asked
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Any:
+        options = {"mask": self.mask, "layout": self.layout, "sink": sink, **self.asked}
+        found = self.operation(q * 2, k, v, self.group, **options)
+        return (found[0] + 1, found[1]) if isinstance(found, tuple) else found + 1
+
+
+def chosen(group: dist.ProcessGroup) -> None:
+    inputs, *cotangents = leaves(group)
+    asked: list[dict[str, Any]] = [{}, {"model": MODEL}, {"exchange": "gather", "stages": 2}, {"exchange": "ulysses"}]
+    for number, options in enumerate(asked):
+        compare(Choose(group, PROBLEM, group.size(), bool(number % 2), **options), inputs, cotangents)
+
+
+def chosen_on_a_mesh(group: dist.ProcessGroup) -> None:
+    inputs, *cotangents = leaves(group)
+    compare(Choose(mesh_of(group, MESH_WAYS[0]), PROBLEM, group.size()), inputs, cotangents)
+
+
+def test_a_choice(pool: RankPool) -> None:
+    pool.run(chosen, 2)
+    pool.run(chosen_on_a_mesh, 4)
+
+
+def two_models(group: dist.ProcessGroup) -> None:
+    """Another model is another graph, and an equal one the same."""
+    inputs, dout, _ = leaves(group)
+    slow = replace(MODEL, link=ringattn.Link(1e-3, 1e6))
+
+    def call(q: Tensor, k: Tensor, v: Tensor, model: ringattn.CostModel) -> Tensor:
+        out: Tensor = ringattn.context_parallel_attention(q, k, v, group, model=model, layout=PROBLEM.layouts(2)[0])
+        return out
+
+    with graphs(2):
+        made = compiled(call)
+        for model in (MODEL, slow, replace(MODEL)):
+            found, wanted = (outcome(lambda *x, m=model, c=c: c(*x, m), inputs[:3], [dout]) for c in (made, call))
+            assert_same(found, wanted)
+
+
+def test_another_model_is_another_graph(pool: RankPool) -> None:
+    pool.run(two_models, 2)
+
+
+def no_such_exchange(group: dist.ProcessGroup) -> None:
+    inputs, *_ = leaves(group)
+    torch._dynamo.reset()
+    compiled(Choose(group, PROBLEM, group.size(), exchange="mail"))(*inputs)
+
+
+def test_an_exchange_that_there_is_not(pool: RankPool) -> None:
+    for raised in pool.expect_error(no_such_exchange, 2):
+        assert raised.type_name == "ArgumentError"
+        assert "exchange='mail': must be 'auto' or one of" in raised.message
+
+
+def calls_in(graph: GraphModule) -> list[float]:
+    """The scales of the calls in a graph, in its order."""
+    nodes = [node for node in graph.graph.nodes if "ringattn" in str(node.target)]
+    return [next(a for a in node.args if isinstance(a, float)) for node in nodes]
+
+
+def independent_calls(group: dist.ProcessGroup) -> None:
+    """Three calls that need nothing of each other: forward as they stand there, backward the other way round."""
+    inputs, dout, _ = leaves(group)
+    layout = PROBLEM.layouts(group.size())[0]
+    orders: list[list[float]] = []
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return tuple([ringattn.ring_attention(q, k, v, group, scale=s, layout=layout) for s in (0.3, 0.2, 0.4)])
+
+    def keep(graph: GraphModule, _: Sequence[Any]) -> Call:
+        orders.append(calls_in(graph))
+        found: Call = make_boxed_func(graph.forward)
+        return found
+
+    wanted = outcome(call, inputs[:3], [dout] * 3)
+    with graphs(1):
+        # Cut into forward and backward as inductor does it.
+        cut = {"partition_fn": min_cut_rematerialization_partition}
+        made = compiled(call, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep, **cut))
+        assert_same(outcome(made, inputs[:3], [dout] * 3), wanted)
+    assert orders == [[0.3, 0.2, 0.4], [0.4, 0.2, 0.3]]
+
+
+def test_independent_calls_keep_their_order(pool: RankPool) -> None:
+    pool.run(independent_calls, 3)
 
 
 def subsets(group: dist.ProcessGroup, way: Way) -> None:

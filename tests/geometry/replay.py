@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.geometry.exchanges import Exchange, Gather, Ring
-from ringattn.geometry.plan import Piece, Program, Step, Transfer
+from ringattn.geometry.masks import K_START, K_STOP, Q_START, Q_STOP
+from ringattn.geometry.plan import Piece, Program, Step, Transfer, Visit
+from ringattn.geometry.sizes import Payload
 
 Shares = npt.NDArray[np.int64]
 
@@ -25,6 +27,15 @@ def rows_of(piece: Piece, block_rows: Sequence[int]) -> list[int]:
     if piece.rows is None:
         return list(range(block_rows[piece.block]))
     return [row for run in piece.rows for row in run]
+
+
+def rows_visited(visit: Visit, carried: Payload, num_rows: int) -> npt.NDArray[np.bool_]:
+    """Which of the piece's rows a visit computes anything of."""
+    start, stop = (K_START, K_STOP) if carried is Payload.KV else (Q_START, Q_STOP)
+    change = np.zeros(num_rows + 1, dtype=np.int64)
+    np.add.at(change, visit.tiles.table[:, start], 1)
+    np.add.at(change, visit.tiles.table[:, stop], -1)
+    return change.cumsum()[:-1] > 0
 
 
 def check(programs: Sequence[Program], *, backward: bool) -> None:
@@ -69,7 +80,7 @@ def check_lifetimes(rank: int, program: Program) -> None:
                 held.add(piece)
             assert piece in held, f"rank {rank} uses {piece} in step {index} without holding it"
             last_use[piece] = index
-        sums = {own if p.block == rank else p for p in [v.piece for v in step.visits]}
+        sums = {v.piece for v in step.visits}
         sums |= {t.piece for t in step.sends if t.payload is not program.carried}
         for t in step.receives:
             if t.payload is program.carried:
@@ -95,7 +106,7 @@ def check_lifetimes(rank: int, program: Program) -> None:
             if t.payload is program.carried:
                 last_use[t.piece] = index
         for t in step.added:
-            assert t.piece.block != rank or adding[t] == 1
+            assert t.piece.block != rank or adding[t] == 1, "what comes home is added when the program says so"
             del adding[t]
         assert set(step.frees) <= held | coming
         assert not any(t.piece in step.frees for t in sending if t.payload is program.carried)
@@ -122,7 +133,8 @@ def check_home(programs: Sequence[Program]) -> None:
         for rank, here in enumerate(step):
             for t in here.sends:
                 if t.payload is not carried:
-                    flying[rank, t.peer, t.piece] = sums[rank].pop(t.piece)
+                    # Of a piece with no work here yet there are zeros to send.
+                    flying[rank, t.peer, t.piece] = sums[rank].pop(t.piece, blank(t.piece))
         for rank, here in enumerate(step):
             for t in here.receives:
                 if t.payload is carried:
@@ -134,14 +146,16 @@ def check_home(programs: Sequence[Program]) -> None:
         assert not flying
         for rank, here in enumerate(step):
             for v in here.visits:
-                sums[rank].setdefault(v.piece, blank(v.piece))[:, rank] += 1
+                total = sums[rank].setdefault(v.piece, blank(v.piece))
+                total[:, rank] += rows_visited(v, carried, len(total))
     for block in range(world):
         expected = blank(Piece(block))
         for rank, program in enumerate(programs):
             for own_step in program.steps:
                 for v in own_step.visits:
                     if v.piece.block == block:
-                        expected[rows_of(v.piece, rows), rank] += 1
+                        place = rows_of(v.piece, rows)
+                        expected[place, rank] += rows_visited(v, carried, len(place))
         assert expected.max(initial=0) <= 1, "a row is visited twice"
         np.testing.assert_array_equal(sums[block].pop(Piece(block), blank(Piece(block))), expected)
     assert not any(sums), "sums that found no way home"

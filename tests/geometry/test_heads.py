@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout, contiguous, striped, zigzag
-from ringattn.geometry.heads import HeadRun, Share, early_and_late, shares_of, whole
+from ringattn.geometry.heads import HeadRun, Share, shares_of, whole
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import Spread, united
 from tests.geometry.strategies import examples, layouts
@@ -53,10 +53,6 @@ def test_runs_are_what_a_kernel_takes(kv_heads: int, group: int, world: int, sta
             for head in run.heads:
                 kv = run.kv_heads[(head - run.heads.start) // each]
                 assert share.kv_heads[kv] == share.heads[head] // group
-        early, late = early_and_late(runs)
-        assert [h for run in (*early, *late) for h in run.heads] == list(range(len(share.heads)))
-        assert [h for run in (*early, *late) for h in run.kv_heads] == list(range(len(share.kv_heads)))
-        assert bool(early) == bool(runs)
 
 
 def test_a_share_of_incomplete_groups() -> None:

@@ -77,10 +77,12 @@ def test_backward_of_a_ring_by_hand() -> None:
     """Two ranks; 10 flops a pair at 10 a second. kv 2 bytes a row; sums of gradients go home: 2 bytes a row."""
     table = timetable_for(Ring(), scene(full(), contiguous(20, 2), Phase.BACKWARD))
     found = simulate(table, CostModel(Link(0.0, 0.1), replace(FREE_COPIES, backward_flops_per_s=20.0)), backward=True)
-    # The own block takes 100 pairs x 10 flops / 20 a second = 50 s, while the other comes until 200, when the first
-    # step ends. Its sum is on its way until 400; a quarter of the second visit is done meanwhile, the rest by
-    # 437.5. Then the sum goes home.
-    assert found.done.tolist() == [200.0 + 200.0 + 0.75 * 50.0 + 200.0] * 2
+    # A pair takes 10 flops / 20 a second. Halves are of 4 rows and 6. Own rows: 20 s, while 4 of the other's come until
+    # 80 and are computed until 100, and 6 until 200. The gradients of the 4 are on their way until 280, the 6 being
+    # computed meanwhile; theirs until 400, under the own block's 6.
+    assert found.done.tolist() == [80.0 + 120.0 + 80.0 + 120.0] * 2
+    fast = simulate(table, CostModel(Link(0.0, 1.0), replace(FREE_COPIES, backward_flops_per_s=20.0)), backward=True)
+    assert fast.done.tolist() == [100.0] * 2
 
 
 def test_spread_heads_by_hand() -> None:

@@ -33,12 +33,11 @@ class Gather:
         moves = bool(travel.needed.sum() > travel.needed.diagonal().sum())
         num_steps = 1 if not moves else self.stages + (2 if backward else 1)
         schedule = Schedule(travel, rank, num_steps)
-        tiles = travel.tiles(rank)
-        if rank in tiles:
-            schedule.visit(0, Piece(rank), tiles[rank])
+        tiles, last, world = travel.tiles(rank), num_steps - 1, travel.world_size
+        # In the backward the last rows' gradients go home under its second half.
+        schedule.visit_own((0, last if backward else 0), tiles.get(rank))
         if not moves:
             return schedule.program()
-        last, world = num_steps - 1, travel.world_size
         for source, pieces in _pieces(travel.rows_wanted(rank), lambda peer: (rank - peer) % world, self.stages):
             for stage, rows in pieces:
                 piece = Piece(source, rows)

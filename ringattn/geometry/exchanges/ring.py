@@ -9,8 +9,16 @@ to the same place in group o + 1. Every message stays on one axis.
     turn 0    block (o, i), (o, i - 1), ...     fast axis; (o, i) itself goes to (o + 1, i) on the slow axis
     turn 1    block (o - 1, i), ...             the same, with what came meanwhile
 
-The sum of a block's gradients follows one step behind it. At the end of a turn it goes back to the block's own place
-in the fast axis; and from there, under a later turn, on the slow axis straight home, where it is added.
+In the backward blocks go in two halves, one after the other. The sum of a half's gradients begins with the first rank
+that it visits, and follows it, under the other half's work. What a rank adds for its own block stays with it. At the
+end of a turn a sum goes back to the block's own place in the fast axis; and from there on the slow axis straight
+home, where it is added. The second half of a rank's own block is computed last, for that to travel under.
+
+    step 0      own block, 1st half      1st half of the neighbour's block comes
+    step 1      neighbour's, 1st half    2nd half comes
+    step 2      neighbour's, 2nd half    gradients of the 1st half go on; the next block's 1st half comes
+    ...
+    last step   own block, 2nd half      the last gradients go home
 
 Source: Liu et al. 2023, arXiv:2310.01889; Li et al. 2021, arXiv:2105.13120; for two levels Gu et al. 2024,
 arXiv:2406.18485.
@@ -23,9 +31,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.geometry.exchanges.schedule import Schedule
-from ringattn.geometry.layout import Ints
+from ringattn.geometry.exchanges.turns import Backward, Forward, Turns
 from ringattn.geometry.plan import Piece, Program
-from ringattn.geometry.tiles import Bools
+from ringattn.geometry.rows import halves
 from ringattn.geometry.travel import Travel
 
 
@@ -42,7 +50,8 @@ class Ring:
 
     def program(self, travel: Travel, rank: int, backward: bool) -> Program:
         """Returns rank's steps; in the backward the gradients' sums travel, too."""
-        return _Writer(travel, rank, backward, Turns(travel, self.num_outer)).program()
+        writer = _BackwardWriter if backward else _ForwardWriter
+        return writer(travel, rank, Turns(travel, self.num_outer)).program()
 
     def rows_moved(self, travel: Travel) -> tuple[int, int]:
         """Returns how many rows all ranks together send: of what is carried, and of its gradients' sums."""
@@ -50,71 +59,20 @@ class Ring:
         rows = np.array(travel.block_rows, dtype=np.int64)
         carried = np.maximum(turns.reach, 0).sum(axis=1) + turns.outer_reach
         # Along the way from the first rank that adds to the last; to the block's own place; then home.
-        along = np.where(turns.reach >= 0, turns.reach - turns.first + (turns.reach > 0), 0).sum(axis=1)
+        along = np.where(turns.first <= turns.reach, turns.reach - turns.first + (turns.reach > 0), 0).sum(axis=1)
         home = (turns.reach[:, 1:] >= 0).sum(axis=1)
         return int((rows * carried).sum()), int((rows * (along + home)).sum())
-
-
-class Turns:
-    """How far each block goes in each turn, and when turns begin: the same on every rank."""
-
-    def __init__(self, travel: Travel, num_outer: int) -> None:
-        self.num_outer, self.num_inner = num_outer, travel.world_size // num_outer
-        # [block, turn]: the furthest hop at which it is needed, -1 if at none; the nearest one.
-        self.reach, self.first = _hops(travel.needed, num_outer)
-        turn = np.arange(num_outer)
-        self.outer_reach: Ints = np.where(self.reach >= 0, turn, 0).max(axis=1)
-        num_turns = int(self.outer_reach.max()) + 1
-        lengths = np.maximum(self.reach[:, :num_turns].max(axis=0), 0) + 1
-        self.starts: list[int] = [0, *np.cumsum(lengths).tolist()]
-        self.num_turns = num_turns
-
-    def num_steps(self, backward: bool) -> int:
-        """Returns how many steps every rank has: in the backward, until the last sum is home."""
-        steps = self.starts[-1]
-        if not backward:
-            return steps
-        start = np.array(self.starts[:-1])
-        reach = self.reach[:, : self.num_turns]
-        begun = start + reach + (reach > 0) + (np.arange(self.num_turns) > 0)
-        moved = (reach > 0) | ((np.arange(self.num_turns) > 0) & (reach == 0))
-        return max(steps, int(np.where(moved, begun, 0).max()) + 1)
-
-
-def _hops(needed: Bools, num_outer: int) -> tuple[Ints, Ints]:
-    world = len(needed)
-    inner = world // num_outer
-    rank = np.arange(world)
-    hop = (rank[None, :] % inner - rank[:, None] % inner) % inner
-    turn = (rank[None, :] // inner - rank[:, None] // inner) % num_outer
-    reach = np.full((world, num_outer), -1, dtype=np.int64)
-    first = np.full((world, num_outer), inner, dtype=np.int64)
-    for u in range(num_outer):
-        here = needed & (turn == u)
-        reach[:, u] = np.where(here, hop, -1).max(axis=1)
-        first[:, u] = np.where(here, hop, inner).min(axis=1)
-    return reach, first
 
 
 class _Writer:
     """Writes the steps of the rank at place `inner` of group `outer`."""
 
-    def __init__(self, travel: Travel, rank: int, backward: bool, turns: Turns) -> None:
-        self._rank, self._backward, self._turns = rank, backward, turns
+    def __init__(self, travel: Travel, rank: int, turns: Turns, num_steps: int) -> None:
+        self._travel, self._rank, self._turns = travel, rank, turns
         self._outer, self._inner = divmod(rank, turns.num_inner)
         self._tiles = travel.tiles(rank)
-        self._last_step = turns.num_steps(backward) - 1
-        self._schedule = Schedule(travel, rank, self._last_step + 1)
-
-    def program(self) -> Program:
-        for turn in range(self._turns.num_turns):
-            length = self._turns.starts[turn + 1] - self._turns.starts[turn]
-            for hop in range(min(length, self._turns.num_inner)):
-                self._write_hop(turn, hop)
-            self._write_outer(turn)
-            if self._backward:
-                self._write_returns(turn)
-        return self._schedule.program()
+        self._schedule = Schedule(travel, rank, num_steps)
+        self._after, self._before = self._at(self._outer, self._inner + 1), self._at(self._outer, self._inner - 1)
 
     def _at(self, outer: int, inner: int) -> int:
         return outer % self._turns.num_outer * self._turns.num_inner + inner % self._turns.num_inner
@@ -122,56 +80,118 @@ class _Writer:
     def _block(self, turn: int, hop: int) -> int:
         return self._at(self._outer - turn, self._inner - hop)
 
+
+class _ForwardWriter(_Writer):
+    def __init__(self, travel: Travel, rank: int, turns: Turns) -> None:
+        self._steps = Forward(turns)
+        super().__init__(travel, rank, turns, self._steps.num_steps)
+
+    def program(self) -> Program:
+        for turn, length in enumerate(self._turns.lengths):
+            for hop in range(length):
+                self._write_hop(turn, hop)
+            self._write_outer(turn)
+        return self._schedule.program()
+
     def _write_hop(self, turn: int, hop: int) -> None:
-        """The block that is here at this hop: attend to it, pass it on, and its gradients one step behind."""
-        step, block = self._turns.starts[turn] + hop, self._block(turn, hop)
-        reach, first = int(self._turns.reach[block, turn]), int(self._turns.first[block, turn])
-        piece = Piece(block)
-        after, before = self._at(self._outer, self._inner + 1), self._at(self._outer, self._inner - 1)
-        own_place = self._at(self._outer, self._inner - hop)
+        """The block that is here at this hop: attend to it, and pass it on."""
+        step, block = self._steps.starts[turn] + hop, self._block(turn, hop)
+        reach = int(self._turns.reach[block, turn])
         if 0 < hop <= reach:
-            self._schedule.receive(step - 1, piece, of=before)
+            self._schedule.receive(step - 1, Piece(block), of=self._before)
         if block in self._tiles:
-            self._schedule.visit(step, piece, self._tiles[block])
+            self._schedule.visit(step, Piece(block), self._tiles[block])
         if hop < reach:
-            self._schedule.carry(step, piece, to=after)
-        if not self._backward:
-            return
-        if first < hop <= reach:
-            self._schedule.take_sum(step, piece, of=before)
-        if first <= hop < reach:
-            self._schedule.give_sum(step + 1, piece, to=after)
-        elif hop == reach > 0:
-            self._schedule.give_sum(step + 1, piece, to=own_place)
+            self._schedule.carry(step, Piece(block), to=self._after)
 
     def _write_outer(self, turn: int) -> None:
         """The block that the turn begins with goes to the next group, and the next turn's comes."""
-        start, stop = self._turns.starts[turn], self._turns.starts[turn + 1]
+        start, stop = self._steps.starts[turn], self._steps.starts[turn + 1]
         here, coming = self._block(turn, 0), self._block(turn + 1, 0)
         if self._turns.outer_reach[here] > turn:
             self._schedule.carry(start, Piece(here), to=self._at(self._outer + 1, self._inner), until=stop - 1)
         if self._turns.outer_reach[coming] > turn:
             self._schedule.receive(start, Piece(coming), of=self._at(self._outer - 1, self._inner))
 
-    def _write_returns(self, turn: int) -> None:
-        """The sum of what this group added comes to the block's place, and goes home."""
-        guest, start = self._block(turn, 0), self._turns.starts[turn]
-        reach = int(self._turns.reach[guest, turn])
-        home_step = start + reach + (1 if reach > 0 else 0)  # in which the sum comes to the block's place
-        if reach > 0:
-            last = self._at(self._outer, self._inner + reach)
-            self._schedule.take_sum(home_step, Piece(guest), of=last, until=None if turn else home_step)
-        if turn and reach >= 0:
-            home = self._at(self._outer - turn, self._inner)
-            self._schedule.give_sum(home_step + 1, Piece(guest), to=home, until=self._turn_later(turn, home_step + 1))
-        # The same of this rank's own block, seen from home.
-        reach = int(self._turns.reach[self._rank, turn])
-        if turn and reach >= 0:
-            step = start + reach + (2 if reach > 0 else 1)
-            group = self._at(self._outer + turn, self._inner)
-            self._schedule.take_sum(step, Piece(self._rank), of=group, until=self._turn_later(turn, step))
 
-    def _turn_later(self, turn: int, step: int) -> int:
-        """The step by whose end a message of the slow axis is through: it has a whole turn for its way."""
-        length = self._turns.starts[turn + 1] - self._turns.starts[turn]
-        return min(step + length - 1, self._last_step)
+class _BackwardWriter(_Writer):
+    def __init__(self, travel: Travel, rank: int, turns: Turns) -> None:
+        self._steps = Backward(turns)
+        super().__init__(travel, rank, turns, self._steps.num_steps)
+        self._block_rows = travel.block_rows
+
+    def program(self) -> Program:
+        self._schedule.visit_own(self._steps.own, self._tiles.get(self._rank))
+        for half in range(2):
+            for turn, length in enumerate(self._turns.lengths):
+                for hop in range(length):
+                    self._write_carried(turn, hop, half)
+                    if turn or hop:
+                        self._write_hop(turn, hop, half)
+                self._write_outer(turn, half)
+                self._write_home(turn, half)
+        return self._schedule.program()
+
+    def _piece(self, block: int, half: int) -> Piece | None:
+        """Half a block; None if there is nothing in it."""
+        rows = halves(self._block_rows[block])[half]
+        return Piece(block, rows) if rows else None
+
+    def _write_carried(self, turn: int, hop: int, half: int) -> None:
+        """The half that is here at this hop came from the rank before, and is passed on."""
+        block = self._block(turn, hop)
+        piece, reach = self._piece(block, half), int(self._turns.reach[block, turn])
+        if piece is None:
+            return
+        if 0 < hop <= reach:
+            self._schedule.receive(self._steps.posted(turn, hop, half), piece, of=self._before)
+        if hop < reach:
+            step = self._steps.posted(turn, hop + 1, half)
+            self._schedule.carry(step, piece, to=self._after, until=max(step, half))
+
+    def _write_hop(self, turn: int, hop: int, half: int) -> None:
+        """Its gradients are added to the sum that came one step before the work, and goes on one step after it."""
+        step, block = self._steps.at(turn, hop, half), self._block(turn, hop)
+        piece, tiles = self._piece(block, half), self._tiles.get(block)
+        if piece is None:
+            return
+        assert piece.rows is not None
+        here = tiles.within(piece.rows, self._travel.column) if tiles else None
+        if here:
+            self._schedule.visit(step, piece, here)
+        reach, first = int(self._turns.reach[block, turn]), int(self._turns.first[block, turn])
+        if first < hop <= reach:
+            self._schedule.take_sum(self._steps.at(turn, hop - 1, half) + 1, piece, of=self._before)
+        if first <= hop < reach:
+            self._schedule.give_sum(step + 1, piece, to=self._after)
+        elif hop == reach > 0:
+            self._schedule.give_sum(step + 1, piece, to=self._at(self._outer, self._inner - hop))
+
+    def _write_outer(self, turn: int, half: int) -> None:
+        """The block that the turn begins with goes to the next group, and the next turn's comes."""
+        start = self._steps.at(turn, 0, half) if turn else 0
+        here, coming = self._block(turn, 0), self._block(turn + 1, 0)
+        piece = self._piece(here, half)
+        if piece and self._turns.outer_reach[here] > turn:
+            until = self._steps.at(turn + 1, 0, half) - 1
+            self._schedule.carry(start, piece, to=self._at(self._outer + 1, self._inner), until=until)
+        piece = self._piece(coming, half)
+        if piece and self._turns.outer_reach[coming] > turn:
+            self._schedule.receive(start, piece, of=self._at(self._outer - 1, self._inner))
+
+    def _write_home(self, turn: int, half: int) -> None:
+        """The sum of what this group added comes to the block's place, and goes home."""
+        guest = self._block(turn, 0)
+        piece, reach = self._piece(guest, half), int(self._turns.reach[guest, turn])
+        if turn and piece and reach >= 0:
+            if reach > 0:
+                last = self._at(self._outer, self._inner + reach)
+                self._schedule.take_sum(self._steps.at(turn, reach, half) + 1, piece, of=last)
+            when = self._steps.home(turn, reach, half), self._steps.there(turn, reach, half)
+            self._schedule.give_sum(when[0], piece, to=self._at(self._outer - turn, self._inner), until=when[1])
+        # The same of this rank's own block, seen from home.
+        piece, reach = self._piece(self._rank, half), int(self._turns.reach[self._rank, turn])
+        if piece and (reach > 0 or (turn and reach == 0)):
+            last = self._at(self._outer + turn, self._inner if turn else self._inner + reach)
+            when = self._steps.home(turn, reach, half), self._steps.there(turn, reach, half)
+            self._schedule.take_sum(when[0], piece, of=last, until=when[1])

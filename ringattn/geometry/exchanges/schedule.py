@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ringattn.geometry.plan import Piece, Program, Step, Transfer, Visit
+from ringattn.geometry.rows import halves
 from ringattn.geometry.sizes import Payload
 from ringattn.geometry.tiles import Tiles
 from ringattn.geometry.travel import Travel
@@ -32,7 +33,7 @@ class Schedule:
     """
 
     def __init__(self, travel: Travel, rank: int, num_steps: int) -> None:
-        self._travel = travel
+        self._travel, self._rank = travel, rank
         self._steps = [_Draft() for _ in range(num_steps)]
         self._last_use = {Piece(rank): 0}
 
@@ -40,6 +41,17 @@ class Schedule:
         """Computes tiles of a piece in a step."""
         self._steps[step].visits.append(Visit(piece, tiles))
         self._use(piece, step)
+
+    def visit_own(self, steps: tuple[int, int], tiles: Tiles | None) -> None:
+        """Computes the rank's own block, in two halves if the steps are two: nothing has to come for it."""
+        first, second = steps
+        if tiles and first == second:
+            self.visit(first, Piece(self._rank), tiles)
+        elif tiles:
+            for step, rows in zip(steps, halves(self._travel.block_rows[self._rank]), strict=True):
+                part = tiles.of_rows(rows, self._travel.column)
+                if part:
+                    self.visit(step, Piece(self._rank), part)
 
     def carry(self, step: int, piece: Piece, *, to: int, until: int | None = None) -> None:
         """Sends a piece; its buffer is needed until the end of step `until`, by default the same one."""

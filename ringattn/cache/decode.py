@@ -87,7 +87,8 @@ def decode_attention(
     Raises:
         ArgumentError, MaskError, BackendError: when something is not allowed; nothing is written.
         DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before.
-    Communication: one all-gather; each rank sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64).
+    Communication: one all-gather (on CPUs one all-to-all, in which every rank gets the same); each rank sends
+        (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
@@ -100,7 +101,7 @@ def decode_attention(
     mark.copy_(_mark(cache, layer, extension, options))
     _attend(q, cache, layer, extension, options, kernel, spec, _Local(out, lse))
     parts = all_gather_packets(packet, fields, cache.team.axes[0].group)
-    return _merged(*parts, sink).to(q.dtype)
+    return _merged(parts, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def decode_attention_by_heads(
         for place, x in zip(packet.tensors, (local.out[:, :, part], local.lse[:, part], mark), strict=True):
             place.copy_(x)
     parts = all_to_all_packets(packets, fields[team.rank], team.axes[0].group, q.device)
-    return _merged(*parts, None if sink is None else sink[own[team.rank]]).to(q.dtype)
+    return _merged(parts, None if sink is None else sink[own[team.rank]]).to(q.dtype)
 
 
 def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
@@ -154,8 +155,9 @@ def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
     ]
 
 
-def _merged(outs: Tensor, lses: Tensor, marks: Tensor, sink: Tensor | None) -> Tensor:
-    """Merges the parts of all ranks, (ranks, ...), if they were asked for the same."""
+def _merged(parts: tuple[Tensor, ...], sink: Tensor | None) -> Tensor:
+    """Merges outs, lses and marks of all ranks, if they were asked for the same."""
+    outs, lses, marks = parts
     told = marks.tolist()
     if any(mark != told[0] for mark in told):
         raise DisagreementError(

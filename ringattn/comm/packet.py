@@ -64,7 +64,7 @@ def size_of(fields: Sequence[Field]) -> int:
 def _views(flat: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
     """Returns the tensors of one packet (bytes), or of several (packets, bytes)."""
     order = sorted(range(len(fields)), key=lambda index: -fields[index].dtype.itemsize)
-    parts = torch.split(flat, [fields[index].num_bytes for index in order], dim=-1)
+    parts = torch.split_with_sizes(flat, [fields[index].num_bytes for index in order], dim=-1)
     several = flat.shape[:-1]
     views = {i: x.view(fields[i].dtype).view((*several, *fields[i].shape)) for i, x in zip(order, parts, strict=True)}
     return tuple(views[index] for index in range(len(fields)))

@@ -52,7 +52,7 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     try:
         for name in names:
             setattr(dist, name, other(name))
-        dist.all_to_all_single = trade
+        dist.all_to_all_single = trade  # type: ignore[assignment]
         yield sent
     finally:
         for name, original in originals.items():

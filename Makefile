@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long sanitize lint bench bench-gpu bench-exchanges bench-network docs clean help
+.PHONY: demo test test-long sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -78,6 +78,13 @@ bench-network: $(READY)  ## overlap on links of a given rate; needs root and ipr
 		$(EXCHANGES) $(HEADS) --exchanges ulysses-16 --out results/network/heads
 	$(BIN)/python -m benchmarks.network --hosts 2 --ranks-per-host 2 --inner-mbit 1000 --outer-mbit 100 -- \
 		$(EXCHANGES) $(KEYS) --exchanges ring double-ring --out results/network/two_levels
+
+bench-decode: $(READY)  ## decoding over 4 ranks, up to 1,048,576 tokens; takes 5 GB of memory
+	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.decode --out results/decode \
+		--tokens 8192 32768 131072 262144 524288 1048576
+	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-bf16 --tokens 32768
+	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-fp32 --tokens 32768 --dtype float32
+	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.decode --out results/decode-merge --tokens 8192 --merge-rounds 3000
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

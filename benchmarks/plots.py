@@ -137,3 +137,30 @@ def exchanges(results: Path, path: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def decode(results: Path, path: Path) -> None:
+    """Draws a decode.jsonl: the time of a token by length, and the least that reading the same bytes takes."""
+    records = [r for r in map(json.loads, results.read_text().splitlines()) if r["kind"] == "length"]
+    styles = {
+        "ringattn, all ranks": ("#4878a8", "o", "-"),
+        "the kernel alone": ("#4878a8", "", ":"),
+        "raw read, one rank": ("#777777", "", "-"),
+        "raw read, all ranks": ("#777777", "", "--"),
+        "torch, one process": ("#c03028", "s", "-"),
+        "torch, heads packed as rows": ("#e0a030", "s", "-"),
+    }
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, (colour, marker, line) in styles.items():
+        points = sorted((r["tokens"], r["min_s"] * 1e3) for r in records if r["contender"] == name)
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=name)
+    first = records[0]
+    title = f"One layer, {first['ranks']} ranks, {first['dtype']}, heads {first['heads']}/{first['kv_heads']}"
+    axis.set(xlabel="tokens in the cache", ylabel="milliseconds a token, the fastest round", title=title)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

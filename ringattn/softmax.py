@@ -52,20 +52,21 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def merged(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the result over all keys, from those over disjoint parts of them; always summed up in the same order.
+def merged(outs: Tensor, lses: Tensor) -> Tensor:
+    """Returns the output over all keys, from those over disjoint parts of them; always summed up in the same order.
 
     Args:
-        outs: outputs over each part, (parts, B, S, H, Dv); finite also where lses is -inf.
-        lses: their log-sum-exps, (parts, B, H, S), natural log.
+        outs: outputs over each part, (parts, B, S, H, Dv); zero where lses is -inf.
+        lses: their log-sum-exps, (parts, B, H, S), natural log. That of all keys is their logsumexp.
     Returns:
-        out (B, S, H, Dv) and lse (B, H, S).
+        (B, S, H, Dv).
     """
-    lse = torch.logsumexp(lses, dim=0)
-    # Nothing anywhere: (-inf) - (-inf) is NaN, and weighs nothing.
-    weights = torch.exp(lses - lse).nan_to_num_(nan=0.0)
-    out = (outs * weights.transpose(2, 3).unsqueeze(-1)).sum(dim=0)
-    return out, lse
+    # Nothing anywhere: (-inf) - (-inf) is NaN, but zeros may be weighed alike.
+    lses = lses.clamp(min=torch.finfo(lses.dtype).min)
+    # Not torch.softmax, whose result for a row depends on how many rows there are beside it.
+    weights = torch.exp_(lses - lses.amax(dim=0))
+    weights /= weights.sum(dim=0)
+    return (outs * weights.transpose(2, 3).unsqueeze(-1)).sum(dim=0)
 
 
 def add_sink_(out: Tensor, lse: Tensor, sink: Tensor) -> None:

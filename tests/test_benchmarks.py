@@ -87,3 +87,28 @@ def test_choice(tmp_path: Path) -> None:
         assert record["median_s"] > 0
         assert record["exchange"] in unpredicted or record["predicted_s"] > 0
     assert "->" in told
+
+
+def test_decode(tmp_path: Path) -> None:
+    flags = ["--tokens", "600", "9000", "--torch-up-to", "600", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
+    told = torchrun("benchmarks.decode", *flags, "--rounds", "2", "--merge-rounds", "2", "--out", str(tmp_path))
+    records = lines(tmp_path / "decode.jsonl")
+    merging, capacity, length = ([r for r in records if r["kind"] == kind] for kind in ("merge", "capacity", "length"))
+    assert {r["contender"] for r in merging} == {"packed all-gather", "packed all-to-all", "three all-reduces"}
+    assert {r["contender"] for r in capacity} == {"just enough pages", "8 x the pages"}
+    short = {r["contender"] for r in length if r["tokens"] == 600}
+    assert short - {r["contender"] for r in length if r["tokens"] == 9000} == {
+        "torch, one process",
+        "torch, heads packed as rows",
+    }
+    kernel = [r for r in length if r["contender"] == "the kernel alone"]
+    assert [r["bytes"] for r in kernel] == [
+        19 * 16 * 128,
+        282 * 16 * 128,
+    ]  # whole pages of 16 tokens, on the first rank
+    for record in records:
+        assert record["ranks"] == 2
+        assert 0 < record["min_s"] <= record["median_s"]
+        assert record.get("error", 0.0) < 0.02
+    assert "three all-reduces" in told
+    assert (tmp_path / "decode.png").read_bytes().startswith(PNG)

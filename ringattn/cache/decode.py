@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -86,7 +87,8 @@ def decode_attention(
     Raises:
         ArgumentError, MaskError, BackendError: when something is not allowed; nothing is written.
         DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before.
-    Communication: one all-gather; each rank sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64).
+    Communication: one all-gather (on CPUs one all-to-all, in which every rank gets the same); each rank sends
+        (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
@@ -98,8 +100,8 @@ def decode_attention(
     out, lse, mark = packet.tensors
     mark.copy_(_mark(cache, layer, extension, options))
     _attend(q, cache, layer, extension, options, kernel, spec, _Local(out, lse))
-    packets = all_gather_packets(packet, fields, cache.team.axes[0].group)
-    return _merged(packets, sink).to(q.dtype)
+    parts = all_gather_packets(packet, fields, cache.team.axes[0].group)
+    return _merged(parts, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -139,8 +141,8 @@ def decode_attention_by_heads(
     for packet, part in zip(packets, own, strict=True):
         for place, x in zip(packet.tensors, (local.out[:, :, part], local.lse[:, part], mark), strict=True):
             place.copy_(x)
-    came = all_to_all_packets(packets, fields[team.rank], team.axes[0].group, q.device)
-    return _merged(came, None if sink is None else sink[own[team.rank]]).to(q.dtype)
+    parts = all_to_all_packets(packets, fields[team.rank], team.axes[0].group, q.device)
+    return _merged(parts, None if sink is None else sink[own[team.rank]]).to(q.dtype)
 
 
 def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
@@ -153,16 +155,18 @@ def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
     ]
 
 
-def _merged(packets: list[Packet], sink: Tensor | None) -> Tensor:
-    outs, lses, marks = (torch.stack(parts) for parts in zip(*(packet.tensors for packet in packets), strict=True))
-    if len(packets) > 1 and bool((marks != marks[0]).any()):
+def _merged(parts: tuple[Tensor, ...], sink: Tensor | None) -> Tensor:
+    """Merges outs, lses and marks of all ranks, if they were asked for the same."""
+    outs, lses, marks = parts
+    told = marks.tolist()
+    if any(mark != told[0] for mark in told):
         raise DisagreementError(
             "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
-            f"layer, mask, scale, softcap (marks by rank: {marks.tolist()})"
+            f"layer, mask, scale, softcap (marks by rank: {told})"
         )
-    out, lse = merged(outs, lses)
+    out = merged(outs, lses)
     if sink is not None:
-        add_sink_(out, lse, sink)
+        add_sink_(out, torch.logsumexp(lses, dim=0), sink)
     return out
 
 
@@ -186,14 +190,17 @@ def _attend(
     """Attends to what this rank holds."""
     local.out.zero_()
     local.lse.fill_(-torch.inf)
-    tables, sight = cache.page_tables(extension), _sight(extension, options.mask, q.device)
+    tables = cache.page_tables(extension)
+    sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
         kernel.forward(q, *cache.pools(layer), tables, sight, spec, local.out, local.lse)
 
 
-def _sight(extension: Extension, mask: Mask | None, device: torch.device) -> Sight:
+@lru_cache(maxsize=64)
+def _sight(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device: torch.device) -> Sight:
+    """What the new tokens see: the same in every layer."""
     mask = causal() if mask is None else mask
-    rows = np.stack([sight_of(mask, start, start + extension.num_tokens) for start in extension.starts])
+    rows = np.stack([sight_of(mask, start, start + num_tokens) for start in starts])
     first, stop = (torch.from_numpy(rows[:, :, column].astype(np.int32)).to(device) for column in (0, 1))
     return Sight(first, stop)
 
@@ -230,7 +237,8 @@ def _prepared(
     key = signature(q, k, v, sink, cache, options)
     cache.check(layer, extension)
     found = agreed(cache.team, key, prepare)
-    _sight(extension, options.mask, torch.device("cpu"))  # a mask that does not fit raises before anything is written
+    # A mask that does not fit raises before anything is written.
+    _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     cache.write(layer, extension, k, v)
     return found
 

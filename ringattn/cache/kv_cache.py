@@ -108,6 +108,7 @@ class DistributedKVCache:
         self._prefixes = Prefixes(form.page_size)
         self._tables: tuple[Extension, PageTables] | None = None
         self._layout: tuple[Extension, Layout] | None = None
+        self._places: tuple[Extension, tuple[Tensor, ...]] | None = None
         shapes = form.shapes(pages.num_pages)
         self._layers = [
             tuple(torch.empty(shape, dtype=form.dtype, device=device) for shape in shapes)
@@ -175,10 +176,11 @@ class DistributedKVCache:
         self.check(layer, extension)
         self.check_new("k", k, extension, self.form.head_dim)
         self.check_new("v", v, extension, self.form.v_head_dim)
-        rank, size = self.team.rank, self.form.page_size
-        rows, places = (torch.as_tensor(x[rank], device=self.device) for x in (extension.rows, extension.places))
+        rows, pages, slots = self._own_places(extension)
+        if not len(rows):
+            return
         for pool, x in zip(self._layers[layer], (k, v), strict=True):
-            pool[places // size, :, places % size] = x.detach().flatten(0, 1)[rows]
+            pool[pages, :, slots] = x.detach().flatten(0, 1)[rows]
 
     def fork(self, sequence: int) -> int:
         """Returns a new sequence of the same tokens. They share pages; one that either writes to is copied then."""
@@ -264,6 +266,14 @@ class DistributedKVCache:
             made = PageTables(*(torch.from_numpy(x).to(self.device) for x in (pages, slots, starts)))
             self._tables = extension, made
         return self._tables[1]
+
+    def _own_places(self, extension: Extension) -> tuple[Tensor, ...]:
+        """Returns which new rows this rank keeps, and the page and slot of each; made once for all layers."""
+        if self._places is None or self._places[0] is not extension:
+            rank, size = self.team.rank, self.form.page_size
+            found = (extension.rows[rank], extension.places[rank] // size, extension.places[rank] % size)
+            self._places = extension, tuple(torch.as_tensor(x, device=self.device) for x in found)
+        return self._places[1]
 
     def key_layout(self, extension: Extension) -> Layout:
         """Returns who holds which keys of an extension's one sequence; made once for all layers."""

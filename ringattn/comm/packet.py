@@ -33,10 +33,7 @@ class Packet:
     def __init__(self, buffer: Tensor, fields: Sequence[Field]) -> None:
         self.buffer = buffer
         self.flat = buffer[: size_of(fields)]
-        order = sorted(range(len(fields)), key=lambda index: -fields[index].dtype.itemsize)
-        parts = torch.split(self.flat, [fields[index].num_bytes for index in order])
-        views = {i: part.view(fields[i].dtype).view(fields[i].shape) for i, part in zip(order, parts, strict=True)}
-        self.tensors = tuple(views[index] for index in range(len(fields)))
+        self.tensors = _views(self.flat, fields)
 
     @classmethod
     def empty(cls, fields: Sequence[Field], device: torch.device) -> Packet:
@@ -49,6 +46,25 @@ class Packet:
         return cls(torch.zeros(size_of(fields), dtype=torch.uint8, device=device), fields)
 
 
+def stacked(buffer: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
+    """Returns the tensors of packets that lie one after the other, all with these fields: views (packets, *shape).
+
+    Args:
+        buffer: uint8, one-dimensional: whole packets, whose size is a multiple of each itemsize.
+        fields: of every packet.
+    """
+    return _views(buffer.view(-1, size_of(fields)), fields)
+
+
 def size_of(fields: Sequence[Field]) -> int:
     """Returns the bytes of a packet with these fields."""
     return sum(field.num_bytes for field in fields)
+
+
+def _views(flat: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
+    """Returns the tensors of one packet (bytes), or of several (packets, bytes)."""
+    order = sorted(range(len(fields)), key=lambda index: -fields[index].dtype.itemsize)
+    parts = torch.split_with_sizes(flat, [fields[index].num_bytes for index in order], dim=-1)
+    several = flat.shape[:-1]
+    views = {i: x.view(fields[i].dtype).view((*several, *fields[i].shape)) for i, x in zip(order, parts, strict=True)}
+    return tuple(views[index] for index in range(len(fields)))

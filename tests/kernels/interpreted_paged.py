@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from ringattn.kernels.paged import PAGED_BACKENDS, PageTables, Sight, select_pag
 from tests.kernels.test_paged import SHAPES, Problem
 
 KERNEL = PAGED_BACKENDS["triton"]
-SHAPE = replace(SHAPES["three tokens"], longest=200)
+SHAPE = replace(SHAPES["three tokens"], longest=130)
 
 
 def test_the_same_inputs_give_the_same_bits() -> None:
@@ -37,21 +36,19 @@ def test_tables_may_be_longer_than_what_they_list() -> None:
     torch.testing.assert_close(lse, expected[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2], ids=["pages", "slots", "heads"])
-def test_addresses_have_64_bits(dim: int, tmp_path: Path) -> None:
+def test_addresses_have_64_bits(tmp_path: Path) -> None:
     problem = Problem(replace(SHAPE, longest=40), torch.float16)
     expected = problem.attended(KERNEL, "cpu")
-    problem.k, problem.v = (spread(x, dim, tmp_path / name) for name, x in (("k", problem.k), ("v", problem.v)))
+    problem.k, problem.v = (far_apart(x, tmp_path / name) for name, x in (("k", problem.k), ("v", problem.v)))
     for a, b in zip(problem.attended(KERNEL, "cpu"), expected, strict=True):
         assert torch.equal(a, b)
 
 
-def spread(x: Tensor, dim: int, file: Path) -> Tensor:
-    """A copy, in a sparse file, in which the last index of `dim` times its stride leaves 32 bits."""
-    stride = (1 << 32) // (x.shape[dim] - 1) + 8
-    strides = list(x.contiguous().stride())
-    strides[dim] = stride
-    size = stride * (x.shape[dim] - 1) + x.numel()
+def far_apart(x: Tensor, file: Path) -> Tensor:
+    """A copy, in a sparse file, in which the last page is more than 32 bits from the first."""
+    stride = (1 << 32) // (x.shape[0] - 1) + 8
+    strides = (stride, *x.contiguous().stride()[1:])
+    size = stride * (x.shape[0] - 1) + x.numel()
     storage = torch.from_file(str(file), shared=True, size=size, dtype=x.dtype)
     return storage.as_strided(x.shape, strides).copy_(x)
 

@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode docs clean help
+.PHONY: demo test test-long soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ test: $(READY)  ## the test suite
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long
+
+OPERATIONS ?= 100000
+soak: $(READY)  ## $(OPERATIONS) random operations on a cache over $(RANKS) ranks: values, pages, memory
+	$(TORCHRUN) --nproc-per-node=$(RANKS) -m tests.cache.soak --operations $(OPERATIONS)
 
 sanitize: $(READY)  ## the native kernel's tests, with addresses and undefined behaviour checked
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(POISON) PYTHONMALLOC=malloc \

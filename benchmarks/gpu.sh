@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU has to show, in under ten minutes on one Hopper: the contract suite, the sanitizer, the
-# kernels beside torch and flash-attn, a simulated ring, and the goals. A stage that fails does not stop the others.
+# kernels beside torch and flash-attn, the paged kernel beside the memory, a simulated ring, and the goals. A stage that
+# fails does not stop the others.
 #
 #   benchmarks/gpu.sh OUT        PYTHON=... chooses the interpreter
 #
@@ -49,19 +50,21 @@ for name in ("triton", "flash_attn", "flash_attn_interface", "flash_attn.cute"):
     except (ImportError, OSError) as error:
         print(name, "is not installed:", error)
 '
-stage versions 30 "$python" -c "$versions"
+stage versions 15 "$python" -c "$versions"
 stage info 30 "$python" -c 'from ringattn.cli import main; main(["info"])'
-stage contract 130 "$python" -m pytest tests/kernels -q -p no:cacheprovider -k cuda
+stage contract 130 "$python" -m pytest tests/kernels -q -p no:cacheprovider -k cuda --ignore tests/kernels/test_paged.py
+stage paged_contract 55 "$python" -m pytest tests/kernels/test_paged.py -q -p no:cacheprovider -k cuda
+stage paged 40 "$python" -m benchmarks.paged --out "$out/paged"
 stage dense 90 "$python" -m benchmarks.kernels --device cuda --cases causal --lengths 16384 65536 --dtypes bfloat16 \
     --head-dims 128 --kv-heads 16 --rounds 7 --out "$out/dense"
-stage packed 70 "$python" -m benchmarks.kernels --device cuda --cases causal window packed --lengths 65536 \
+stage packed 60 "$python" -m benchmarks.kernels --device cuda --cases causal window packed --lengths 65536 \
     --dtypes bfloat16 --head-dims 128 --kv-heads 16 --rounds 3 --warmup 1 --out "$out/packed"
-stage simulated_ring 60 "$python" -m benchmarks.simulated_ring --device cuda --rounds 3 --out "$out/simulated_ring"
-stage others 60 "$python" -m benchmarks.kernels --device cuda --kv-heads 4 --rounds 3 --warmup 1 \
+stage simulated_ring 50 "$python" -m benchmarks.simulated_ring --device cuda --rounds 3 --out "$out/simulated_ring"
+stage others 50 "$python" -m benchmarks.kernels --device cuda --kv-heads 4 --rounds 3 --warmup 1 \
     --out "$out/others"
 if command -v compute-sanitizer >/dev/null; then
-    sanitize memcheck 40
-    sanitize racecheck 40
+    sanitize memcheck 30
+    sanitize racecheck 30
 else
     skip memcheck "compute-sanitizer is not installed"
     skip racecheck "compute-sanitizer is not installed"

@@ -106,17 +106,27 @@ def compiled(build: Build, chosen: Config | None = None, ones: Sequence[str] = (
         for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or (name.endswith(("_batch", "_row", "_head")) and name not in constants)
     }
-    target = TARGETS[build.arch]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return assembled(source, build.arch, chosen.num_warps, chosen.num_stages)
+
+
+def assembled(source: ASTSource, arch: str, num_warps: int, num_stages: int) -> Any:
+    """Returns triton's result for one architecture."""
+    target = TARGETS[arch]
     return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
 
 
 def report(build: Build, chosen: Config | None = None) -> Report:
     """Returns what is known of a build without running it."""
-    result = compiled(build, chosen)
+    return told_by(compiled(build, chosen))
+
+
+def told_by(result: Any) -> Report:
+    """Reads triton's result."""
     text = result.asm["ptx"] if "ptx" in result.asm else result.asm["amdgcn"]
     found = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)", text)
     registers, spilled = _nvidia(result) if "cubin" in result.asm else _amd(text)

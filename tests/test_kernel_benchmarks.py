@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import ringattn
-from benchmarks import goals, kernel_rivals, kernels, simulated_ring
+from benchmarks import goals, kernel_rivals, kernels, paged, simulated_ring
 from benchmarks.goals import Goal, judge
 from benchmarks.kernel_cases import CASES, LONGEST, RING_RANK, RING_RANKS, SHORTEST, Problem, document_lengths, flops
 from benchmarks.kernel_rivals import FLASH_ATTN, dense_mask, square
@@ -388,11 +388,23 @@ def test_gpu_script_goes_on_and_sums_up(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     stages = lines(out / "stages.jsonl")
-    wanted = ["versions", "info", "contract", "dense", "packed", "simulated_ring", "others"]
+    wanted = ["versions", "info", "contract", "paged_contract", "paged", "dense", "packed", "simulated_ring", "others"]
     assert [stage["stage"] for stage in stages[: len(wanted)]] == wanted
     assert all(stage["status"] == 3 for stage in stages[: len(wanted)])
     assert (out / "summary.txt").read_text().count("FAILED: exit status 3") >= len(wanted)
     assert sum(stage.get("limit_s", 0) for stage in stages) <= 600  # seconds
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 24])
+def test_paged_problems_are_attended_right(page_size: int) -> None:
+    """The GPU's program, on the CPU: its own check sees a right result, and a wrong one."""
+    case = paged.Case(100, page_size, 2, 4, 2, 16, torch.float32)
+    assert case.num_bytes == 2 * 2 * 100 * 2 * 16 * 4
+    problem = paged.Problem.of(case, torch.device("cpu"))
+    problem.attend("reference")
+    assert problem.error() < 1e-5
+    problem.out[0, 0, 1, 3] += 0.5
+    assert problem.error() > 0.1
 
 
 def test_packed_lengths_are_those_of_the_mask() -> None:

@@ -111,15 +111,6 @@ class Pages:
         """Returns a number that changes when the sequence does."""
         return self._chain(sequence).version
 
-    def locate(self, sequence: int, position: int) -> tuple[int, int] | None:
-        """Returns the rank that holds a position, and the place in its pool; None if no rank does."""
-        for rank, table in enumerate(self._chain(sequence).tables):
-            positions, places = table.held()
-            index = int(np.searchsorted(positions, position))
-            if index < len(positions) and positions[index] == position:
-                return rank, int(places[index])
-        return None
-
     def layout(self, sequence: int) -> Layout:
         """Returns who holds which positions, the local rows of each rank in ascending order."""
         ranges = tuple(_runs(table.held()[0]) for table in self._chain(sequence).tables)

@@ -75,18 +75,25 @@ class Runner:
         )  # fmt: skip
         self.dense: dict[int, Dense] = {}
         self.generator = torch.Generator().manual_seed(1)
-        self.compared = 0
+        self.compared = self.grown = 0
 
     def run(self, program: list[Op]) -> int:
         for number, op in enumerate(program):
-            if op.name == "new" or self.dense:
-                getattr(self, f"do_{op.name}")(op)
+            self.do(op)
             self.poison(number)
             self.check()
-        for sequence in list(self.dense):
-            self.cache.free(sequence)
-        assert self.cache.num_free_pages == (self.cache.pages.num_pages,) * self.group.size()
+        self.finish()
         return self.compared
+
+    def do(self, op: Op) -> None:
+        if op.name == "new" or self.dense:
+            getattr(self, f"do_{op.name}")(op)
+
+    def finish(self) -> None:
+        """Frees what is left: every page must be free then."""
+        for sequence in list(self.dense):
+            self.do_free(Op("free", sorted(self.dense).index(sequence)))
+        assert self.cache.num_free_pages == (self.cache.pages.num_pages,) * self.group.size()
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -100,14 +107,18 @@ class Runner:
         self.dense[self.cache.new()] = Dense(empty.expand(-1, -1, -1, s.dim), empty.expand(-1, -1, -1, s.v_dim))
 
     def grow(self, sequences: list[int], count: int, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Adds random keys and values to the dense sequences; returns those of each layer, (B, T, ...)."""
+        """Adds random keys and values to the dense sequences; returns those of each layer, (B, T, ...).
+
+        The first token is one that there never was: where tokens are the same, keys and values have to be.
+        """
         s = self.setting
         k = self.normal(s.num_layers, len(sequences), count, s.kv_heads, s.dim)
         v = self.normal(s.num_layers, len(sequences), count, s.kv_heads, s.v_dim)
         for index, sequence in enumerate(sequences):
             d = self.dense[sequence]
             d.k, d.v = torch.cat([d.k, k[:, index]], 1), torch.cat([d.v, v[:, index]], 1)
-            d.tokens = d.tokens + tokens
+            self.grown += 1
+            d.tokens = d.tokens + [9 + self.grown, *tokens[1:]][: len(tokens)]
         return list(k), list(v)
 
     def options(self, op: Op) -> dict[str, object]:

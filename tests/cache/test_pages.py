@@ -163,6 +163,18 @@ def test_decoded_tokens_go_to_the_rank_with_the_fewest() -> None:
     assert max(counts) - min(counts) <= 4
 
 
+@pytest.mark.parametrize(("world", "size", "length"), [(1, 4, 9), (3, 4, 30), (4, 1, 7), (4, 16, 200), (2, 3, 6)])
+def test_decoded_tokens_are_dealt_by_pages(world: int, size: int, length: int) -> None:
+    """As docs/maths.md has it: round-robin by pages, where nothing was there before."""
+    pages = Pages(world, 100, size)
+    sequence = pages.new()
+    for _ in range(length):
+        pages.extend([sequence], 1)
+    rounds, rest = divmod(length, world * size)
+    wanted = [rounds * size + min(max(rest - rank * size, 0), size) for rank in range(world)]
+    assert [pages.table(sequence, rank).num_tokens for rank in range(world)] == wanted
+
+
 def test_no_rank_runs_out_early() -> None:
     pages = Pages(4, 5, 8)
     sequences = [pages.new() for _ in range(5)]
@@ -178,9 +190,9 @@ def test_a_prefill_stays_where_it_is_computed() -> None:
     sequence = pages.new()
     pages.extend([sequence], striped(11, 2))
     assert pages.table(sequence, 0).held()[0].tolist() == [0, 2, 4, 6, 8, 10]
-    assert pages.locate(sequence, 5) == (1, 2)
+    assert held(pages, sequence)[5] == (1, 2)
     pages.evict(sequence, 1, 3)
-    assert pages.locate(sequence, 5) is None
+    assert 5 not in held(pages, sequence)
     assert pages.layout(sequence).ranges(1) == (range(9, 10),)
     assert pages.layout(sequence).ranges(0) == (range(0, 1), range(8, 9), range(10, 11))
 

@@ -14,13 +14,13 @@ from ringattn.geometry.heads import shares_of
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask
 from ringattn.geometry.plan import Phase
-from ringattn.geometry.reading import timetable_of
 from ringattn.geometry.simulation import simulate
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import Spread, united
 from ringattn.geometry.spread_timetable import spread_timetable_for
 from ringattn.geometry.timetable import Timetable
 from ringattn.geometry.timetables import Scene, flops_per_pair, timetable_for
+from tests.geometry.reading import timetable_of
 from tests.geometry.replay import exchanges_of
 
 SEQ_LEN = 61

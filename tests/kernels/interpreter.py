@@ -13,8 +13,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-# Where a mask hides them, rows may hold NaN, and probabilities overflow. A GPU does not warn of it.
-np.seterr(over="ignore", invalid="ignore")
+# Where a mask hides them, rows may hold NaN, and probabilities overflow; the logarithm of nothing is -inf. A GPU does
+# not warn of it.
+np.seterr(over="ignore", invalid="ignore", divide="ignore")
 
 _Handle = interpreter.TensorHandle
 _Builder = interpreter.InterpreterBuilder

@@ -9,11 +9,14 @@ from ringattn.kernels.contract import Call
 from ringattn.kernels.paged.contract import PagedKernel, PageTables, Sight
 from ringattn.kernels.paged.native import NativePaged
 from ringattn.kernels.paged.reference import ReferencePaged
+from ringattn.kernels.paged.triton import TritonPaged
 
 __all__ = ["PAGED_BACKENDS", "PageTables", "PagedKernel", "Sight", "select_paged"]
 
 # In the order of preference. A new kernel is one line here.
-PAGED_BACKENDS: dict[str, PagedKernel] = {kernel.name: kernel for kernel in (NativePaged(), ReferencePaged())}
+PAGED_BACKENDS: dict[str, PagedKernel] = {
+    kernel.name: kernel for kernel in (NativePaged(), TritonPaged(), ReferencePaged())
+}
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@
     forward.py    the forward kernel
     backward.py   the kernels of dq, and of dk and dv
     launch.py     tensors -> launches
+    paged.py      the kernels over pages, for decoding; their launches are in paged_launch.py
     merge.py      a foreign kernel's result into the running state, in one pass
     delta.py      delta for foreign kernels, in one pass
 

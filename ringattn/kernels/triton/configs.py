@@ -11,6 +11,8 @@ Pass = Literal["forward", "dq", "dkdv"]
 
 PASSES: tuple[Pass, ...] = ("forward", "dq", "dkdv")
 MIN_WIDTH, MAX_DIM = 16, 256
+# The least query rows that a program of the paged kernel takes: what a matrix instruction does.
+MIN_ROWS = 16
 
 
 class Config(NamedTuple):
@@ -26,6 +28,25 @@ class Config(NamedTuple):
     edge_step: int
     num_warps: int
     num_stages: int
+
+
+class PagedConfig(NamedTuple):
+    """How the paged kernel is compiled, and how many of its programs there are.
+
+    most_rows: query rows at a time, of all new tokens and all query heads that share a kv head.
+    block_n: keys at a time.
+    programs: for each multiprocessor; no more than their registers and shared memory let run on it at once.
+    """
+
+    most_rows: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+    def rows(self, num_rows: int) -> int:
+        """Returns how many of so many query rows a program takes: a power of two."""
+        return min(max(MIN_ROWS, 1 << (num_rows - 1).bit_length()), self.most_rows)
 
 
 class Target(NamedTuple):
@@ -72,12 +93,25 @@ _TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
     ("gfx942", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
     ("gfx942", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
 }
+# The same for the paged kernel. Where a load needs the address that another one brings, triton gives each of them half
+# of the stages: with 5, a step of keys and values is on its way while the last one is computed.
+_PAGED: dict[tuple[str, int], tuple[PagedConfig, PagedConfig, PagedConfig]] = {
+    ("sm_80", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
+    ("sm_80", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 2)),
+    ("sm_90", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
+    ("sm_90", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 2)),
+    ("sm_100", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
+    ("sm_100", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 2)),
+    ("gfx942", 2): (PagedConfig(64, 64, 8, 2, 2), PagedConfig(64, 32, 8, 2, 2), PagedConfig(32, 32, 8, 2, 2)),
+    ("gfx942", 4): (PagedConfig(32, 32, 8, 2, 2), PagedConfig(16, 16, 8, 2, 2), PagedConfig(32, 16, 8, 2, 2)),
+}
 INTERPRETER = "interpreter"
 
 # Where tensor descriptors pay: hardware that copies blocks by itself (TMA), and feeds matrix units from there.
 _DESCRIBED = {("sm_90", 2), ("sm_100", 2), (INTERPRETER, 2), (INTERPRETER, 4)}
 # Small, so that small tests have several blocks.
 _INTERPRETED = Config(64, 64, 32, 1, 1)
+_INTERPRETED_PAGED = PagedConfig(64, 64, 1, 1, 8)
 
 
 def padded(dim: int) -> int:
@@ -91,6 +125,13 @@ def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass) -> C
         return _INTERPRETED
     wider = max(width, v_width, _WIDTHS[0])
     return _TABLE[arch, itemsize, which][_WIDTHS.index(wider)]
+
+
+def paged_config(arch: str, itemsize: int, width: int, v_width: int) -> PagedConfig:
+    """Returns the same of the paged kernel."""
+    if arch == INTERPRETER:
+        return _INTERPRETED_PAGED
+    return _PAGED[arch, itemsize][_WIDTHS.index(max(width, v_width, _WIDTHS[0]))]
 
 
 def described(arch: str, itemsize: int) -> bool:

@@ -100,7 +100,8 @@ def _work(
     return torch.from_numpy(items).to(device), torch.from_numpy(runs).to(device)
 
 
-def _arch(device: torch.device) -> str:
+def arch_of(device: torch.device) -> str:
+    """Returns the key of a device in the tables of configurations."""
     arch = architecture(device) if device.type == "cuda" else INTERPRETER
     assert arch is not None, "a device that TritonKernel.available refuses"
     return arch
@@ -108,7 +109,7 @@ def _arch(device: torch.device) -> str:
 
 def _describable(*tensors: Tensor) -> bool:
     """Whether tensors can be loaded by descriptors: addresses and strides of whole 16 bytes, within 40 bits."""
-    if not described(_arch(tensors[0].device), tensors[0].element_size()):
+    if not described(arch_of(tensors[0].device), tensors[0].element_size()):
         return False
     offsets = [stride * x.element_size() for x in tensors for stride in x.stride()[:3]]
     return all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and 0 < n < 1 << 40 for n in offsets)
@@ -122,7 +123,7 @@ def _sources(by_descriptor: bool, rows: int, *tensors: Tensor) -> list[Tensor | 
 
 
 def _config(q: Tensor, v: Tensor, which: Pass) -> Config:
-    return config(_arch(q.device), q.dtype.itemsize, padded(q.shape[3]), padded(v.shape[3]), which)
+    return config(arch_of(q.device), q.dtype.itemsize, padded(q.shape[3]), padded(v.shape[3]), which)
 
 
 def _constants(q: Tensor, v: Tensor, spec: Spec, chosen: Config, by_descriptor: bool) -> dict[str, int | bool]:

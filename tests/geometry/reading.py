@@ -1,4 +1,7 @@
-"""Reading a timetable out of the programs of all ranks, waits as the executor has them."""
+"""Reading a timetable out of the programs of all ranks, waits as the executor has them.
+
+What geometry/timetables.py writes for all ranks at once is held against this.
+"""
 
 from __future__ import annotations
 

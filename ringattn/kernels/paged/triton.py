@@ -1,0 +1,36 @@
+"""Our own kernel over pages for GPUs, in Triton: kernels/triton/paged.py, behind the contract."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.paged.contract import PageTables, Sight
+from ringattn.kernels.triton import TritonKernel
+
+
+class TritonPaged:
+    """See contract.PagedKernel.
+
+    Its grid follows from shapes; lengths are read on the device. So a captured CUDA graph may be replayed after the
+    contents of `tables` and `sight` have changed in place: entries after starts[B] are not looked at.
+    """
+
+    name = "triton"
+
+    def available(self) -> list[str]:
+        """Needs what the Triton kernels over tiles need."""
+        return TritonKernel().available()
+
+    def unsupported(self, call: Call) -> list[str]:
+        """See contract.PagedKernel.unsupported."""
+        return TritonKernel().unsupported(call)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: PageTables, sight: Sight, spec: Spec, out: Tensor, lse: Tensor
+    ) -> None:
+        """See contract.PagedKernel.forward."""
+        from ringattn.kernels.triton import paged_launch
+
+        if q.numel() and len(tables.pages):
+            paged_launch.forward(q, k, v, tables, sight, spec, out, lse)

@@ -1,0 +1,58 @@
+"""From tensors to the two launches of paged decoding. Nothing that lies on the device is asked for by the host."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.contract import Spec
+from ringattn.kernels.paged.contract import PageTables, Sight
+from ringattn.kernels.triton.configs import padded, paged_config
+from ringattn.kernels.triton.launch import Scores, arch_of
+from ringattn.kernels.triton.paged import combine_kernel, paged_kernel
+
+# A chunk of fewer slots is not worth a program: its part would be as many bytes as its keys.
+LEAST_SLOTS = 256
+# Numbers of parts that a program of the merge holds: 32 for each of its threads.
+COMBINED, COMBINE_WARPS = 4096, 4
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tables: PageTables, sight: Sight, spec: Spec, out: Tensor, lse: Tensor
+) -> None:
+    """See paged.contract.PagedKernel.forward."""
+    (batch, tokens, heads, dim), v_dim, kv_heads = q.shape, v.shape[3], k.shape[2]
+    group, page_size = heads // kv_heads, k.shape[1]
+    num_rows = tokens * group
+    chosen = paged_config(arch_of(q.device), q.dtype.itemsize, padded(dim), padded(v_dim))
+    block_m = chosen.rows(num_rows)
+    side_by_side = kv_heads * -(-num_rows // block_m)
+    wanted = chosen.programs * _multiprocessors(q.device) // side_by_side
+    num_chunks = max(1, min(wanted, len(tables.pages) * page_size // LEAST_SLOTS))
+    parts = (num_chunks + batch - 1, kv_heads, num_rows)
+    part_out, part_lse = (torch.empty(shape, device=q.device) for shape in ((*parts, v_dim), parts))
+    pages, slots, starts = (x.contiguous() for x in tables)
+    first, stop = (x.contiguous() for x in sight)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    sizes = (batch, num_chunks, kv_heads, group, num_rows)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        paged_kernel[(num_chunks * side_by_side,)](
+            q, k, v, pages, slots, starts, first, stop, part_out, part_lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, *Scores.of(spec),
+            DIM=dim, V_DIM=v_dim, WIDTH=padded(dim), V_WIDTH=padded(v_dim),
+            PAGE_SIZE=page_size, TOKENS=tokens, TOKENS_WIDTH=1 << (tokens - 1).bit_length(),
+            BLOCK_M=block_m, BLOCK_N=chosen.block_n, CAPPED=spec.softcap is not None,
+            num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        )  # fmt: skip
+        combine_kernel[(batch * kv_heads * num_rows,)](
+            part_out, part_lse, starts, out, lse, *out.stride()[:3], *lse.stride(), *sizes,
+            V_DIM=v_dim, V_WIDTH=padded(v_dim), PARTS=COMBINED // padded(v_dim), num_warps=COMBINE_WARPS,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; in the interpreter few, so that small tests have several chunks, and long ones of them."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ringattn.comm.rows import trade_rows
 from ringattn.errors import ArgumentError
+from ringattn.parallel.decoder import DecoderConfig
 
 _GROUPED_ALIGNMENT = 8  # torch's grouped kernel wants rows of 16 bytes, in bf16
 
@@ -100,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(dim, num_experts, top_k)
         self.experts = Experts(dim, hidden, num_experts)
         self._axis: dist.ProcessGroup | None = None
-        self._batch: dist.ProcessGroup | None = None
+        self._batch: tuple[dist.ProcessGroup, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's output, like x; its backward adds the gradient of the load-balancing loss.
@@ -131,9 +132,9 @@ class MixtureOfExperts(nn.Module):
         mixed = torch.einsum("tk,tkd->td", routing.weights.to(x.dtype), back)
         return mixed.view_as(x), balance_share(routing, self._batch)
 
-    def spread(self, axis: DeviceMesh | None, batch: DeviceMesh | None) -> None:
+    def spread(self, axis: DeviceMesh | None, batch: Sequence[DeviceMesh]) -> None:
         """Keeps this rank's experts only; see `spread_experts`."""
-        self._batch = None if batch is None else batch.get_group()
+        self._batch = tuple(part.get_group() for part in batch)
         if axis is None:
             return
         self._axis = axis.get_group()
@@ -200,7 +201,7 @@ class Dispatch:
         return rows if self.axis is None else trade_rows(rows, leaving, coming, self.axis)
 
 
-def balance_share(routing: Routing, batch: dist.ProcessGroup | None = None) -> Tensor:
+def balance_share(routing: Routing, batch: Sequence[dist.ProcessGroup] = ()) -> Tensor:
     """Returns this rank's share of the load-balancing loss, a scalar; the shares of all ranks sum up to the loss.
 
     The loss of a batch is E * sum over experts of f * p: f is the fraction of the batch's choices that an expert
@@ -209,15 +210,15 @@ def balance_share(routing: Routing, batch: dist.ProcessGroup | None = None) -> T
 
     Args:
         routing: of this rank's tokens.
-        batch: the ranks over which the tokens of the batch are spread; None when this rank has all of them.
-    Communication: over the batch, an all-reduce of one number for each expert and one more.
+        batch: the ranks over which the tokens of the batch are spread, a group for each axis; () when all are here.
+    Communication: over each group, an all-reduce of one number for each expert and one more.
     Source: Fedus et al. 2021, arXiv:2101.03961, eq. 4, counted over k choices.
     """
     num_tokens, num_experts = routing.probabilities.shape
     chosen = torch.bincount(routing.experts.flatten(), minlength=num_experts)
     counts = torch.cat([chosen, chosen.new_tensor([num_tokens])])
-    if batch is not None:
-        dist.all_reduce(counts, group=batch)
+    for group in batch:
+        dist.all_reduce(counts, group=group)
     used, total = counts[:-1].to(routing.probabilities.dtype), counts[-1].clamp(min=1)
     fractions = used / (total * routing.experts.shape[1])
     return num_experts * (fractions * routing.probabilities.sum(dim=0) / total).sum()
@@ -232,6 +233,25 @@ def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
     """
     attached: Tensor = _AttachLoss.apply(x, loss)  # type: ignore[no-untyped-call]
     return attached
+
+
+def mixture(config: DecoderConfig, *, num_micro_batches: int = 1) -> MixtureOfExperts:
+    """Returns what stands in the feed-forward slot of a decoder's mixture-of-experts layers.
+
+    Args:
+        config: of the decoder; config.moe is given.
+        num_micro_batches: in a step: each adds so small a part of its load-balancing loss.
+    """
+    spec = config.moe
+    if spec is None:
+        raise ArgumentError("config.moe=None: a decoder without experts has no layer for them")
+    return MixtureOfExperts(
+        config.dim,
+        spec.hidden,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        balance_weight=spec.aux_loss_weight / num_micro_batches,
+    )
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -270,7 +290,7 @@ def grouped_matmul(rows: Tensor, stack: Tensor, num_rows: Sequence[int]) -> Tens
     return F.grouped_mm(rows, stack, offs=counts.cumsum(0, dtype=torch.int32))
 
 
-def spread_experts(model: nn.Module, axis: DeviceMesh | None, *, batch: DeviceMesh | None = None) -> None:
+def spread_experts(model: nn.Module, axis: DeviceMesh | None, *, batch: Sequence[DeviceMesh] = ()) -> None:
     """Gives each rank of an axis its share of the experts, in every mixture-of-experts layer of a model, in place.
 
     All ranks hold the same weights before; none is sent. Afterwards a layer's stacks are DTensors over the axis, so
@@ -281,14 +301,14 @@ def spread_experts(model: nn.Module, axis: DeviceMesh | None, *, batch: DeviceMe
         model: whatever has `MixtureOfExperts` in it.
         axis: a mesh of one dim, such as `expert_mesh(mesh)`; its ranks have other tokens each. None leaves all
             experts on every rank.
-        batch: a mesh of one dim, such as `loss_mesh(mesh)`: all ranks over which the tokens of a batch are spread, the
-            axis among them. Load is balanced over them. None is a batch of this rank's own.
+        batch: meshes of one dim, such as `loss_mesh(mesh)`: all ranks over which the tokens of a batch are spread,
+            those of the axis among them. Load is balanced over all of them; () is a batch of this rank's own.
     Raises:
         ArgumentError: when a mesh has not one dim, or the axis does not divide the number of experts.
     """
-    for name, mesh in (("axis", axis), ("batch", batch)):
+    for mesh in (axis, *batch):
         if mesh is not None and mesh.ndim != 1:
-            raise ArgumentError(f"{name}={mesh!r}: must be a mesh of one dim, such as mesh['{name}']")
+            raise ArgumentError(f"{mesh!r}: must be a mesh of one dim, such as mesh['ep']")
     layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     for layer in layers:
         if axis is not None and layer.num_experts % axis.size():

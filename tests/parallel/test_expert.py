@@ -89,7 +89,7 @@ def spread_over_ranks(group: dist.ProcessGroup, counts: tuple[int, ...]) -> None
     expected = plain(x, dout)
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ep",))
     moe = layer()
-    spread_experts(moe, mesh, batch=mesh)
+    spread_experts(moe, mesh, batch=[mesh])
     found = solve(moe, x[mine], dout[mine])
 
     assert_close(found.out, expected.out[mine], atol=1e-10, name="out")

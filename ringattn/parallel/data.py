@@ -20,9 +20,9 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder
-from ringattn.parallel.mesh import axis_mesh, axis_size, fsdp_mesh, loss_mesh
+from ringattn.parallel.mesh import EXPERT, axis_mesh, axis_size, expert_fsdp_mesh, fsdp_mesh, loss_mesh
 
 
 def check_data(mesh: DeviceMesh, zero: int) -> None:
@@ -51,7 +51,8 @@ def check_data(mesh: DeviceMesh, zero: int) -> None:
 def share_out(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPrecisionPolicy | None = None) -> None:
     """Has the ranks that see other tokens share out the weights of a decoder, or of a stage, and sum its gradients.
 
-    What is shared out already stays as it is, such as experts.
+    Experts are spread over "ep" already: what there is to share out or to sum lies between the ranks that have the same
+    ones, "efsdp".
 
     Args:
         model: with its weights split over "tp", if at all.
@@ -62,15 +63,14 @@ def share_out(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPr
         gradient reduce-scattered, and its shard all-reduced over dp_replicate. With 0, each gradient all-reduced.
     """
     policy = MixedPrecisionPolicy() if precision is None else precision
-    wrap = _wrapper(mesh, zero, policy)
-    if wrap is None:
-        _finish_gradients(model)
-        return
-    for part in (*model.layers.values(), model):
-        wrap(part)
-    for module in _shared(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    spread = {parameter for parameter in model.parameters() if _is_spread(parameter)}
+    apart = [module for module in model.modules() if not spread.isdisjoint(module.parameters(recurse=False))]
+    _share(apart, spread, _expert_ranks(mesh, zero), zero, policy)
+    _share([*model.layers.values(), model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 @contextmanager
@@ -90,18 +90,43 @@ def hold_gradients(model: nn.Module) -> Iterator[None]:
         _set_last(model, True)
 
 
-def _wrapper(mesh: DeviceMesh, zero: int, policy: MixedPrecisionPolicy) -> Callable[[nn.Module], object] | None:
-    """What shares a module out, or has it replicated; None where nobody sees other tokens."""
-    copies = loss_mesh(mesh) if zero == 0 else axis_mesh(mesh, "dp_replicate")
-    sharded = None if zero == 0 else fsdp_mesh(mesh)
-    if sharded is not None:
-        both = sharded if copies is None else DeviceMesh._concatenate([copies, sharded])
-        return partial(fully_shard, mesh=both, reshard_after_forward=zero == 3, mp_policy=policy)
-    return None if copies is None else partial(replicate, mesh=copies, mp_policy=policy)
+class _Ranks(NamedTuple):
+    """The ranks that have the same weights to learn: `shard` share out one copy, `copies` have copies of that."""
+
+    copies: DeviceMesh | None
+    shard: DeviceMesh | None
 
 
-def _shared(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _ranks(mesh: DeviceMesh, zero: int) -> _Ranks:
+    return _Ranks(axis_mesh(mesh, "dp_replicate"), fsdp_mesh(mesh)) if zero else _Ranks(loss_mesh(mesh), None)
+
+
+def _expert_ranks(mesh: DeviceMesh, zero: int) -> _Ranks:
+    copies, shard = axis_mesh(mesh, "dp_replicate"), expert_fsdp_mesh(mesh)
+    if zero or shard is None:
+        return _Ranks(copies, shard)
+    if copies is None:
+        return _Ranks(shard, None)
+    return _Ranks(DeviceMesh._concatenate([copies, shard])._flatten("expert_copies"), None)
+
+
+def _is_spread(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and EXPERT.name in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _share(
+    parts: Sequence[nn.Module], owned: set[nn.Parameter], ranks: _Ranks, zero: int, policy: MixedPrecisionPolicy
+) -> None:
+    """Shares the parts out, inner ones before outer ones, but only the parameters that are meant."""
+    for part in parts:
+        others = set(part.parameters()) - owned
+        if ranks.shard is not None:
+            both = ranks.shard if ranks.copies is None else DeviceMesh._concatenate([ranks.copies, ranks.shard])
+            fully_shard(part, mesh=both, reshard_after_forward=zero == 3, mp_policy=policy, ignored_params=others)
+        elif ranks.copies is not None:
+            replicate(part, mesh=ranks.copies, mp_policy=policy, ignored_params=others)
+    if ranks == (None, None):
+        _finish_gradients(owned)
 
 
 def _set_last(model: nn.Module, last: bool) -> None:
@@ -111,12 +136,12 @@ def _set_last(model: nn.Module, last: bool) -> None:
         model.set_reshard_after_backward(last)
 
 
-def _finish_gradients(model: nn.Module) -> None:
+def _finish_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Has gradients summed over "tp" as soon as they are there, where rows lie on several ranks, as those of norms.
 
     `fully_shard` and `replicate` do it themselves.
     """
-    for parameter in model.parameters():
+    for parameter in parameters:
         if isinstance(parameter, DTensor):
             parameter.register_post_accumulate_grad_hook(_finish)  # type: ignore[no-untyped-call]
 

@@ -80,13 +80,13 @@ class _SplitCrossEntropy(torch.autograd.Function):
         largest = logits.amax(1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         weights = (logits - largest[:, None]).exp_()
-        hit = (logits.gather(1, column)[:, 0] - largest) * here
+        hit = torch.where(here, logits.gather(1, column)[:, 0] - largest, 0.0)
         sums = torch.stack([weights.sum(1), hit])
         dist.all_reduce(sums, group=group)
         total, target = sums
         valid = labels != IGNORED_LABEL
         ctx.save_for_backward(weights.div_(total[:, None]), column, here, valid)
-        losses: Tensor = (total.log() - target) * valid
+        losses = torch.where(valid, total.log() - target, 0.0)
         return losses
 
     @staticmethod

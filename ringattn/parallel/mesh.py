@@ -228,13 +228,12 @@ def _flat(mesh: DeviceMesh, names: tuple[str, ...], flat_name: str) -> DeviceMes
 def _borrow(mesh: DeviceMesh, sharded: DeviceMesh, ep: int) -> None:
     """Cuts the axis "fsdp" again, into efsdp x ep, and has the mesh keep both."""
     replicas = sharded.size() // ep
-    # torch keeps the meshes made by _flatten in this table, but those made by _unflatten nowhere.
-    kept = mesh._flatten_mapping
     if replicas == 1:
-        kept["ep"] = sharded
+        sharded._flatten("ep")
         return
     cut = sharded._unflatten(0, (replicas, ep), ("efsdp", "ep"))
-    kept["efsdp"], kept["ep"] = cut["efsdp"], cut["ep"]
+    # torch keeps the meshes made by _flatten in this table, but those made by _unflatten nowhere.
+    mesh._flatten_mapping.update(efsdp=cut["efsdp"], ep=cut["ep"])
 
 
 def _borrowed(mesh: DeviceMesh, name: str) -> DeviceMesh | None:

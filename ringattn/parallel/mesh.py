@@ -4,7 +4,7 @@
 
 Ranks are numbered row by row, the last axis counting fastest. So the axes that talk most, in every layer, lie within a
 machine, and those that talk once a step lie across machines. Axes of one rank are left out of the mesh, and have no
-group.
+group; but for "ring" where "ulysses" is left out as well, since attention needs ranks to run on, be it one.
 
 Three more meshes are made of these axes, and borrow their ranks:
 
@@ -67,7 +67,7 @@ def build_mesh(
     """A mesh over all ranks, with an axis for each size above one.
 
     All ranks of the default group call it together. Sizes are checked, and compared between ranks, before any group is
-    made. A world of one rank gets the axis "dp_replicate".
+    made. There is an axis "ring" or "ulysses" in any case, of one rank if both are 1: what attention runs on.
 
     Args:
         pp: stages of layers.
@@ -79,7 +79,7 @@ def build_mesh(
         ep: ranks among which experts are dealt; a divisor of dp_shard x ring x ulysses, whose ranks they are.
         device_type: "cpu" or "cuda"; None is the one that the default group's backend serves.
     Returns:
-        a DeviceMesh, whose axes are those of `AXES` that are longer than one, in that order.
+        a DeviceMesh, whose axes are those of `AXES` that are longer than one, and "ring" or "ulysses", in that order.
     Raises:
         ArgumentError: when a size is no positive integer, the sizes do not multiply to the number of ranks, or ep does
             not divide the ranks it borrows.
@@ -102,8 +102,8 @@ def build_mesh(
         return {"the sizes of the axes": str({**sizes, "ep": ep}), "device_type": found}, found
 
     device = agreed(team, None, prepare)
-    longer = {name: size for name, size in sizes.items() if size > 1} or {"dp_replicate": 1}
-    mesh = init_device_mesh(device, tuple(longer.values()), mesh_dim_names=tuple(longer))
+    kept = {name: size for name, size in sizes.items() if size > 1 or (name == "ring" and ulysses == 1)}
+    mesh = init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
     # Every rank makes the same groups in the same order: so all of them here, none on first use.
     sharded, _ = _flat(mesh, SHARDED, "fsdp"), _flat(mesh, TOKENS, "loss")
     if ep > 1:
@@ -131,10 +131,17 @@ def axis_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
     return mesh[name] if axis_size(mesh, name) > 1 else None
 
 
-def context_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Returns the ranks that hold one sequence: ("ring", "ulysses"), one of the two, or None."""
-    axes = _longer(mesh, CONTEXT)
-    return mesh[axes] if axes else None
+def context_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Returns the ranks that hold one sequence: ("ring", "ulysses"), or one of the two.
+
+    Raises:
+        ArgumentError: when the mesh has neither.
+    """
+    names = mesh.mesh_dim_names or ()
+    axes = _longer(mesh, CONTEXT) or tuple(name for name in CONTEXT if name in names)[:1]
+    if not axes:
+        raise ArgumentError(f"mesh={mesh}: must have an axis 'ring' or 'ulysses', be it of one rank")
+    return mesh[axes]
 
 
 def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
@@ -221,13 +228,12 @@ def _flat(mesh: DeviceMesh, names: tuple[str, ...], flat_name: str) -> DeviceMes
 def _borrow(mesh: DeviceMesh, sharded: DeviceMesh, ep: int) -> None:
     """Cuts the axis "fsdp" again, into efsdp x ep, and has the mesh keep both."""
     replicas = sharded.size() // ep
-    # torch keeps the meshes made by _flatten in this table, but those made by _unflatten nowhere.
-    kept = mesh._flatten_mapping
     if replicas == 1:
-        kept["ep"] = sharded
+        sharded._flatten("ep")
         return
     cut = sharded._unflatten(0, (replicas, ep), ("efsdp", "ep"))
-    kept["efsdp"], kept["ep"] = cut["efsdp"], cut["ep"]
+    # torch keeps the meshes made by _flatten in this table, but those made by _unflatten nowhere.
+    mesh._flatten_mapping.update(efsdp=cut["efsdp"], ep=cut["ep"])
 
 
 def _borrowed(mesh: DeviceMesh, name: str) -> DeviceMesh | None:

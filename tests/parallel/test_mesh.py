@@ -22,23 +22,24 @@ def _shapes(group: dist.ProcessGroup, sizes: dict[str, int]) -> dict[str, object
     context = meshes.context_mesh(mesh)
     return {
         "axes": mesh.mesh_dim_names,
-        "context": None if context is None else (context.mesh_dim_names, _members(context)),
+        "context": (context.mesh_dim_names, _members(context)),
         "fsdp": _members(meshes.fsdp_mesh(mesh)),
         "loss": _members(meshes.loss_mesh(mesh)),
         "ep": _members(meshes.expert_mesh(mesh)),
         "efsdp": _members(meshes.expert_fsdp_mesh(mesh)),
         "batch": meshes.batch_place(mesh),
-        "again": meshes.fsdp_mesh(mesh) is meshes.fsdp_mesh(mesh) or len(mesh.mesh_dim_names or ()) == 1,
+        "again": meshes.fsdp_mesh(mesh) == meshes.fsdp_mesh(mesh),
         "table": meshes.describe(mesh),
     }
 
 
 def test_the_fast_axes_are_neighbours(pool: RankPool) -> None:
     shapes = pool.run(_shapes, RANKS, {"dp_shard": 2, "tp": 2})
-    assert [s["axes"] for s in shapes] == [("dp_shard", "tp")] * RANKS
+    assert [s["axes"] for s in shapes] == [("dp_shard", "ring", "tp")] * RANKS
     assert [s["fsdp"] for s in shapes] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [s["batch"] for s in shapes] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert all(s["context"] is None and s["ep"] is None for s in shapes)
+    assert [s["context"] for s in shapes] == [(("ring",), [rank]) for rank in range(RANKS)]
+    assert all(s["ep"] is None for s in shapes)
 
 
 def test_experts_borrow_the_ranks_that_share_out_the_weights(pool: RankPool) -> None:

@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from ringattn.comm.rows import trade_rows
+from ringattn.comm.sums import sum_gradients
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import DecoderConfig
+from ringattn.parallel.mesh import axis_mesh, axis_size, expert_mesh, loss_mesh
 
 _GROUPED_ALIGNMENT = 8  # torch's grouped kernel wants rows of 16 bytes, in bf16
 
@@ -44,10 +46,13 @@ class Router(nn.Module):
         self.top_k = top_k
         self.scores = nn.Linear(dim, num_experts, bias=False)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Returns where the tokens of x, (T, dim), go; weights are fp32, or float64 for float64."""
+    def forward(self, x: Tensor, sharers: dist.ProcessGroup | None = None) -> Routing:
+        """Returns where the tokens of x, (T, dim), go; weights are fp32, or float64 for float64.
+
+        Ranks of `sharers` have the same router, and other tokens: its gradient is summed over them.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
-        probabilities = self.scores(x).to(wide).softmax(dim=-1)
+        probabilities = F.linear(x, _shared(self.scores.weight, sharers)).to(wide).softmax(dim=-1)
         best, experts = probabilities.topk(self.top_k, dim=-1)
         return Routing(experts, best / best.sum(dim=-1, keepdim=True), probabilities)
 
@@ -64,14 +69,15 @@ class Experts(nn.Module):
             bound = stack.shape[1] ** -0.5
             nn.init.uniform_(stack, -bound, bound)
 
-    def forward(self, rows: Tensor, num_rows: Sequence[int]) -> Tensor:
+    def forward(self, rows: Tensor, num_rows: Sequence[int], sharers: dist.ProcessGroup | None = None) -> Tensor:
         """Returns what each expert makes of its rows.
 
         Args:
             rows: (sum(num_rows), dim): the rows of this rank's first expert, then those of the next.
             num_rows: how many rows each of this rank's experts has; 0 is allowed, and gives a gradient of zero.
+            sharers: ranks that have the same experts, and other rows: gradients are summed over them.
         """
-        gate, up, down = (_held_here(stack) for stack in (self.gate, self.up, self.down))
+        gate, up, down = (_shared(stack, sharers) for stack in (self.gate, self.up, self.down))
         mixed = F.silu(segment_matmul(rows, gate, num_rows)) * segment_matmul(rows, up, num_rows)
         return segment_matmul(mixed, down, num_rows)
 
@@ -102,6 +108,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(dim, hidden, num_experts)
         self._axis: dist.ProcessGroup | None = None
         self._batch: tuple[dist.ProcessGroup, ...] = ()
+        self._sharers: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's output, like x; its backward adds the gradient of the load-balancing loss.
@@ -125,16 +132,29 @@ class MixtureOfExperts(nn.Module):
             experts, and of k rows back; the backward sends as many rows. Over the batch, one number for each expert.
         """
         tokens = x.flatten(0, -2)
-        routing: Routing = self.router(tokens)
+        routing: Routing = self.router(tokens, self._sharers)
         dispatch = Dispatch.of(routing.experts, self.num_experts, self._axis)
         rows = dispatch.there(tokens)
-        back = dispatch.back(self.experts(rows, dispatch.num_rows))
+        back = dispatch.back(self.experts(rows, dispatch.num_rows, self._sharers))
         mixed = torch.einsum("tk,tkd->td", routing.weights.to(x.dtype), back)
         return mixed.view_as(x), balance_share(routing, self._batch)
 
-    def spread(self, axis: DeviceMesh | None, batch: Sequence[DeviceMesh]) -> None:
-        """Keeps this rank's experts only; see `spread_experts`."""
-        self._batch = tuple(part.get_group() for part in batch)
+    def spread(
+        self,
+        axis: DeviceMesh | None,
+        *,
+        batch: Sequence[dist.ProcessGroup] = (),
+        sharers: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Keeps this rank's experts only, in place. All ranks have the same weights before; none is sent.
+
+        Args:
+            axis: a mesh of one dim, whose ranks have other tokens each; None leaves all experts on every rank.
+            batch: the ranks over which the tokens of a batch are spread, a group for each axis of a mesh, those of the
+                experts' axis among them. Load is balanced over all of them.
+            sharers: ranks that have the same experts and other tokens, and whose gradients nobody else sums.
+        """
+        self._batch, self._sharers = tuple(batch), sharers
         if axis is None:
             return
         self._axis = axis.get_group()
@@ -290,35 +310,39 @@ def grouped_matmul(rows: Tensor, stack: Tensor, num_rows: Sequence[int]) -> Tens
     return F.grouped_mm(rows, stack, offs=counts.cumsum(0, dtype=torch.int32))
 
 
-def spread_experts(model: nn.Module, axis: DeviceMesh | None, *, batch: Sequence[DeviceMesh] = ()) -> None:
-    """Gives each rank of an axis its share of the experts, in every mixture-of-experts layer of a model, in place.
+def check_experts(config: DecoderConfig, mesh: DeviceMesh) -> None:
+    """Checks that the experts of a decoder can be spread over the axis "ep".
 
-    All ranks hold the same weights before; none is sent. Afterwards a layer's stacks are DTensors over the axis, so
-    that checkpoints know what they are part of. The gradient of an expert counts the tokens of the whole axis: it needs
-    a sum only over ranks that hold the same expert.
+    Raises:
+        ArgumentError: when there are none, or "ep" does not divide their number.
+    """
+    size = axis_size(mesh, "ep")
+    if size > 1 and config.moe is None:
+        raise ArgumentError(f"ep={size}: the model has no experts to spread; leave ep out")
+    if config.moe is not None and config.moe.num_experts % size:
+        raise ArgumentError(f"ep={size}: must divide num_experts={config.moe.num_experts}")
+
+
+def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Gives each rank along "ep" its share of the experts, in every mixture-of-experts layer of a model, in place.
+
+    Afterwards a layer's stacks are DTensors over the axis, so that checkpoints know what they are part of. The gradient
+    of an expert counts the tokens of the whole axis: it needs a sum only over ranks that have the same expert, which
+    is "efsdp" and dp_replicate. Along "tp", where each rank has other rows of a sequence, they are summed at once.
 
     Args:
-        model: whatever has `MixtureOfExperts` in it.
-        axis: a mesh of one dim, such as `expert_mesh(mesh)`; its ranks have other tokens each. None leaves all
-            experts on every rank.
-        batch: meshes of one dim, such as `loss_mesh(mesh)`: all ranks over which the tokens of a batch are spread,
-            those of the axis among them. Load is balanced over all of them; () is a batch of this rank's own.
-    Raises:
-        ArgumentError: when a mesh has not one dim, or the axis does not divide the number of experts.
+        model: whatever has `MixtureOfExperts` in it, with the same weights on every rank.
+        mesh: from `build_mesh`; see `check_experts`.
     """
-    for mesh in (axis, *batch):
-        if mesh is not None and mesh.ndim != 1:
-            raise ArgumentError(f"{mesh!r}: must be a mesh of one dim, such as mesh['ep']")
-    layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    for layer in layers:
-        if axis is not None and layer.num_experts % axis.size():
-            raise ArgumentError(
-                f"{layer.num_experts} experts cannot be spread over {axis.size()} ranks evenly: "
-                "the number of experts must be a multiple of ep"
-            )
-    for layer in layers:
-        layer.spread(axis, batch)
+    tokens, rows = loss_mesh(mesh), axis_mesh(mesh, "tp")
+    sharers = None if rows is None else rows.get_group()
+    batch = [part.get_group() for part in (tokens, rows) if part is not None]
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.spread(expert_mesh(mesh), batch=batch, sharers=sharers)
 
 
-def _held_here(stack: Tensor) -> Tensor:
-    return stack.to_local() if isinstance(stack, DTensor) else stack
+def _shared(weight: Tensor, sharers: dist.ProcessGroup | None) -> Tensor:
+    """The part of a weight that is here, its gradient summed over those that share it."""
+    here = weight.to_local() if isinstance(weight, DTensor) else weight
+    return here if sharers is None else sum_gradients(here, sharers)

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from ringattn.errors import ArgumentError
 from ringattn.parallel.data import check_data, share_out
 from ringattn.parallel.decoder import Decoder
+from ringattn.parallel.expert import check_experts, spread_experts
 from ringattn.parallel.mesh import axis_size
 from ringattn.parallel.tensor import check_tensor, split_weights
 
@@ -34,6 +35,7 @@ def parallelize(
     """
     check_mix(model, mesh, zero)
     split_weights(model, mesh)
+    spread_experts(model, mesh)
     share_out(model, mesh, zero=zero, precision=precision)
     return model
 
@@ -45,6 +47,7 @@ def check_mix(model: Decoder, mesh: DeviceMesh, zero: int) -> None:
         ArgumentError: when it cannot.
     """
     check_tensor(model.config, mesh)
+    check_experts(model.config, mesh)
     check_data(mesh, zero)
     if (stages := axis_size(mesh, "pp")) > 1 and len(model.layers) == model.config.num_layers:
         raise ArgumentError(f"pp={stages}: the model has all its {len(model.layers)} layers; cut it into stages first")

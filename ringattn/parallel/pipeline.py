@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
@@ -217,7 +218,9 @@ class Pipeline:
         """Makes it; nothing is sent before the first step.
 
         Args:
-            stages: this rank's, from `cut_stages`, whatever has been done to them since.
+            stages: this rank's, from `cut_stages`, whatever has been done to them since. Where the schedule computes
+                backward in two parts, what `fully_shard` has shared out stays whole from a step's first forward to its
+                last backward, as with ZeRO-2.
             course: from `plan_course`, the same on all ranks.
             axis: the mesh of one dim along which the stages lie.
             loss: from the last stage's output and a micro-batch's target, its share of the loss: a scalar. Shares are
@@ -240,6 +243,8 @@ class Pipeline:
                 f"schedule={course.schedule!r} computes gradients of weights by themselves, which "
                 "DistributedDataParallel does not see: use fully_shard or replicate"
             )
+        if kind.in_parts:
+            _keep_whole(stages)
         self.stages, self.course, self.axis = list(stages), course, axis
         self._loss, self._dim, self._dtype, self._row_shards = loss, dim, dtype, row_shards
         self._shape: torch.Size | None = None
@@ -330,6 +335,14 @@ class Pipeline:
 
     def _like(self, shape: Sequence[int]) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
+
+
+def _keep_whole(stages: Sequence[nn.Module]) -> None:
+    """Keeps weights whole between forward and backward: torch looks for those that took part in the forward."""
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False, recurse=False)
 
 
 def _finish_gradients(stage: nn.Module) -> None:

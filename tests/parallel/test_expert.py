@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.expert import Dispatch, MixtureOfExperts, grouped_matmul, segment_matmul, spread_experts
+from ringattn.parallel.expert import Dispatch, MixtureOfExperts, grouped_matmul, segment_matmul
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.ranks import RankPool
 
@@ -89,7 +89,7 @@ def spread_over_ranks(group: dist.ProcessGroup, counts: tuple[int, ...]) -> None
     expected = plain(x, dout)
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ep",))
     moe = layer()
-    spread_experts(moe, mesh, batch=[mesh])
+    moe.spread(mesh, batch=[group])
     found = solve(moe, x[mine], dout[mine])
 
     assert_close(found.out, expected.out[mine], atol=1e-10, name="out")
@@ -176,17 +176,6 @@ def test_grouped_matmul_is_segment_matmul(dtype: torch.dtype) -> None:
     for name, a, b, c in zip(("out", "drows", "dstack"), grouped, exact, looped, strict=True):
         assert_within_rule(a, b, c, name=name)
     assert not grouped[2][1].any()
-
-
-def spread_badly(group: dist.ProcessGroup) -> None:
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ep",))
-    spread_experts(layer(), mesh)
-
-
-def test_experts_that_do_not_divide(pool: RankPool) -> None:
-    for error in pool.expect_error(spread_badly, 3):
-        assert error.type_name == "ArgumentError"
-        assert "8 experts cannot be spread over 3 ranks" in error.message
 
 
 def test_more_choices_than_experts() -> None:

@@ -20,7 +20,7 @@ from ringattn.attention.request import Masks
 from ringattn.errors import ArgumentError
 from ringattn.parallel.bubble import Move, bubble_formula, bubble_fraction, ideal_actions
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
-from ringattn.parallel.expert import mixture, spread_experts
+from ringattn.parallel.expert import MixtureOfExperts, mixture
 from ringattn.parallel.pipeline import KINDS, MicroBatch, Pipeline, cut_stages, plan_course
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
@@ -162,9 +162,9 @@ def pipelined(group: dist.ProcessGroup, schedule: str, shape: tuple[int, int], m
     ring = mesh["ring"] if shape[1] > 1 else None
     course = plan_course(schedule, CONFIG.num_layers, shape[0], BATCHES)
     stages = cut_stages(copy.deepcopy(whole_model(moe)), course, mesh["pp"].get_local_rank())
-    for stage in stages:
-        if ring is not None:
-            spread_experts(stage, ring, batch=[ring])
+    for module in (module for stage in stages for module in stage.modules()):
+        if ring is not None and isinstance(module, MixtureOfExperts):
+            module.spread(ring, batch=[ring.get_group()])
     pipeline = Pipeline(stages, course, mesh["pp"], loss=loss_of, dim=CONFIG.dim, dtype=torch.float64)
     if ring is None:
         _alone()

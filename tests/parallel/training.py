@@ -25,6 +25,7 @@ from ringattn.parallel.clip import clip_gradients
 from ringattn.parallel.context import attend_over, share_of
 from ringattn.parallel.data import hold_gradients
 from ringattn.parallel.decoder import Decoder, DecoderConfig
+from ringattn.parallel.expert import mixture
 from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
 from ringattn.parallel.mesh import build_mesh, context_mesh
 from ringattn.parallel.parallelize import parallelize
@@ -111,7 +112,7 @@ def batches(mask: str, length: int, vocab_size: int, steps: int) -> list[dict[st
 def make_model(config: DecoderConfig) -> Decoder:
     """The same weights everywhere."""
     torch.manual_seed(0)
-    return Decoder(config).double()
+    return Decoder(config, moe=None if config.moe is None else mixture).double()
 
 
 @cache
@@ -119,13 +120,21 @@ def train_alone(mask: str, length: int, config: DecoderConfig, steps: int) -> Tr
     """Trains in this process, by the definition of attention, and plain torch."""
     model = make_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    return steps_alone(model, optimizer, mask, batches(mask, length, config.vocab_size, steps))
+
+
+def steps_alone(
+    model: Decoder, optimizer: torch.optim.Optimizer, mask: str, whole_batches: list[dict[str, Any]]
+) -> Trained:
+    """Some steps of that."""
+    length = whole_batches[0]["input_ids"].shape[1]
     allowed = torch.stack([_allowed(mask, length, sequence) for sequence in range(SEQUENCES)])
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
         return plain_attention(q, k, v, allowed)[0]
 
     losses, norms = [], []
-    for batch in batches(mask, length, config.vocab_size, steps):
+    for batch in whole_batches:
         positions = batch.get("position_ids", torch.arange(length)[None])
         logits = model(batch["input_ids"], positions=positions, mask=None, attend=attend)
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
@@ -152,7 +161,7 @@ def train_together(group: dist.ProcessGroup, mix: Mix, steps: int) -> Trained:
         num_valid = count_valid(share["shift_labels"], mesh)
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
-        micro_batches = _micro_batches(share, mix.micro_batches)
+        micro_batches = cut_share(share, mix.micro_batches)
         for index, micro in enumerate(micro_batches):
             logits = model(micro["input_ids"], positions=micro["position_ids"], mask=micro["mask"], attend=attend)
             loss = cross_entropy(logits, micro["shift_labels"], num_valid, mesh)
@@ -165,7 +174,7 @@ def train_together(group: dist.ProcessGroup, mix: Mix, steps: int) -> Trained:
         norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))
         optimizer.step()
         losses.append(float(sum_over_tokens(total, mesh)))
-    return Trained(losses, norms, {name: _whole(p) for name, p in model.named_parameters()})
+    return Trained(losses, norms, {name: whole(p) for name, p in model.named_parameters()})
 
 
 @lru_cache(maxsize=32)
@@ -174,7 +183,7 @@ def mesh_of(sizes: tuple[tuple[str, int], ...]) -> DeviceMesh:
     return build_mesh(**dict(sizes), device_type="cpu")
 
 
-def _micro_batches(share: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def cut_share(share: dict[str, Any], count: int) -> list[dict[str, Any]]:
     each = share["input_ids"].shape[0] // count
     rows = [slice(index * each, (index + 1) * each) for index in range(count)]
 
@@ -185,7 +194,7 @@ def _micro_batches(share: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{name: cut(value, row) for name, value in share.items()} for row in rows]
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     found: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return found.detach()
 

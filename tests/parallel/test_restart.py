@@ -24,9 +24,8 @@ def run(folder: Path, how: str) -> dict[str, Any]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command += ["-m", "tests.parallel.restart_program", str(folder), str(UNTIL), how]
-    ended = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False
-    )
+    environment, root = os.environ | {"OMP_NUM_THREADS": "1"}, Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert (folder / "killed").exists() == (how != "never")
     found: dict[str, Any] = torch.load(folder / "end.pt")

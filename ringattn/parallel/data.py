@@ -63,7 +63,7 @@ def share_out(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPr
         gradient reduce-scattered, and its shard all-reduced over dp_replicate. With 0, each gradient all-reduced.
     """
     policy = MixedPrecisionPolicy() if precision is None else precision
-    spread = {parameter for parameter in model.parameters() if is_spread(parameter)}
+    spread = {parameter for parameter in model.parameters() if _is_spread(parameter)}
     apart = [module for module in model.modules() if not spread.isdisjoint(module.parameters(recurse=False))]
     _share(apart, spread, _expert_ranks(mesh, zero), zero, policy)
     _share([*model.layers.values(), model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
@@ -110,8 +110,7 @@ def _expert_ranks(mesh: DeviceMesh, zero: int) -> _Ranks:
     return _Ranks(DeviceMesh._concatenate([copies, shard])._flatten("expert_copies"), None)
 
 
-def is_spread(parameter: nn.Parameter) -> bool:
-    """Returns whether a parameter holds some of a layer's experts, the others being on other ranks of "ep"."""
+def _is_spread(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and EXPERT.name in (parameter.device_mesh.mesh_dim_names or ())
 
 

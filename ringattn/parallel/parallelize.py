@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.data import check_data, is_spread, share_out
+from ringattn.parallel.data import check_data, share_out
 from ringattn.parallel.decoder import Decoder
 from ringattn.parallel.mesh import axis_size
 from ringattn.parallel.tensor import check_tensor, split_weights
@@ -46,7 +46,5 @@ def check_mix(model: Decoder, mesh: DeviceMesh, zero: int) -> None:
     """
     check_tensor(model.config, mesh)
     check_data(mesh, zero)
-    if (ranks := axis_size(mesh, "ep")) > 1 and not any(map(is_spread, model.parameters())):
-        raise ArgumentError(f"ep={ranks}: the model has no experts that are spread over these ranks")
     if (stages := axis_size(mesh, "pp")) > 1 and len(model.layers) == model.config.num_layers:
         raise ArgumentError(f"pp={stages}: the model has all its {len(model.layers)} layers; cut it into stages first")

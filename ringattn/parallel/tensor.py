@@ -22,7 +22,6 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
-    PrepareModuleInputOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -56,8 +55,8 @@ def split_weights(model: Decoder, mesh: DeviceMesh) -> None:
 
     Weights become DTensors on that axis, rank 0 of it giving its values to the others. Then the stage takes and gives
     the residual stream as (B, S / tp, dim), S being the rows that this rank's "tp" neighbours have together, and gives
-    logits as (B, S, vocab_size / tp). A mixture of experts is not split: it gets all rows on each of these ranks, which
-    then all compute the same. Spread experts over "ep" instead.
+    logits as (B, S, vocab_size / tp). What stands in the feed-forward slot of a mixture-of-experts layer is left as
+    it is, and gets (B, S / tp, dim).
 
     Communication: each weight once.
     """
@@ -78,15 +77,7 @@ def split_weights(model: Decoder, mesh: DeviceMesh) -> None:
             f"layers.{name}.attention.wo": RowwiseParallel(output_layouts=rows),
             f"layers.{name}.feed_forward_norm": SequenceParallel(use_local_output=True),
         }
-        if not isinstance(layer.feed_forward, FeedForward):
-            plan[f"layers.{name}.feed_forward"] = PrepareModuleInputOutput(
-                input_layouts=rows,
-                desired_input_layouts=whole,
-                use_local_input=True,
-                output_layouts=whole,
-                desired_output_layouts=rows,
-            )
-        else:
+        if isinstance(layer.feed_forward, FeedForward):
             plan |= {
                 f"layers.{name}.feed_forward": PrepareModuleInput(input_layouts=rows, desired_input_layouts=whole),
                 f"layers.{name}.feed_forward.gate": ColwiseParallel(),

@@ -7,7 +7,7 @@ import torch
 
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
-from tests.parallel.training import MIXED, Mix, Trained, train_alone, train_together
+from tests.parallel.training import Mix, Trained, train_alone, train_together
 
 ATOL = 1e-10
 STEPS = 3
@@ -20,7 +20,7 @@ FEW = [
     Mix({"ring": 2, "ulysses": 2}, mask="packed", zero=0),
     Mix({"dp_shard": 2, "ulysses": 2}, mask="packed", zero=2),
     Mix({"dp_replicate": 2, "ring": 2}, mask="packed", micro_batches=2, hold=True),
-    Mix({"dp_shard": 2, "tp": 2}, micro_batches=2, config=MIXED),
+    Mix({"dp_shard": 2, "tp": 2}, micro_batches=2),
 ]
 
 

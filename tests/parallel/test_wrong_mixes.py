@@ -43,10 +43,6 @@ def uncut(group: dist.ProcessGroup) -> None:
     parallelize(make_model(CONFIG), mesh_of((("pp", 2), ("tp", 2))))
 
 
-def no_experts(group: dist.ProcessGroup) -> None:
-    parallelize(make_model(CONFIG), mesh_of((("ring", 4), ("ep", 2))))
-
-
 def odd_rows(group: dist.ProcessGroup) -> None:
     # Only the last rank of the ring has an odd number of rows.
     attend_over(mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
@@ -78,7 +74,6 @@ def odd_masks(group: dist.ProcessGroup) -> None:
         (stage_4, "zero=4: must be 0, 2 or 3"),
         (nothing_shared, "zero=0 keeps all weights whole, but dp_shard=2 shares them out"),
         (uncut, "pp=2: the model has all its 2 layers; cut it into stages first"),
-        (no_experts, "ep=2: the model has no experts that are spread over these ranks"),
         (odd_rows, "gives rank 1 3 rows, which tp=2 must divide"),
         (odd_rows_of_a_batch, "gives rank 1 3 rows, which tp=2 must divide"),
         (other_ranks, "4 ranks"),

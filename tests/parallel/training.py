@@ -7,14 +7,14 @@ the weights at the end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from ringattn.attention.request import Masks
 from ringattn.parallel.clip import clip_gradients
 from ringattn.parallel.context import attend_over, share_of
 from ringattn.parallel.data import hold_gradients
-from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
+from ringattn.parallel.decoder import Decoder, DecoderConfig
 from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
 from ringattn.parallel.mesh import build_mesh, context_mesh
 from ringattn.parallel.parallelize import parallelize
@@ -32,7 +32,6 @@ from tests.harness.cases import LAYOUT_CASES
 from tests.harness.oracle import plain_attention
 
 CONFIG = DecoderConfig(vocab_size=36, num_layers=2, dim=32, num_heads=8, num_kv_heads=4, hidden=24)
-MIXED = replace(CONFIG, moe=MoESpec(num_experts=4, top_k=2, hidden=12, every=2))
 LEARNING_RATE = 1e-2
 MAX_NORM = 0.2  # below the norms that there are, so that clipping shows
 SEQUENCES = 8
@@ -109,23 +108,10 @@ def batches(mask: str, length: int, vocab_size: int, steps: int) -> list[dict[st
     return found
 
 
-class Shifted(nn.Module):
-    """Stands in a slot where experts could: unlike them, it sees that rows are missing or in another order."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.inner = nn.Linear(config.dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shares = torch.arange(x.shape[1], dtype=x.dtype).softmax(0)
-        mixed: Tensor = self.inner(x).tanh() + torch.einsum("s,bsd->bd", shares, x)[:, None]
-        return mixed
-
-
 def make_model(config: DecoderConfig) -> Decoder:
     """The same weights everywhere."""
     torch.manual_seed(0)
-    return Decoder(config, moe=Shifted if config.moe else None).double()
+    return Decoder(config).double()
 
 
 @cache

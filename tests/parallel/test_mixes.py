@@ -36,10 +36,10 @@ def check(pool: RankPool, mix: Mix, steps: int) -> None:
     names = {name for trained in together for name in trained.weights}
     assert names == set(expected.weights)
     for rank, trained in enumerate(together):
-        _compare(trained, expected, f"rank {rank}")
+        compare(trained, expected, f"rank {rank}")
 
 
-def _compare(trained: Trained, expected: Trained, where: str) -> None:
+def compare(trained: Trained, expected: Trained, where: str) -> None:
     for name, losses, others in (
         ("losses", trained.losses, expected.losses),
         ("norms", trained.norms, expected.norms),

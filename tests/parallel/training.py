@@ -165,7 +165,7 @@ def train_together(group: dist.ProcessGroup, mix: Mix, steps: int) -> Trained:
         norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))
         optimizer.step()
         losses.append(float(sum_over_tokens(total, mesh)))
-    return Trained(losses, norms, {name: _whole(p) for name, p in model.named_parameters()})
+    return Trained(losses, norms, {name: whole(p) for name, p in model.named_parameters()})
 
 
 @lru_cache(maxsize=32)
@@ -185,7 +185,7 @@ def _micro_batches(share: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{name: cut(value, row) for name, value in share.items()} for row in rows]
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     found: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return found.detach()
 

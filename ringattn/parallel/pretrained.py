@@ -2,8 +2,8 @@
 
 A plan of theirs names a style for each module. The styles that dense models use mean what torch's styles mean, and
 those are applied, so that gradients, `share_layers` and `gradient_norm` are the same as for our own decoder. Between
-its weights such a model keeps all rows on each rank of "tp". Context parallelism is left to the model's attention, which
-is to run on `context_mesh(mesh)`.
+its weights such a model keeps all rows on each rank of "tp". Context parallelism is left to the model's attention,
+which is to run on `context_mesh(mesh)`.
 
 Not here: pipelines and experts, and styles that split anything else than one matrix.
 """

@@ -62,11 +62,26 @@ def share_out(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPr
     Communication: none here. A step: with 3, each weight all-gathered in forward and in backward, else once; each
         gradient reduce-scattered, and its shard all-reduced over dp_replicate. With 0, each gradient all-reduced.
     """
+    share_layers(model, list(model.layers.values()), mesh, zero=zero, precision=precision)
+
+
+def share_layers(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    zero: int,
+    precision: MixedPrecisionPolicy | None = None,
+) -> None:
+    """Does what `share_out` does, for any model of which the layers are told: each is gathered by itself.
+
+    Args are those of `share_out`, but for `layers`: modules of the model, none within another.
+    """
     policy = MixedPrecisionPolicy() if precision is None else precision
     spread = {parameter for parameter in model.parameters() if _is_spread(parameter)}
     apart = [module for module in model.modules() if not spread.isdisjoint(module.parameters(recurse=False))]
     _share(apart, spread, _expert_ranks(mesh, zero), zero, policy)
-    _share([*model.layers.values(), model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
+    _share([*layers, model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -6,8 +6,8 @@ Stages only wait: a unit of time for a forward, one for the gradient of the inpu
 what is measured is the schedule and torch's machinery; there may be more ranks than cores. A rank with two stages waits
 half as long in each: the work of a rank is the same under every schedule.
 
-Beside what was measured stand the formula, for schedules that have one, and an ideal: the same order of moves if
-passing things on took no time. Pictures show what each rank did when.
+Beside what was measured stand the formula and an ideal: the same order of moves if passing things on took no time.
+Pictures show what each rank did when.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from benchmarks.measure import Lines, progress
 from benchmarks.session import Session, session
 from ringattn.parallel.bubble import Action, Move, bubble_formula, bubble_fraction, ideal_actions
 from ringattn.parallel.pipeline import KINDS, Course, MicroBatch, Pipeline, plan_course
-
-WITH_FORMULA = ("gpipe", "1f1b", "interleaved-1f1b")
 
 
 class _WaitBackward(torch.autograd.Function):
@@ -62,7 +60,7 @@ class WaitingStage(nn.Module):
         time.sleep(self.seconds)
         hidden = x if x.is_floating_point() else torch.zeros(*x.shape, 1)
         mixed = hidden + _wait_backward(self.weight, self.seconds)
-        return _wait_backward(mixed, self.seconds)
+        return _wait_backward(mixed, self.seconds).clone()  # torch detaches it in place, which a view forbids
 
 
 def _wait_backward(x: Tensor, seconds: float) -> Tensor:
@@ -107,9 +105,12 @@ def measure(here: Session, course: Course, unit_s: float, rounds: int) -> tuple[
         "unit_ms": unit_s * 1e3,
         "step_s": statistics.median(windows),
         "bubble": statistics.median(fractions),
-        "formula": bubble_formula(here.world_size, course.num_micro_batches, len(mine))
-        if course.schedule in WITH_FORMULA
-        else None,
+        "formula": bubble_formula(
+            here.world_size,
+            course.num_micro_batches,
+            len(mine),
+            waited=1 / 3 if KINDS[course.schedule].in_parts else 1.0,
+        ),
         "ideal": statistics.mean(bubble_fraction(actions, ideal_s) for actions in ideal.values()),
     }
     return record, all_actions
@@ -125,8 +126,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     """Returns what was measured as a table."""
     shown = Table("schedule", "stages per rank", "micro-batches", "bubble", "formula", "ideal order", "step, s")
     for r in records:
-        formula = "" if r["formula"] is None else f"{r['formula']:.1%}"
-        numbers = (f"{r['bubble']:.1%}", formula, f"{r['ideal']:.1%}", f"{r['step_s']:.2f}")
+        numbers = (f"{r['bubble']:.1%}", f"{r['formula']:.1%}", f"{r['ideal']:.1%}", f"{r['step_s']:.2f}")
         shown.add_row(r["schedule"], str(r["stages_per_rank"]), str(r["micro_batches"]), *numbers)
     return shown
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8])
-    parser.add_argument("--unit-ms", type=float, default=30.0, help="waiting of a rank for a forward")
+    parser.add_argument("--unit-ms", type=float, default=200.0, help="waiting of a rank for a forward")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/bubble"))
     args = parser.parse_args()

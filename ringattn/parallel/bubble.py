@@ -129,13 +129,20 @@ def bubble_fraction(actions: Sequence[Action], window_s: float) -> float:
     return 1.0 - sum(action.stop_s - action.start_s for action in actions) / window_s
 
 
-def bubble_formula(num_ranks: int, num_micro_batches: int, stages_per_rank: int = 1) -> float:
-    """Returns (p - 1) / (v m + p - 1), what part of the time each rank idles in GPipe, 1F1B and interleaved 1F1B.
+def bubble_formula(num_ranks: int, num_micro_batches: int, stages_per_rank: int = 1, *, waited: float = 1.0) -> float:
+    """Returns w (p - 1) / (v m + w (p - 1)), what part of the time each rank idles; passing things on takes no time.
 
-    Stages are even, and passing things on takes no time. Narayanan et al. 2021, arXiv:2104.04473, give it as a part of
-    the ideal time, (p - 1) / (v m); this is the part of the whole.
+    Narayanan et al. 2021, arXiv:2104.04473, give it as a part of the ideal time; this is a part of the whole. Qi et al.
+    2023, arXiv:2401.10241, have w = (F + I - W) / (F + I + W) for ZB1P.
+
+    Args:
+        num_ranks: p.
+        num_micro_batches: m.
+        stages_per_rank: v; stages are even.
+        waited: w, what part of a stage's work on a micro-batch the next rank waits for, at both ends of a step: all of
+            it with whole backwards; a third in two parts, where F, I and W take as long.
     """
-    idle = num_ranks - 1
+    idle = waited * (num_ranks - 1)
     return idle / (stages_per_rank * num_micro_batches + idle)
 
 

@@ -22,6 +22,7 @@ from tests.parallel.training import CONFIG, Mix, Trained, train_alone
 DEEP = replace(CONFIG, num_layers=4)
 EXPERTS = replace(CONFIG, num_layers=4, moe=MoESpec(num_experts=4, top_k=2, hidden=10, every=2, aux_loss_weight=0.0))
 LENGTH = 32
+TIMEOUT_S = 500.0  # making groups and planning DTensors take long on a busy machine
 
 
 def mix(sizes: dict[str, int], *, micro_batches: int = 1, zero: int = 3, experts: bool = False) -> Mix:
@@ -38,8 +39,8 @@ class Leg:
 
     def run(self, pool: RankPool, folder: Path, until: int) -> list[Trained]:
         if self.ranks == 1:
-            return pool.run(train_on_alone, 1, self.resumable.mix, folder, until)
-        return pool.run(train_on, self.ranks, self.resumable, folder, until)
+            return pool.run(train_on_alone, 1, self.resumable.mix, folder, until, timeout_s=TIMEOUT_S)
+        return pool.run(train_on, self.ranks, self.resumable, folder, until, timeout_s=TIMEOUT_S)
 
 
 def check_journey(pools: dict[int, RankPool], legs: list[Leg], folder: Path, each: int = 2) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 
 from ringattn.parallel.decoder import MoESpec
+from ringattn.parallel.parallelize import parallelize
 from tests.harness.ranks import RankPool
 from tests.parallel.pipelined import train_in_stages
 from tests.parallel.test_mixes import STEPS, check, compare
-from tests.parallel.training import CONFIG, Mix, train_alone
+from tests.parallel.training import CONFIG, Mix, make_model, mesh_of, train_alone
 
 MOE = replace(CONFIG, moe=MoESpec(num_experts=4, top_k=2, hidden=10, every=2, aux_loss_weight=0.2))
 # Load is balanced within a micro-batch: where a batch is cut, one process balances something else.
@@ -38,10 +40,30 @@ def test_stages_train_as_one_process(pool: RankPool, mix: Mix, schedule: str) ->
     check_stages(pool, mix, schedule, STEPS)
 
 
+def nothing(group: dist.ProcessGroup) -> None:
+    """Has ranks import this file, which takes longer than errors may on a busy machine."""
+
+
+def spread_wrongly(group: dist.ProcessGroup, num_experts: int) -> None:
+    spec = MoESpec(num_experts, top_k=1, hidden=4) if num_experts else None
+    mesh = mesh_of((("ring", 4), ("ep", 4)))
+    parallelize(make_model(replace(CONFIG, moe=spec)), mesh)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "message"), [(6, "ep=4: must divide num_experts=6"), (0, "ep=4: the model has no experts")]
+)
+def test_experts_that_cannot_be_spread_raise_on_every_rank(pool: RankPool, num_experts: int, message: str) -> None:
+    pool.run(nothing, 4)
+    for error in pool.expect_error(spread_wrongly, 4, num_experts):
+        assert error.type_name == "ArgumentError"
+        assert message in error.message
+
+
 def check_stages(pool: RankPool, mix: Mix, schedule: str, steps: int) -> None:
     """Trains both ways, and compares."""
     expected = train_alone(mix.mask, mix.length, mix.config, steps)
-    together = pool.run(train_in_stages, mix.ranks, mix, schedule, steps)
+    together = pool.run(train_in_stages, mix.ranks, mix, schedule, steps, timeout_s=500.0)
     assert {name for trained in together for name in trained.weights} == set(expected.weights)
     for rank, trained in enumerate(together):
         compare(trained, expected, f"rank {rank}")

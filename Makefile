@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode docs clean help
+.PHONY: demo test test-long test-parallel soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,7 +36,10 @@ test: $(READY)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist loadfile
 
 test-long: $(READY)  ## the slow part of the test suite
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --ignore tests/parallel
+
+test-parallel: $(READY)  ## training on every mix of axes, at 2, 4 and 8 ranks, beside one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/parallel
 
 OPERATIONS ?= 100000
 soak: $(READY)  ## $(OPERATIONS) random operations on a cache over $(RANKS) ranks: values, pages, memory

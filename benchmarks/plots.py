@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 from benchmarks.timeline import Span
+from ringattn.parallel.bubble import Action
 
 COLOURS = {"compute": "#4878a8", "transfer": "#e0a030", "flight": "#f4e2bd", "wait": "#c03028"}
 LABELS = {
@@ -162,5 +163,30 @@ def decode(results: Path, path: Path) -> None:
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+MOVES = {"F": "#4878a8", "B": "#58a058", "I": "#58a058", "W": "#a8d0a8"}
+MOVE_LABELS = {"F": "forward", "B": "backward, or its part down to the input", "W": "backward of weights"}
+
+
+def pipeline(actions: Sequence[Sequence[Action]], title: str, path: Path) -> None:
+    """Draws what each rank of a pipeline did when; numbers are micro-batches, frames the second stage of a rank."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.45 * len(actions)), layout="constrained")
+    for rank, moves in enumerate(actions):
+        first = min(action.move.stage for action in moves)
+        for (kind, stage, micro_batch), start, stop in moves:
+            box = axes.broken_barh([(start * 1e3, (stop - start) * 1e3)], (-0.45 - rank, 0.9), facecolors=MOVES[kind])
+            box.set(edgecolor="white" if stage == first else "black", linewidth=0.6)
+            middle = ((start + stop) / 2 * 1e3, -rank)
+            axes.annotate(str(micro_batch), middle, ha="center", va="center", fontsize=6)
+    axes.set_yticks([-rank for rank in range(len(actions))], [f"rank {rank}" for rank in range(len(actions))])
+    axes.set(xlabel="milliseconds", title=title)
+    handles = [Patch(color=MOVES[kind], label=label) for kind, label in MOVE_LABELS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

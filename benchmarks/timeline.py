@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from benchmarks.model import Size
 from benchmarks.session import Session
 from ringattn.geometry.exchanges import Ring, build_plan, cheaper_backward
 from ringattn.geometry.plan import Program, Step
 from ringattn.geometry.sizes import Sizes
+from ringattn.parallel.decoder import DecoderConfig
 
 
 class Span(NamedTuple):
@@ -27,7 +27,7 @@ class Span(NamedTuple):
     label: str
 
 
-def record(here: Session, layout: ringattn.Layout, size: Size) -> list[Span]:
+def record(here: Session, layout: ringattn.Layout, config: DecoderConfig) -> list[Span]:
     """Runs one causal forward and backward under the profiler; returns all ranks' spans on rank 0, else none.
 
     A transfer begins when it is posted. When it ends cannot be seen from outside the process group, only that it had
@@ -35,7 +35,9 @@ def record(here: Session, layout: ringattn.Layout, size: Size) -> list[Span]:
     else to do (transfer), and up to the end of the wait (flight).
     """
     rows = layout.num_tokens(here.rank)
-    shapes = [(1, rows, heads, size.head_dim) for heads in (size.heads, size.kv_heads, size.kv_heads)]
+    shapes = [
+        (1, rows, heads, config.head_dim) for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    ]
     q, k, v = (torch.randn(shape, device=here.device, requires_grad=True) for shape in shapes)
     mask = ringattn.causal()
 
@@ -44,7 +46,7 @@ def record(here: Session, layout: ringattn.Layout, size: Size) -> list[Span]:
         torch.autograd.grad(out.sum(), [q, k, v])
 
     once()
-    sizes = Sizes(1, size.heads, size.kv_heads, size.head_dim, size.head_dim, 4, 4)
+    sizes = Sizes(1, config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, 4, 4)
     backward = cheaper_backward(Ring(), (mask,), layout, layout, sizes)
     plan = build_plan(Ring(), (mask,), layout, layout, here.rank, backward)
     alone = [

@@ -25,10 +25,13 @@ from torch.nn import functional as F
 import ringattn
 from benchmarks import plots
 from benchmarks.measure import Lines, peak_bytes, progress
-from benchmarks.model import Attend, Decoder, Size
 from benchmarks.session import Session, session
 from benchmarks.timeline import record
+from ringattn.attention.request import Masks
+from ringattn.parallel.decoder import Attend, Decoder, DecoderConfig
 
+VOCABULARY = 256  # bytes
+MASK = ringattn.causal()
 LAYOUTS = {"zigzag": ringattn.zigzag, "contiguous": ringattn.contiguous, "striped": ringattn.striped}
 
 
@@ -65,7 +68,7 @@ def batches(context: int, steps: int) -> list[dict[str, Tensor]]:
 
 def train(
     here: Session,
-    size: Size,
+    config: DecoderConfig,
     attend: Attend,
     shares: list[dict[str, Tensor]],
     sum_over_ranks: Callable[[Tensor], None],
@@ -78,14 +81,14 @@ def train(
     summed over the ranks. So it does not matter how tokens are spread, or whether a rank has any.
     """
     torch.manual_seed(0)
-    model = Decoder(size).to(here.device)
+    model = Decoder(config).to(here.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
 
     def gradients(share: Mapping[str, Tensor]) -> float:
         labels = share["shift_labels"]
         num_valid = (labels != -100).sum()
         sum_over_ranks(num_valid)
-        logits = model(share["input_ids"], share["position_ids"], attend)
+        logits = model(share["input_ids"], positions=share["position_ids"], mask=MASK, attend=attend)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_valid
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -122,14 +125,21 @@ def main() -> None:
     parser.add_argument("--backend", help="a kernel out of `ringattn info`; the first that can if not given")
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     args = parser.parse_args()
-    size = Size(args.layers, args.dim, args.heads, args.kv_heads)
+    config = DecoderConfig(
+        vocab_size=VOCABULARY,
+        num_layers=args.layers,
+        dim=args.dim,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        hidden=3 * args.dim,
+    )
     with session() as here:
         whole = batches(args.context, args.steps)
         whole = [{name: x.to(here.device) for name, x in batch.items()} for batch in whole]
-        ring = train_together(here, args, size, whole)
-        spans = record(here, LAYOUTS[args.layout](args.context, here.world_size), size)
+        ring = train_together(here, args, config, whole)
+        spans = record(here, LAYOUTS[args.layout](args.context, here.world_size), config)
         if here.rank == 0:
-            single = train_alone(here, args, size, whole, ring)
+            single = train_alone(here, args, config, whole, ring)
             report(args, here, ring, single)
             plots.losses(ring.losses, single.losses, here.world_size, args.out / "losses.png")
             plots.timeline(spans, args.out / "timeline.png")
@@ -137,12 +147,13 @@ def main() -> None:
         dist.barrier()
 
 
-def train_together(here: Session, args: argparse.Namespace, size: Size, whole: list[dict[str, Tensor]]) -> Run:
+def train_together(
+    here: Session, args: argparse.Namespace, config: DecoderConfig, whole: list[dict[str, Tensor]]
+) -> Run:
     """Trains over all ranks."""
     layout = LAYOUTS[args.layout](args.context, here.world_size)
-    mask = ringattn.causal()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
         return ringattn.ring_attention(q, k, v, mask=mask, layout=layout, backend=args.backend)
 
     def sum_over_ranks(x: Tensor) -> None:
@@ -150,16 +161,18 @@ def train_together(here: Session, args: argparse.Namespace, size: Size, whole: l
 
     shares = [ringattn.shard_batch(batch, layout) for batch in whole]
     with progress(f"{here.world_size} ranks   ", args.steps, here.rank == 0) as tick:
-        run = train(here, size, attend, shares, sum_over_ranks, args.lr, lambda step, loss: tick())
+        run = train(here, config, attend, shares, sum_over_ranks, args.lr, lambda step, loss: tick())
     everyone: list[Run] = [run] * here.world_size
     dist.all_gather_object(everyone, run)
     return Run(run.losses, sum(r.tokens_per_s for r in everyone), [mib for r in everyone for mib in r.peak_mib])
 
 
-def train_alone(here: Session, args: argparse.Namespace, size: Size, whole: list[dict[str, Tensor]], ring: Run) -> Run:
+def train_alone(
+    here: Session, args: argparse.Namespace, config: DecoderConfig, whole: list[dict[str, Tensor]], ring: Run
+) -> Run:
     """Trains in this process alone, and prints each step's loss beside that of all ranks."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -180,7 +193,7 @@ def train_alone(here: Session, args: argparse.Namespace, size: Size, whole: list
             tick()
             print(f"{step:>4}  {ring.losses[step]:>10.6f}  {loss:>10.6f}  {ring.losses[step] - loss:>10.1e}")
 
-        return train(here, size, attend, shares, lambda x: None, args.lr, show)
+        return train(here, config, attend, shares, lambda x: None, args.lr, show)
 
 
 def report(args: argparse.Namespace, here: Session, ring: Run, single: Run) -> None:

@@ -9,7 +9,8 @@
     ├── BackendError (also a ValueError)      the kernel that was asked for cannot run this call: every reason
     ├── DisagreementError (also a ValueError) the ranks of one group did not ask for the same thing
     ├── OutOfPagesError                       a cache has no room for what was to be added; nothing was added
-    └── SnapshotError (also a ValueError)     a saved cache is not there, not whole, or does not fit
+    ├── SnapshotError (also a ValueError)     a saved cache is not there, not whole, or does not fit
+    └── CheckpointError (also a ValueError)   a checkpoint does not fit the model, or is in the way
 
 Everything that a caller can get wrong is raised before anything is sent, on every rank of the group alike:
 what one rank finds wrong with its own arguments, the others raise too, naming that rank.
@@ -56,3 +57,7 @@ class OutOfPagesError(RingAttnError):
 
 class SnapshotError(RingAttnError, ValueError):
     """A saved cache is not there, not whole, or does not fit the cache that it was to become."""
+
+
+class CheckpointError(RingAttnError, ValueError):
+    """A checkpoint does not fit what is to be trained on, or stands where another was to be saved."""

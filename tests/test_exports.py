@@ -36,6 +36,7 @@ ERRORS = {
     "ArgumentError",
     "ArgumentTypeError",
     "BackendError",
+    "CheckpointError",
     "DisagreementError",
     "LayoutError",
     "MaskError",

@@ -1,0 +1,294 @@
+"""Pipelines: losses and all gradients as of the whole model on one process, in float64, for every schedule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import functional as F
+
+import ringattn
+from ringattn.attention.request import Masks
+from ringattn.errors import ArgumentError
+from ringattn.parallel.bubble import Move, bubble_formula, bubble_fraction, ideal_actions
+from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
+from ringattn.parallel.expert import MixtureOfExperts, mixture
+from ringattn.parallel.pipeline import KINDS, MicroBatch, Pipeline, cut_stages, plan_course
+from tests.harness.compare import assert_close
+from tests.harness.ranks import RankPool
+
+MOE = MoESpec(num_experts=4, top_k=2, hidden=6, every=2, aux_loss_weight=0.3)
+CONFIG = DecoderConfig(vocab_size=19, num_layers=5, dim=8, num_heads=2, num_kv_heads=1, hidden=10)
+LENGTH, BATCHES = 14, 4
+
+
+def whole_model(moe: MoESpec | None) -> Decoder:
+    torch.manual_seed(3)
+    config = DecoderConfig(**{**CONFIG.__dict__, "moe": moe})
+    return Decoder(config, moe=partial(mixture, num_micro_batches=BATCHES) if moe else None).double()
+
+
+def cuts(index: int) -> list[int]:
+    """Where the documents of a micro-batch begin and end: another packing for each."""
+    return [0, 3 + index, 9 + index // 2, LENGTH]
+
+
+def inputs(index: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels of a micro-batch; it has its own number of valid labels."""
+    generator = torch.Generator().manual_seed(index)
+    tokens, labels = torch.randint(CONFIG.vocab_size, (2, 2, LENGTH), generator=generator)
+    labels[:, index : 2 * index] = -100
+    return tokens, labels
+
+
+def positions(index: int) -> Tensor:
+    ends = cuts(index)
+    return torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None]
+
+
+def mask_of(index: int) -> ringattn.Mask:
+    return ringattn.documents(cuts(index)) & ringattn.causal()
+
+
+def num_valid() -> int:
+    return sum(int((inputs(index)[1] != -100).sum()) for index in range(BATCHES))
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / num_valid()
+
+
+def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
+    """Dense attention by one process: what `mask` is, in tensors."""
+    assert isinstance(mask, Tensor)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2))
+    weights = (scores * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
+
+
+def whole_run(moe: MoESpec | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and all gradients on one process."""
+    model = whole_model(moe)
+    total = torch.zeros((), dtype=torch.float64)
+    for index in range(BATCHES):
+        tokens, labels = inputs(index)
+        at = torch.arange(LENGTH)
+        document = torch.searchsorted(torch.tensor(cuts(index)), at, right=True)
+        dense = (at[None] <= at[:, None]) & (document[None] == document[:, None])
+        logits = model(tokens, positions=positions(index), mask=cast(Masks, dense), attend=attend_here)
+        loss = loss_of(logits, labels)
+        torch.autograd.backward(loss)
+        total += loss.detach()
+    return total, {name: cast(Tensor, p.grad) for name, p in model.named_parameters()}
+
+
+def micro_batches(ring: DeviceMesh | None) -> list[MicroBatch]:
+    layout = ringattn.zigzag(LENGTH, 1 if ring is None else ring.size())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
+        if ring is None:
+            dense = [] if mask is None else mask
+            return ringattn.ring_attention(q, k, v, _alone(), mask=cast(ringattn.Mask, dense), layout=layout)
+        return ringattn.ring_attention(q, k, v, ring, mask=mask, layout=layout)
+
+    def mine(x: Tensor) -> Tensor:
+        return x if ring is None else ringattn.shard(x, layout, ring, dim=1)
+
+    return [
+        MicroBatch(
+            mine(inputs(index)[0]),
+            {"positions": mine(positions(index)), "mask": mask_of(index), "attend": attend},
+            mine(inputs(index)[1]),
+        )
+        for index in range(BATCHES)
+    ]
+
+
+_ALONE: dict[int, dist.ProcessGroup] = {}
+
+
+def _alone() -> dist.ProcessGroup:
+    """A group of this rank only."""
+    rank = dist.get_rank()
+    if rank not in _ALONE:
+        for each in range(dist.get_world_size()):
+            group = dist.new_group([each], backend="gloo")
+            if each == rank:
+                _ALONE[rank] = group
+    return _ALONE[rank]
+
+
+def check(stages: Sequence[Decoder], found: Tensor, moe: MoESpec | None, ring: DeviceMesh | None) -> None:
+    """Compares a rank's loss and gradients with those of the whole model."""
+    expected, grads = whole_run(moe)
+    found = found.clone()
+    if ring is not None:
+        dist.all_reduce(found, group=ring.get_group())
+    assert_close(found, expected, atol=1e-10, name="loss")
+    names = []
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            grad = parameter.grad
+            assert grad is not None, name
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+            if ring is not None and ".experts." not in name:
+                dist.all_reduce(grad, group=ring.get_group())
+            assert_close(grad, grads[name], atol=1e-10, name=name)
+            names.append(name)
+    assert names
+
+
+def check_actions(pipeline: Pipeline) -> None:
+    """Everything was done once, nothing at the same time as something else."""
+    parts = ("F", "I", "W") if KINDS[pipeline.course.schedule].in_parts else ("F", "B")
+    stages = pipeline.course.stages_of(pipeline.axis.get_local_rank())
+    planned = {Move(kind, stage, index) for kind in parts for stage in stages for index in range(BATCHES)}
+    moves = [action for action in pipeline.actions() if action.move.kind != "L"]
+    assert len(moves) == len(planned)
+    assert {action.move for action in moves} == planned
+    assert all(a.start_s <= a.stop_s <= b.start_s for a, b in pairwise(moves))
+
+
+def pipelined(group: dist.ProcessGroup, schedule: str, shape: tuple[int, int], moe: MoESpec | None) -> None:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "ring"))
+    ring = mesh["ring"] if shape[1] > 1 else None
+    course = plan_course(schedule, CONFIG.num_layers, shape[0], BATCHES)
+    stages = cut_stages(copy.deepcopy(whole_model(moe)), course, mesh["pp"].get_local_rank())
+    for module in (module for stage in stages for module in stage.modules()):
+        if ring is not None and isinstance(module, MixtureOfExperts):
+            module.spread(ring, batch=[ring.get_group()])
+    pipeline = Pipeline(stages, course, mesh["pp"], loss=loss_of, dim=CONFIG.dim, dtype=torch.float64)
+    if ring is None:
+        _alone()
+    batches = micro_batches(ring)
+    check(stages, pipeline.step(batches), moe, ring)
+    for stage in stages:  # a second step goes like the first
+        stage.zero_grad()
+    check(stages, pipeline.step(batches), moe, ring)
+    check_actions(pipeline)
+
+
+@pytest.mark.parametrize("schedule", list(KINDS))
+def test_pipeline_of_rings_with_experts(pool: RankPool, schedule: str) -> None:
+    pool.run(pipelined, 4, schedule, (2, 2), MOE)
+
+
+def test_pipeline_of_single_ranks(pool: RankPool) -> None:
+    pool.run(pipelined, 4, "1f1b", (4, 1), None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", list(KINDS))
+def test_pipeline_of_rings(pool: RankPool, schedule: str) -> None:
+    pool.run(pipelined, 4, schedule, (2, 2), None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved-zero-bubble"])
+def test_other_pipelines_of_single_ranks(pool: RankPool, schedule: str) -> None:
+    pool.run(pipelined, 4, schedule, (4, 1), None)
+
+
+# ---- before anything is sent
+
+
+def started_wrongly(group: dist.ProcessGroup) -> None:
+    plan_course("interleaved-1f1b", CONFIG.num_layers, group.size(), BATCHES)
+
+
+def nothing(group: dist.ProcessGroup) -> None:
+    """Has ranks import this file, which takes longer than errors may on a busy machine."""
+
+
+def test_more_stages_than_layers_raise_on_every_rank(pool: RankPool) -> None:
+    pool.run(nothing, 4)
+    for error in pool.expect_error(started_wrongly, 4):
+        assert error.type_name == "ArgumentError"
+        assert "8 stages, but the model has 5 layers" in error.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("2f2b", 4, 2, 4), {}, "must be one of gpipe, 1f1b"),
+        (("1f1b", 4, 2, 4), {"stages_per_rank": 2}, "1f1b needs 1$"),
+        (("interleaved-1f1b", 4, 2, 4), {"stages_per_rank": 1}, "needs 2 or more"),
+        (("zbv-zero-bubble", 8, 2, 4), {"stages_per_rank": 3}, "needs 2$"),
+        (("1f1b", 4, 4, 3), {}, "num_micro_batches=3: 1f1b needs at least 4"),
+        (("gpipe", 4, 4, 0), {}, "num_micro_batches=0"),
+        (("interleaved-1f1b", 8, 4, 9), {}, "2 rounds"),
+        (("gpipe", 4, 2, 4), {"costs": [1, 2]}, "must be 4 numbers"),
+    ],
+)
+def test_what_no_schedule_can_run(arguments: tuple[str, int, int, int], options: dict[str, int], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        plan_course(*arguments, **options)  # type: ignore[arg-type]
+
+
+def test_layers_are_cut_evenly_or_by_cost() -> None:
+    assert plan_course("gpipe", 7, 3, 1).layers == (range(3), range(3, 5), range(5, 7))
+    weighted = plan_course("gpipe", 5, 3, 1, costs=[1, 1, 1, 1, 4])
+    assert [sum((1, 1, 1, 1, 4)[i] for i in part) for part in weighted.layers] == [2, 2, 4]
+
+
+def test_stages_go_round_or_fold() -> None:
+    assert [plan_course("interleaved-1f1b", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 2), (1, 3)]
+    assert [plan_course("zbv-zero-bubble", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 3), (1, 2)]
+
+
+def wrong_batches(group: dist.ProcessGroup, count: int, shapes: list[tuple[int, int]]) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",))
+    course = plan_course("gpipe", CONFIG.num_layers, 2, count)
+    stages = cut_stages(whole_model(None), course, group.rank())
+    pipeline = Pipeline(stages, course, mesh, loss=loss_of, dim=CONFIG.dim, dtype=torch.float64)
+    pipeline.step([MicroBatch(torch.zeros(shape, dtype=torch.int64), {}, None) for shape in shapes])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"), [([(1, 4)], "1 micro-batches"), ([(1, 4), (1, 5)], "must have the same shape")]
+)
+def test_micro_batches_that_do_not_fit(pool: RankPool, shapes: list[tuple[int, int]], message: str) -> None:
+    pool.run(nothing, 2)
+    assert all(message in error.message for error in pool.expect_error(wrong_batches, 2, 2, shapes))
+
+
+# ---- bubbles
+
+
+def one_forward_one_backward(num_ranks: int, count: int) -> dict[int, list[Move]]:
+    """The order of 1F1B, by the paper: rank r does p - r forwards first."""
+    order = {}
+    for rank in range(num_ranks):
+        ahead = min(count, num_ranks - rank)
+        moves = [Move("F", rank, index) for index in range(ahead)]
+        for index in range(count):
+            moves.append(Move("B", rank, index))
+            if index + ahead < count:
+                moves.append(Move("F", rank, index + ahead))
+        order[rank] = moves
+    return order
+
+
+@pytest.mark.parametrize(("num_ranks", "count"), [(2, 2), (2, 7), (4, 4), (4, 9)])
+def test_the_formula_is_what_ideal_actions_give(num_ranks: int, count: int) -> None:
+    actions = ideal_actions(
+        one_forward_one_backward(num_ranks, count), lambda move: 1.0 + (move.kind == "B"), num_ranks
+    )
+    window = max(action.stop_s for each in actions.values() for action in each)
+    for each in actions.values():
+        assert bubble_fraction(each, window) == pytest.approx(bubble_formula(num_ranks, count))
+
+
+def test_an_order_that_never_ends_raises() -> None:
+    order = one_forward_one_backward(2, 2)
+    order[0].reverse()
+    with pytest.raises(ArgumentError, match="wait for each other"):
+        ideal_actions(order, lambda move: 1.0, 2)

@@ -1,0 +1,146 @@
+"""Hugging Face models on a mesh: losses, gradient norms and weights of one process; what is not for them is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import ringattn
+from ringattn.parallel.clip import clip_gradients
+from ringattn.parallel.context import attend_over, share_of
+from ringattn.parallel.loss import count_valid, sum_over_tokens
+from ringattn.parallel.mesh import context_mesh
+from ringattn.parallel.pretrained import parallelize_pretrained
+from tests.harness.oracle import plain_attention
+from tests.harness.ranks import RankPool
+from tests.parallel.test_mixes import compare
+from tests.parallel.training import LEARNING_RATE, MAX_NORM, Trained, batches, mesh_of, whole
+
+VOCABULARY, LENGTH, STEPS = 36, 32, 3
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+}
+Sizes = tuple[tuple[str, int], ...]
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """The same weights everywhere. Norms of heads, and a tied head, are Qwen's."""
+    torch.manual_seed(0)
+    model: PreTrainedModel
+    if name == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
+    elif name == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    return model.double()
+
+
+def use(model: PreTrainedModel, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Has a model attend so. `ringattn.hf` does it in earnest; here it is only to be as simple as can be."""
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **others: object
+    ) -> tuple[Tensor, None]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v), None
+
+    ALL_ATTENTION_FUNCTIONS.register("test_pretrained", attention)
+    model.config._attn_implementation = "test_pretrained"
+
+
+def train_alone(name: str) -> Trained:
+    model = make_model(name)
+    causal = torch.ones(LENGTH, LENGTH).tril().bool()
+    use(model, lambda q, k, v: plain_attention(q, k, v, causal)[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    losses, norms = [], []
+    for batch in batches("causal", LENGTH, VOCABULARY, STEPS):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return Trained(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def train_together(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> Trained:
+    mesh = mesh_of(sizes)
+    model = parallelize_pretrained(make_model(name), mesh, zero=zero)
+    layout = ringattn.zigzag(LENGTH, context_mesh(mesh).size())
+    attend = attend_over(mesh, layout)
+    use(model, lambda q, k, v: attend(q, k, v, ringattn.causal()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    losses, norms = [], []
+    for batch in batches("causal", LENGTH, VOCABULARY, STEPS):
+        share = share_of(batch, mesh, layout)
+        labels = share["shift_labels"]
+        tokens, positions = share["input_ids"], share["position_ids"]
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = total / count_valid(labels, mesh)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))
+        optimizer.step()
+        losses.append(float(sum_over_tokens(loss, mesh)))
+    return Trained(losses, norms, {name: whole(p) for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "zero"),
+    [
+        ("qwen3", (("ring", 2), ("tp", 2)), 3),
+        pytest.param("llama", (("tp", 4),), 3, marks=pytest.mark.long),
+        pytest.param("llama", (("dp_shard", 2), ("ulysses", 2)), 2, marks=pytest.mark.long),
+        pytest.param("llama", (("dp_replicate", 2), ("tp", 2)), 0, marks=pytest.mark.long),
+        pytest.param("qwen3", (("tp", 4),), 3, marks=pytest.mark.long),
+    ],
+)
+def test_a_model_trains_as_in_one_process(pool: RankPool, name: str, sizes: Sizes, zero: int) -> None:
+    expected = train_alone(name)
+    for rank, trained in enumerate(pool.run(train_together, 4, name, sizes, zero)):
+        compare(trained, expected, f"rank {rank}")
+
+
+def _refused(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> None:
+    parallelize_pretrained(make_model(name), mesh_of(sizes), zero=zero)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "zero", "told"),
+    [
+        ("llama", (("pp", 2), ("tp", 2)), 3, "pp=2: Hugging Face models are not spread over pp here"),
+        ("llama", (("ring", 4), ("ep", 2)), 3, "ep=2: Hugging Face models are not spread over ep here"),
+        ("mixtral", (("ring", 2), ("tp", 2)), 3, "the plan of MixtralForCausalLM has styles that are not for dense"),
+        ("llama", (("ring", 4),), 1, "zero=1: must be 0, 2 or 3"),
+    ],
+)
+def test_what_is_not_for_them_is_refused(pool: RankPool, name: str, sizes: Sizes, zero: int, told: str) -> None:
+    for error in pool.expect_error(_refused, 4, name, sizes, zero):
+        assert "ArgumentError" in error.mro_names
+        assert told in error.message

@@ -60,6 +60,12 @@ class Sharding:
             raise ArgumentTypeError(f"batch={batch!r:.100}: must be a mapping of names to tensors")
         whole, encoder, share = dict(batch), None, {}
         if self.facts.decoder_ids is not None:
+            packed = sorted({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k"} & whole.keys())
+            if packed:
+                raise ArgumentError(
+                    f"batch has {packed}: an encoder-decoder counts positions from 0 in every row, so documents cannot "
+                    "be packed into one; give each a row of its own"
+                )
             source = {name: whole.pop(name) for name in _SOURCE if name in whole}
             if "decoder_input_ids" not in whole and "labels" in whole:
                 whole["decoder_input_ids"] = self.facts.decoder_ids(whole["labels"])

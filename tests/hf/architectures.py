@@ -33,9 +33,16 @@ class Architecture:
     config: str
     asks_for: str
     options: dict[str, Any] = field(default_factory=dict)
+    # Whether one process of transformers keeps packed documents apart; if not, each is run by itself to compare.
+    packs: bool = True
 
     def __str__(self) -> str:
         return self.model
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder-decoder, into whose rows documents cannot be packed."""
+        return self.model.endswith("ForConditionalGeneration")
 
     def build(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         """Returns the model with weights that depend on nothing but this entry."""
@@ -88,6 +95,7 @@ ARCHITECTURES = (
             "num_experts_per_tok": 2,
             "rope_parameters": _ROPE,
         },
+        packs=False,
     ),
     Architecture(
         "Llama4ForCausalLM",
@@ -133,9 +141,12 @@ ARCHITECTURES = (
         "ModernBertConfig",
         "bidirectional; a window to both sides in most layers",
         {"local_attention": 6, "global_attn_every_n_layers": 2},
+        packs=False,
     ),
-    Architecture("BertForMaskedLM", "BertConfig", "bidirectional; learned positions"),
-    Architecture("RobertaForMaskedLM", "RobertaConfig", "bidirectional; positions counted from the padding token"),
+    Architecture("BertForMaskedLM", "BertConfig", "bidirectional; learned positions", packs=False),
+    Architecture(
+        "RobertaForMaskedLM", "RobertaConfig", "bidirectional; positions counted from the padding token", packs=False
+    ),
     Architecture(
         "BartForConditionalGeneration",
         "BartConfig",

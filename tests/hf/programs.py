@@ -78,12 +78,21 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
-def one_process(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Logits, loss and gradients of the whole batch."""
+def one_process(
+    model: PreTrainedModel, batch: dict[str, Tensor], documents: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Logits, loss and gradients of the whole batch; or of these documents, each by itself."""
     with Exact():
-        out = model(**batch, use_cache=False)  # with a cache, transformers does not see that a batch is packed
-    out.loss.backward()
-    return out.logits.detach(), out.loss.detach(), gradients(model)
+        if documents:
+            ids, positions = (torch.split(batch[name], documents, 1) for name in ("input_ids", "position_ids"))
+            parts = [model(input_ids=i, position_ids=p).logits for i, p in zip(ids, positions, strict=True)]
+            logits = torch.cat(parts, 1)
+            loss = model.loss_function(logits, batch["labels"], model.config.vocab_size)
+        else:
+            out = model(**batch, use_cache=False)  # with a cache, transformers does not see that a batch is packed
+            logits, loss = out.logits, out.loss
+    loss.backward()
+    return logits.detach(), loss.detach(), gradients(model)
 
 
 def sharded(
@@ -106,9 +115,10 @@ def sharded(
 
 def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str, kind: Kind) -> None:
     """The patched model's logits, loss and gradients are those of the unpatched one; and again when it is unpatched."""
-    model = architecture(name).build()
-    batch = kind.batch()
-    logits, loss, grads = one_process(model, batch)
+    entry = architecture(name)
+    model, batch = entry.build(), kind.batch()
+    alone = () if entry.packs else kind.documents
+    logits, loss, grads = one_process(model, batch, alone)
     with rhf.patch(model, group, layout=layout, exchange=exchange) as handle:
         ours = sharded(model, handle, told(kind, batch), group)
     valid = batch["attention_mask"].bool() if kind.padding else torch.ones(kind.sizes, dtype=torch.bool)
@@ -117,5 +127,5 @@ def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str,
     for parameter, grad in ours[2].items():
         expected = grads.get(parameter, torch.zeros_like(grad))
         assert_close(grad, expected, atol=1e-10, name=f"gradient of {parameter}")
-    with Exact():
-        assert torch.equal(model(**batch, use_cache=False).logits, logits)
+    again, _, _ = one_process(model, batch, alone)
+    assert torch.equal(again, logits)

@@ -33,12 +33,21 @@ def test_kinds_of_batches(pool: RankPool, kind: Kind) -> None:
     pool.run(check_equal, 3, DECODER, "zigzag", "auto", kind)
 
 
-# Chunks begin with the first token of a document; an encoder's padding is not seen across.
-@pytest.mark.parametrize("kind", [LEFT, PACKED], ids=str)
-@pytest.mark.parametrize("model", ["Llama4ForCausalLM", "ModernBertForMaskedLM", "BartForConditionalGeneration"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        # Chunks are counted from the first token of a row, or of a document.
+        ("Llama4ForCausalLM", LEFT),
+        ("Llama4ForCausalLM", PACKED),
+        ("ModernBertForMaskedLM", PACKED),
+        # The decoder must not see the encoder's padding.
+        ("BartForConditionalGeneration", LEFT),
+        ("BartForConditionalGeneration", RIGHT),
+    ],
+    ids=str,
+)
 def test_padding_and_documents(pool: RankPool, model: str, kind: Kind) -> None:
-    if model.startswith("Llama4") or kind is LEFT:
-        pool.run(check_equal, 2, model, "zigzag", "auto", kind)
+    pool.run(check_equal, 2, model, "zigzag", "auto", kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,7 +61,8 @@ def test_layouts(pool: RankPool, layout: str) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_all(pool: RankPool, architecture: Architecture, kind: Kind, layout: str, world_size: int) -> None:
-    pool.run(check_equal, world_size, architecture.model, layout, "auto", kind)
+    if not (kind.documents and architecture.encodes):
+        pool.run(check_equal, world_size, architecture.model, layout, "auto", kind)
 
 
 @pytest.mark.long

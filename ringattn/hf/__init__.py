@@ -14,8 +14,21 @@ from ringattn.hf.attention import register
 from ringattn.hf.batches import Batch, Rows
 from ringattn.hf.calls import Call, Context
 from ringattn.hf.handle import Handle, patch
+from ringattn.hf.parallelism import RingParallelism
 from ringattn.hf.patterns import Pattern
+from ringattn.hf.trainer import RingMixin, RingTrainer
 
 register()
 
-__all__ = ["Batch", "Call", "Context", "Handle", "Pattern", "Rows", "patch"]
+__all__ = [
+    "Batch",
+    "Call",
+    "Context",
+    "Handle",
+    "Pattern",
+    "RingMixin",
+    "RingParallelism",
+    "RingTrainer",
+    "Rows",
+    "patch",
+]

@@ -23,6 +23,7 @@ from ringattn.hf.attention import NAME
 from ringattn.hf.batches import Batch
 from ringattn.hf.calls import Context
 from ringattn.hf.loss import loss_of
+from ringattn.hf.memory import Savings
 from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
 from ringattn.hf.positions import embeddings_that_count
 from ringattn.hf.requests import check_arguments
@@ -43,6 +44,8 @@ class Handle:
         layout: str | MakeLayout = "zigzag",
         exchange: str = "auto",
         backend: str | None = None,
+        tile_mlp: int | None = None,
+        chunk_loss: int | None = None,
     ) -> None:
         self.model = model
         self.group = group_or_mesh
@@ -50,6 +53,7 @@ class Handle:
         self._pretrained: PreTrainedModel = pretrained(model)
         facts = facts_of(self._pretrained)
         self.sharding = Sharding(facts, self.team, group_or_mesh, layout, exchange, backend)
+        self._savings = Savings(model, tile_mlp=tile_mlp, chunk_loss=chunk_loss)
         self._context: Context | None = None
         self._in_progress: Context | None = None
         self._before: list[tuple[Any, str | None]] = []
@@ -72,6 +76,7 @@ class Handle:
         for module in embeddings_that_count(self._pretrained):
             encodes = any(module is part for part in self._pretrained.get_encoder().modules())
             self._hooks.append(module.register_forward_pre_hook(partial(self._place, encodes), with_kwargs=True))
+        self._savings.apply()
         return self
 
     def unpatch(self) -> None:
@@ -81,6 +86,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._before, self._hooks = [], []
+        self._savings.undo()
 
     def __enter__(self) -> Handle:
         return self
@@ -180,6 +186,8 @@ def patch(
     layout: str | Callable[[int, int], Layout] = "zigzag",
     exchange: str = "auto",
     backend: str | None = None,
+    tile_mlp: int | None = None,
+    chunk_loss: int | None = None,
 ) -> Handle:
     """Lets a model's attention run over the ranks of a group; returns the handle that shards its batches.
 
@@ -194,8 +202,21 @@ def patch(
             world_size).
         exchange: as in `context_parallel_attention`.
         backend: the kernel, as in `context_parallel_attention`.
+        tile_mlp: tiles of each MLP, forward and backward, so that one tile's activations are held at a time: `tiled`.
+            Experts stay whole. None is one piece.
+        chunk_loss: rows whose logits are held at a time wherever labels are given; the output then has no logits:
+            `chunked_cross_entropy`. None is all rows.
     Raises:
         ArgumentError: when tokens are mixed by other means than attention which can be replaced.
     Communication: none; that of the attention follows with each forward pass.
     """
-    return Handle(model, group_or_mesh, layout=layout, exchange=exchange, backend=backend)._apply()
+    handle = Handle(
+        model,
+        group_or_mesh,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        tile_mlp=tile_mlp,
+        chunk_loss=chunk_loss,
+    )
+    return handle._apply()

@@ -40,9 +40,9 @@ class RingMixin(_Base):
     @cached_property
     def ring(self) -> Handle:
         """The handle that shares out batches; it is not applied: each step patches the model anew."""
-        self._check()
         handle = self._patched()
         handle.unpatch()
+        self._check(handle)
         return handle
 
     def _patched(self) -> Handle:
@@ -95,6 +95,8 @@ class RingMixin(_Base):
         """
         self._share = None
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if isinstance(logits, tuple) and not logits:
+            logits = None  # chunk_loss leaves none
         share = self._share
         if share is None or loss is None:
             return loss, logits, labels
@@ -105,7 +107,7 @@ class RingMixin(_Base):
 
         return self.ring.reduce(loss) / self.get_cp_size(), tree_map_only(Tensor, whole, logits), labels
 
-    def _check(self) -> None:
+    def _check(self, handle: Handle) -> None:
         """Refuses what would count labels, or rows, of one rank for those of all."""
         refused = {
             "label_smoothing_factor": (self.label_smoother is not None, "labels are shifted before they are sharded"),
@@ -116,7 +118,7 @@ class RingMixin(_Base):
             ),
             "eval_use_gather_object": (self.args.eval_use_gather_object, "tensors are gathered, of each sequence once"),
             "a model whose loss takes no num_items_in_batch": (
-                not self.model_accepts_loss_kwargs,
+                not (self.model_accepts_loss_kwargs and handle.sharding.facts.counts_items),
                 "its loss is a mean over the tokens of one rank; write a loop with handle.loss",
             ),
         }

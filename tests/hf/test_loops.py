@@ -25,6 +25,8 @@ from tests.hf.exact import Exact
 from tests.hf.training import Training, as_launched, build, samples, trainable
 
 ATOL = 1e-10
+# Gradients are in fp32, but computed in bf16: the floor is one rounding there.
+ONE_ROUNDING = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
 STEPS = 2  # micro-batches whose gradients are accumulated
 
 
@@ -129,7 +131,7 @@ def test_autocast(pool: RankPool, loop: Loop) -> None:
     plain = alone(loop, 1, torch.float32)
     for found in pool.run(over_ranks, 2, loop, 2, torch.float32):
         for name in expected:
-            assert_within_rule(found[name], expected[name], plain[name], name=name)
+            assert_within_rule(found[name], expected[name], plain[name], name=name, floor_factor=ONE_ROUNDING)
 
 
 def by_accelerate(group: dist.ProcessGroup) -> dict[str, Tensor]:

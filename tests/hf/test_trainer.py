@@ -10,7 +10,7 @@ import torch
 from tests.harness import ranks
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
-from tests.hf.training import Trained, Training, by_one_process, by_trainer
+from tests.hf.training import Trained, Training, by_one_process, by_trainer, refused
 
 # Trainer logs losses in fp32.
 FP32 = 1e-6
@@ -54,3 +54,17 @@ def test_two_ranks(pair: RankPool, training: Training) -> None:
 def test_four_ranks(pool: RankPool, cp_size: int) -> None:
     training = Training(packed=True)
     assert_same(pool.run(by_trainer, 4, training, cp_size), by_one_process(training))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "told"),
+    [
+        ("Qwen2ForCausalLM", {"label_smoothing_factor": 0.1}, "labels are shifted before they are sharded"),
+        ("Qwen2ForCausalLM", {"average_tokens_across_devices": False}, "the loss is that of all ranks' tokens"),
+        ("BertForMaskedLM", {}, "write a loop with handle.loss"),
+    ],
+    ids=["smoothing", "averaging", "loss"],
+)
+def test_refusals(pair: RankPool, model: str, options: dict[str, object], told: str) -> None:
+    for error in pair.expect_error(refused, 2, model, options):
+        assert told in error.message

@@ -149,6 +149,17 @@ def by_trainer(group: dist.ProcessGroup, training: Training, cp_size: int) -> Tr
         return trained
 
 
+def refused(group: dist.ProcessGroup, model: str, options: dict[str, Any]) -> None:
+    """Asks Trainer for what ranks cannot do together."""
+    with as_launched(group.rank(), group.size()), tempfile.TemporaryDirectory() as folder:
+        training = Training(model)
+        arguments = training.arguments(folder, group.size())
+        for name, value in options.items():
+            setattr(arguments, name, value)
+        data: Any = samples(4, packed=False)
+        rhf.RingTrainer(model=build(training), args=arguments, train_dataset=data).train()
+
+
 def by_one_process(training: Training) -> Trained:
     """Trains through Trainer in this process."""
     with as_launched(0, 1), tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,11 @@ do, it is told by the batch that comes with it.
 
 from ringattn.hf.attention import register
 from ringattn.hf.batches import Batch, Rows
+from ringattn.hf.cache import RingCache
 from ringattn.hf.calls import Call, Context
 from ringattn.hf.handle import Handle, patch
 from ringattn.hf.patterns import Pattern
 
 register()
 
-__all__ = ["Batch", "Call", "Context", "Handle", "Pattern", "Rows", "patch"]
+__all__ = ["Batch", "Call", "Context", "Handle", "Pattern", "RingCache", "Rows", "patch"]

@@ -15,7 +15,9 @@ from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import check_count
 from ringattn.comm.group import resolve
 from ringattn.errors import ArgumentError, DisagreementError
+from ringattn.geometry.layout import Layout, contiguous
 from ringattn.hf.calls import Call
+from ringattn.hf.models import pretrained
 from ringattn.hf.passes import Pass, Replicated, Sharded
 from ringattn.hf.saving import load_rows, save_rows
 from ringattn.hf.tokens import Past, Tokens
@@ -60,8 +62,8 @@ class RingCache(Cache):
         shard_from: as many new tokens in a row, or more, are dealt out to the ranks; 1 or more.
     Raises:
         ArgumentError: when an argument is not allowed, or the model cannot generate from such a cache.
-    Communication: that of `prefill_attention` and `decode_attention` in each layer; in a prefill also the logits that are
-        asked for, from their rank to each other one.
+    Communication: that of `prefill_attention` and `decode_attention` in each layer; after a prefill, the logits that
+        were asked for, from their rank to each other one.
     """
 
     def __init__(self, handle: Handle, *, num_pages: int, page_size: int = 16, shard_from: int = 64) -> None:
@@ -107,7 +109,7 @@ class RingCache(Cache):
             work = Replicated(tokens)
         else:
             same = tuple(range(tokens.num_rows)) if self._rows else tokens.same()
-            work = Sharded(tokens, same, self._handle.layout_of, self._handle.team, keeps=keeps)
+            work = Sharded(tokens, same, self._layout_of, self._handle.team, keeps=keeps)
         self._turn = _Turn(work, tokens)
         return work.arguments()
 
@@ -154,7 +156,9 @@ class RingCache(Cache):
     def finish(self, logits: Tensor) -> Tensor:
         """Ends a pass; returns the logits that were asked for, (B, columns, V), the same to the bit on every rank."""
         turn, store = self._turn, self._store
-        assert turn is not None and turn.rows is not None and store is not None
+        assert turn is not None
+        assert turn.rows is not None
+        assert store is not None
         found = turn.work.logits(logits)
         first = turn.work.same
         rows = [row if first[i] == i else store.fork(row) for i, row in enumerate(turn.rows)]
@@ -173,6 +177,13 @@ class RingCache(Cache):
                 store.truncate(row, turn.lengths[self._rows.index(row)])
             else:
                 store.free(row)
+
+    def _layout_of(self, num_tokens: int) -> Layout:
+        """Who computes which of a row's new tokens; here, unlike in training, a rank may have none."""
+        team = self._handle.team
+        if num_tokens < team.size:
+            return contiguous(num_tokens, team.size)
+        return self._handle.sharding.rows(num_tokens).layout
 
     def _extended(self, turn: _Turn, call: Call) -> DistributedKVCache:
         """Returns the store, in which the new tokens have their places."""
@@ -329,8 +340,8 @@ class RingCache(Cache):
             folder: where `save` wrote it.
             num_pages, shard_from: as for a new one.
         Raises:
-            SnapshotError: when it is not there, not whole, or of another model; OutOfPagesError when it does not fit. On
-                every rank.
+            SnapshotError: when it is not there, not whole, or of another model; OutOfPagesError when it does not fit.
+                On every rank.
         """
         made = cls(handle, num_pages=num_pages, shard_from=shard_from)
         device = next(handle.model.parameters()).device
@@ -357,7 +368,7 @@ class RingCache(Cache):
         self._refuse_state(layer_idx)
 
     def _refuse_state(self, layer: int) -> NoReturn:
-        raise ArgumentError(f"layer {layer} keeps something other than keys and values, for which a RingCache has no place")
+        raise ArgumentError(f"layer {layer} keeps more than keys and values: a RingCache has no place for it")
 
 
 def _num_layers(handle: Handle) -> int:
@@ -366,8 +377,8 @@ def _num_layers(handle: Handle) -> int:
     Raises:
         ArgumentError: when it cannot generate from a RingCache.
     """
-    config = handle.model.config
-    name = type(handle.model).__name__
+    model = pretrained(handle.model)
+    config, name = model.config, type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ArgumentError(f"{name} has an encoder: a RingCache is for models that are decoders alone")
     found = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

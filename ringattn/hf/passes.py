@@ -85,8 +85,8 @@ class Replicated:
 class Sharded:
     """Each rank computes its share of every row, one after the other in a single packed row without padding.
 
-    Behind them comes a token that nobody sees, at the last position of all: a forward of no tokens fails in many models,
-    and rotary embeddings that grow with the sequence look at the largest position.
+    Behind them comes a token that nobody sees, at the last position of all: a forward of no tokens fails in many
+    models, and rotary embeddings that grow with the sequence look at the largest position.
 
     Args:
         tokens: what the model is asked for.
@@ -119,11 +119,12 @@ class Sharded:
         return np.concatenate([np.empty(0, dtype=np.int64), *own])
 
     def _rows_of(self, places: Ints) -> Ints:
-        """Returns which of the gathered logits each row and wanted column has, (B, columns); the one after them if none."""
+        """Returns which of the gathered logits a row's wanted columns have, (B, columns); padding has those after."""
         tokens = self._tokens
         found = np.full(tokens.num_rows * tokens.width, len(places), dtype=np.int64)
         found[places] = np.arange(len(places))
-        return found.reshape(tokens.num_rows, tokens.width)[np.array(self.same)][:, tokens.columns]
+        table: Ints = found.reshape(tokens.num_rows, tokens.width)[list(self.same)]
+        return table[:, tokens.columns]
 
     def arguments(self) -> dict[str, Any]:
         """See Pass."""

@@ -87,10 +87,10 @@ class Tokens:
         """Returns for each row the first one that is given the same ids, as beams and samples of one prompt are."""
         if self.name != "input_ids":
             return tuple(range(self.num_rows))
-        first: dict[bytes, int] = {}
+        first: dict[tuple[int, bytes], int] = {}
         rows = self.values.detach().cpu().contiguous().numpy()
         return tuple(
-            first.setdefault(bytes([*pad.to_bytes(8, "little")]) + ids[pad:].tobytes(), row)
+            first.setdefault((pad, ids[pad:].tobytes()), row)
             for row, (pad, ids) in enumerate(zip(self.pads, rows, strict=True))
         )
 
@@ -106,7 +106,7 @@ def read_tokens(arguments: Mapping[str, Any], past: Past) -> Tokens:
     values = arguments.get(name)
     if not isinstance(values, Tensor) or values.ndim != (2 if name == "input_ids" else 3) or not values.numel():
         shape = tuple(values.shape) if isinstance(values, Tensor) else values
-        raise ArgumentError(f"{name}={shape}: must be (batch, tokens) ids, or (batch, tokens, dim) embeddings, not empty")
+        raise ArgumentError(f"{name}={shape}: must be ids (batch, tokens), or embeddings (batch, tokens, dim)")
     batch, width = values.shape[:2]
     if past.pads and batch != len(past.pads):
         raise ArgumentError(
@@ -119,7 +119,9 @@ def read_tokens(arguments: Mapping[str, Any], past: Past) -> Tokens:
 
 
 def _refuse_others(arguments: Mapping[str, Any]) -> None:
-    others = [name for name, value in arguments.items() if name not in _KNOWN and value is not None and value is not False]
+    others = [
+        name for name, value in arguments.items() if name not in _KNOWN and value is not None and value is not False
+    ]
     if others:
         raise ArgumentError(
             f"{', '.join(others)}: a pass on a RingCache takes token ids or embeddings, a 2-D attention_mask, "
@@ -162,7 +164,9 @@ def _positions(given: object, past: Past, pads: tuple[int, ...], values: Tensor)
     batch, width = values.shape[:2]
     if given is None:
         held = past.pads or (0,) * batch
-        shift = torch.tensor([past.length - old - new for old, new in zip(held, pads, strict=True)], device=values.device)
+        shift = torch.tensor(
+            [past.length - old - new for old, new in zip(held, pads, strict=True)], device=values.device
+        )
         return (shift[:, None] + torch.arange(width, device=values.device)).clamp_(min=0)
     if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != width or given.shape[0] not in (1, batch):
         shape = tuple(given.shape) if isinstance(given, Tensor) else given

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import ringattn.hf as rhf
 from ringattn.hf import RingCache
@@ -40,11 +41,14 @@ class Model:
     prefix: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, dtype: torch.dtype, *, layers: int = 2) -> PreTrainedModel:
+    def build(self, dtype: torch.dtype, *, layers: int = 2) -> Any:
         """Returns the model with weights that depend on nothing but this entry."""
-        config = getattr(transformers, f"{self.prefix}Config")(**(_SIZES | self.options | {"num_hidden_layers": layers}))
+        config = getattr(transformers, f"{self.prefix}Config")(
+            **(_SIZES | self.options | {"num_hidden_layers": layers})
+        )
+        config._experts_implementation = "eager"  # that of transformers' choice knows no float64
         torch.manual_seed(0)
-        model: PreTrainedModel = getattr(transformers, f"{self.prefix}ForCausalLM")(config)
+        model = getattr(transformers, f"{self.prefix}ForCausalLM")(config)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -57,9 +61,7 @@ _ALTERNATING = ["sliding_attention", "full_attention"]
 MODELS: dict[str, Model] = {
     "llama": Model("Llama"),
     "mistral": Model("Mistral", {"sliding_window": 5}),
-    "gemma2": Model(
-        "Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 3.0, "layer_types": _ALTERNATING}
-    ),
+    "gemma2": Model("Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 3.0, "layer_types": _ALTERNATING}),
     "gpt_oss": Model(
         "GptOss",
         {"sliding_window": 6, "layer_types": _ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -76,6 +78,41 @@ MODELS: dict[str, Model] = {
 }
 
 
+def _dense(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as it is defined, in the dtype of its inputs; transformers' own is not exact in float64."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~attention_mask, -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).nan_to_num(nan=0.0)[..., : k.shape[2]]  # padding sees nothing
+    return (weights @ v).transpose(1, 2), None
+
+
+def _dense_mask(**arguments: Any) -> Tensor:
+    mask = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
+    assert mask is not None
+    return mask
+
+
+def _prepare_oracle() -> None:
+    AttentionInterface.register("dense", _dense)
+    AttentionMaskInterface.register("dense", _dense_mask)
+
+
 def prompts(rows: int, width: int, seed: int = 5) -> Tensor:
     """Ids of prompts, none of them padding."""
     return torch.randint(3, 37, (rows, width), generator=torch.Generator().manual_seed(seed))
@@ -87,45 +124,43 @@ def padded(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
     return prompts(len(lengths), width).where(real, 0), real.long()
 
 
-def _generate(model: PreTrainedModel, cache: Cache, ids: Tensor, **options: Any) -> list[Tensor]:
+def _generate(model: Any, cache: Cache, ids: Tensor | None, **options: Any) -> list[Tensor]:
     """Returns the sequences, and the logits of each step."""
     options = {"max_new_tokens": NEW, "do_sample": False} | options
     torch.manual_seed(11)
-    found = model.generate(
-        ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options
-    )
+    found = model.generate(ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options)
     assert found.past_key_values is cache
     return [found.sequences, *found.logits]
 
 
-def greedy(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def greedy(model: Any, cache: Cache) -> list[Tensor]:
     return _generate(model, cache, prompts(2, 17))
 
 
-def left_padding(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def left_padding(model: Any, cache: Cache) -> list[Tensor]:
     ids, mask = padded([13, 4, 1, 13], 13)
     ids[3] = ids[0]  # the same row again, which is computed once
     return _generate(model, cache, ids, attention_mask=mask)
 
 
-def ends_early(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def ends_early(model: Any, cache: Cache) -> list[Tensor]:
     """One row ends before the other, and is filled up with padding."""
     ids = prompts(2, 9)
     second = _generate(model, copy.deepcopy(cache), ids)[0][0, 10]
     return _generate(model, cache, ids, eos_token_id=int(second), pad_token_id=0)
 
 
-def sampling(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def sampling(model: Any, cache: Cache) -> list[Tensor]:
     ids, mask = padded([11, 6], 11)
     return _generate(model, cache, ids, attention_mask=mask, do_sample=True, num_return_sequences=2, top_k=20)
 
 
-def beams(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def beams(model: Any, cache: Cache) -> list[Tensor]:
     ids, mask = padded([11, 6], 11)
     return _generate(model, cache, ids, attention_mask=mask, num_beams=3, num_return_sequences=2)
 
 
-def assisted(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def assisted(model: Any, cache: Cache) -> list[Tensor]:
     """The draft agrees now and then: it is the model itself, a little off."""
     draft = MODELS["llama"].build(model.dtype)
     draft.generation_config.num_assistant_tokens = 4
@@ -133,16 +168,16 @@ def assisted(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
     with torch.no_grad():
         for mine, its in zip(model.parameters(), draft.parameters(), strict=True):
             its.copy_(mine).mul_(1.02)
-        draft.get_output_embeddings().weight[:9] *= 0.9
+        draft.lm_head.weight[:9] *= 0.9
     return _generate(model, cache, prompts(1, 15), assistant_model=draft, max_new_tokens=12)
 
 
-def prompt_lookup(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def prompt_lookup(model: Any, cache: Cache) -> list[Tensor]:
     ids = prompts(1, 6).repeat(1, 3)
     return _generate(model, cache, ids, prompt_lookup_num_tokens=3, max_new_tokens=9)
 
 
-def conversation(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def conversation(model: Any, cache: Cache) -> list[Tensor]:
     """Three turns: a long question, a short one, and a long one again."""
     first = _generate(model, cache, prompts(1, 12))
     second = _generate(model, cache, torch.cat([first[0], prompts(1, 2, 6)], 1))
@@ -150,7 +185,7 @@ def conversation(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
     return [third[0], *first[1:], *second[1:], *third[1:]]
 
 
-def padded_conversation(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def padded_conversation(model: Any, cache: Cache) -> list[Tensor]:
     ids, mask = padded([11, 6], 11)
     first = _generate(model, cache, ids, attention_mask=mask)
     longer = torch.cat([first[0], prompts(2, 9, 7)], 1)
@@ -159,20 +194,20 @@ def padded_conversation(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
     return [second[0], *first[1:], *second[1:]]
 
 
-def in_chunks(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def in_chunks(model: Any, cache: Cache) -> list[Tensor]:
     ids, mask = padded([17, 3], 17)
     return _generate(model, cache, ids, attention_mask=mask, prefill_chunk_size=7)
 
 
-def embeddings(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def embeddings(model: Any, cache: Cache) -> list[Tensor]:
     return _generate(model, cache, None, inputs_embeds=model.get_input_embeddings()(prompts(2, 11)).detach())
 
 
-def one_token(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def one_token(model: Any, cache: Cache) -> list[Tensor]:
     return _generate(model, cache, prompts(1, 1))
 
 
-def common_prefix(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+def common_prefix(model: Any, cache: Cache) -> list[Tensor]:
     """Two questions about the same text, which is computed once."""
     text = prompts(1, 13)
     with torch.no_grad():
@@ -183,7 +218,7 @@ def common_prefix(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
     return found
 
 
-WAYS: dict[str, Callable[[PreTrainedModel, Cache], list[Tensor]]] = {
+WAYS: dict[str, Callable[[Any, Cache], list[Tensor]]] = {
     way.__name__: way
     for way in (
         greedy,
@@ -206,7 +241,8 @@ WAYS: dict[str, Callable[[PreTrainedModel, Cache], list[Tensor]]] = {
 def alone(name: str, way: str, dtype: torch.dtype) -> list[Tensor]:
     """What one process gives, with transformers' own cache and attention."""
     model = MODELS[name].build(dtype)
-    model.set_attn_implementation("eager")
+    _prepare_oracle()
+    model.set_attn_implementation("dense" if dtype is torch.float64 else "eager")
     return WAYS[way](model, DynamicCache(config=model.config))
 
 

@@ -1,7 +1,7 @@
 """The hooks by which the forward passes of a patched model meet a RingCache that they are given.
 
-Before a pass, its arguments are read, and exchanged for those of this rank. After it, the logits that were asked for are
-gathered.
+Before a pass, its arguments are read, and exchanged for those of this rank. After it, the logits that were asked for
+are gathered.
 """
 
 from __future__ import annotations

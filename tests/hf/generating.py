@@ -185,12 +185,20 @@ def conversation(model: Any, cache: Cache) -> list[Tensor]:
     return [third[0], *first[1:], *second[1:], *third[1:]]
 
 
-def padded_conversation(model: Any, cache: Cache) -> list[Tensor]:
+def first_turn(model: Any, cache: Cache) -> list[Tensor]:
     ids, mask = padded([11, 6], 11)
-    first = _generate(model, cache, ids, attention_mask=mask)
-    longer = torch.cat([first[0], prompts(2, 9, 7)], 1)
-    mask = torch.cat([mask, torch.ones(2, longer.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-    second = _generate(model, cache, longer, attention_mask=mask)
+    return _generate(model, cache, ids, attention_mask=mask)
+
+
+def second_turn(model: Any, cache: Cache, first: Tensor) -> list[Tensor]:
+    ids, (_, mask) = torch.cat([first, prompts(2, 9, 7)], 1), padded([11, 6], 11)
+    mask = torch.cat([mask, torch.ones(2, ids.shape[1] - mask.shape[1], dtype=torch.long)], 1)
+    return _generate(model, cache, ids, attention_mask=mask)
+
+
+def padded_conversation(model: Any, cache: Cache) -> list[Tensor]:
+    first = first_turn(model, cache)
+    second = second_turn(model, cache, first[0])
     return [second[0], *first[1:], *second[1:]]
 
 

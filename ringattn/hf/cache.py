@@ -109,7 +109,7 @@ class RingCache(Cache):
             work = Replicated(tokens)
         else:
             same = tuple(range(tokens.num_rows)) if self._rows else tokens.same()
-            work = Sharded(tokens, same, self._layout_of, self._handle.team, keeps=keeps)
+            work = Sharded(tokens, self.past.length, same, self._layout_of, self._handle.team, keeps=keeps)
         self._turn = _Turn(work, tokens)
         return work.arguments()
 

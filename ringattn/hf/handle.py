@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +25,8 @@ from ringattn.hf.calls import Context
 from ringattn.hf.generation import Passes
 from ringattn.hf.loss import loss_of
 from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
+from ringattn.hf.positions import embeddings_that_count
+from ringattn.hf.requests import check_arguments
 from ringattn.hf.shares import BATCH, MakeLayout, Sharding
 
 
@@ -48,12 +52,14 @@ class Handle:
         facts = facts_of(self._pretrained)
         self.sharding = Sharding(facts, self.team, group_or_mesh, layout, exchange, backend)
         self._context: Context | None = None
+        self._in_progress: Context | None = None
         self._before: list[tuple[Any, str | None]] = []
         self._hooks: list[RemovableHandle] = []
 
-    def apply(self) -> Handle:
-        """Sets the attention; `patch` does so."""
+    def _apply(self) -> Handle:
         check_model(self._pretrained)
+        if any(isinstance(getattr(h, "__self__", None), Handle) for h in self._pretrained._forward_pre_hooks.values()):
+            raise ArgumentError(f"{type(self._pretrained).__name__} is patched: call its handle's unpatch() before")
         own_configs(self._pretrained)
         seen: set[int] = set()
         for module in text_modules(self._pretrained):
@@ -65,6 +71,9 @@ class Handle:
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(self._tell, with_kwargs=True))
         self._hooks += Passes(self, self._pretrained).hooks()
+        for module in embeddings_that_count(self._pretrained):
+            encodes = any(module is part for part in self._pretrained.get_encoder().modules())
+            self._hooks.append(module.register_forward_pre_hook(partial(self._place, encodes), with_kwargs=True))
         return self
 
     def unpatch(self) -> None:
@@ -109,10 +118,21 @@ class Handle:
         finally:
             self._context = before
 
-    def _tell(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _tell(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a forward pass: adds what it is about to its arguments, from which the attention layers take it."""
+        check_arguments(module, kwargs)
         if kwargs.get(BATCH) is None and self._context is not None:
             kwargs = {**kwargs, BATCH: self._context}
+        self._in_progress = kwargs.get(BATCH)
+        return args, kwargs
+
+    def _place(self, encodes: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before positions are embedded that a model would count itself: tells them."""
+        if isinstance(self._in_progress, Batch):
+            rows = self._in_progress.encoder if encodes else self._in_progress.rows
+            assert rows is not None
+            positions = rows.layout.positions(self.team.rank)
+            kwargs = {**kwargs, "position_ids": torch.as_tensor(positions, device=args[0].device)}
         return args, kwargs
 
     def unshard(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -180,4 +200,4 @@ def patch(
         ArgumentError: when tokens are mixed by other means than attention which can be replaced.
     Communication: none; that of the attention follows with each forward pass.
     """
-    return Handle(model, group_or_mesh, layout=layout, exchange=exchange, backend=backend).apply()
+    return Handle(model, group_or_mesh, layout=layout, exchange=exchange, backend=backend)._apply()

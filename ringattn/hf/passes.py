@@ -21,6 +21,7 @@ from ringattn.comm.gather import gather_everywhere
 from ringattn.comm.group import Team
 from ringattn.geometry.layout import Ints, Layout
 from ringattn.hf.calls import Call
+from ringattn.hf.positions import rescaled
 from ringattn.hf.tokens import Tokens
 
 
@@ -90,6 +91,7 @@ class Sharded:
 
     Args:
         tokens: what the model is asked for.
+        past: how many columns the batch had before.
         same: for each row, the first one of the same tokens; only that is computed.
         layout_of: who computes which of a number of tokens.
         team: the ranks.
@@ -97,9 +99,16 @@ class Sharded:
     """
 
     def __init__(
-        self, tokens: Tokens, same: tuple[int, ...], layout_of: Callable[[int], Layout], team: Team, *, keeps: bool
+        self,
+        tokens: Tokens,
+        past: int,
+        same: tuple[int, ...],
+        layout_of: Callable[[int], Layout],
+        team: Team,
+        *,
+        keeps: bool,
     ) -> None:
-        self._tokens, self._team, self._keeps = tokens, team, keeps
+        self._tokens, self._past, self._team, self._keeps = tokens, past, team, keeps
         self.same = same
         self._layouts = {row: layout_of(tokens.counts[row]) for row in sorted(set(same)) if tokens.counts[row]}
         self._extensions: dict[int, Extension] = {}
@@ -108,8 +117,8 @@ class Sharded:
         # Of each rank, the places in the batch of what it computes and somebody wants the logits of.
         wanted = [places[kept[places % tokens.width]] for places in map(self._places, range(team.size))]
         self._counts = [len(places) for places in wanted]
-        own = self._places(team.rank)
-        self._own_kept = np.flatnonzero(kept[own % tokens.width])
+        self._own = self._places(team.rank)
+        self._own_kept = np.flatnonzero(kept[self._own % tokens.width])
         self._found = self._rows_of(np.concatenate(wanted))
 
     def _places(self, rank: int) -> Ints:
@@ -129,7 +138,7 @@ class Sharded:
     def arguments(self) -> dict[str, Any]:
         """See Pass."""
         tokens = self._tokens
-        own = torch.as_tensor(self._places(self._team.rank), device=tokens.values.device)
+        own = torch.as_tensor(self._own, device=tokens.values.device)
         values, positions = tokens.values.flatten(0, 1), tokens.positions.flatten()
         given: dict[str, Any] = {
             tokens.name: torch.cat([values[own], values[-1:]])[None],
@@ -147,11 +156,14 @@ class Sharded:
     def attend(self, call: Call, store: DistributedKVCache, layer: int) -> Tensor:
         """See Pass."""
         out = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+        # Models that count their own rows count columns, padding included.
+        columns = self._past + np.append(self._own % self._tokens.width, 0)
+        q = rescaled(call.module, call.q, columns, first=self._past)
         mask, start = call.pattern.within(None), 0
         for row, layout in self._layouts.items():
             here = slice(start, start + layout.num_tokens(self._team.rank))
             out[:, here] = prefill_attention(
-                call.q[:, here], call.k[:, here], call.v[:, here], store, layer, self._extensions[row],
+                q[:, here], call.k[:, here], call.v[:, here], store, layer, self._extensions[row],
                 mask=mask, scale=call.scale, softcap=call.softcap, sink=call.sink,
             )  # fmt: skip
             start = here.stop

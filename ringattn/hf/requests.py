@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ringattn.errors import ArgumentError
 from ringattn.hf.calls import Asked
@@ -38,6 +39,28 @@ _REFUSED = {
     "head_mask": "multiply the rows of the output projection instead",
     "position_bias": "a bias that is added to the scores has no counterpart here; run this model unpatched",
 }
+
+
+# What a model takes for itself, and would answer from this rank's rows alone.
+_REFUSED_OF_MODELS = {
+    "output_attentions": _REFUSED["output_attentions"],
+    "output_router_logits": "its loss of the load on the experts is no sum over tokens, and a rank has but its own",
+    "head_mask": _REFUSED["head_mask"],
+}
+
+
+def check_arguments(module: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    """Checks what a model is called with, and what its config adds to that.
+
+    Raises:
+        ArgumentError: when it cannot be done.
+    """
+    for name, remedy in _REFUSED_OF_MODELS.items():
+        value = arguments.get(name)
+        if value is None:
+            value = getattr(module.config, name, None)
+        if value is not None and value is not False:
+            _refuse(module, name, remedy)
 
 
 class Wanted(NamedTuple):

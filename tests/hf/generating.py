@@ -4,113 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
-from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from torch import Tensor
+from transformers import Cache, DynamicCache
 
 import ringattn.hf as rhf
 from ringattn.hf import RingCache
+from tests.hf.architectures import ARCHITECTURES, Architecture, architecture
+from tests.hf.exact import Exact
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 37,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 PAGE_SIZE = 4
 NEW = 6
 
-
-@dataclass(frozen=True)
-class Model:
-    """A tiny random model, by its class's prefix, and what is special to it."""
-
-    prefix: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def build(self, dtype: torch.dtype, *, layers: int = 2) -> Any:
-        """Returns the model with weights that depend on nothing but this entry."""
-        config = getattr(transformers, f"{self.prefix}Config")(
-            **(_SIZES | self.options | {"num_hidden_layers": layers})
-        )
-        config._experts_implementation = "eager"  # that of transformers' choice knows no float64
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{self.prefix}ForCausalLM")(config)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # Larger than at the start of a training, so that attention is far from uniform.
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        return model.to(dtype).eval()
+DECODERS = [entry.model for entry in ARCHITECTURES if entry.model.endswith(("ForCausalLM", "LMHeadModel"))]
+_DYNAMIC = Architecture(
+    "LlamaForCausalLM",
+    "LlamaConfig",
+    "rotary embeddings that depend on the longest position of a forward pass",
+    {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    },
+)
 
 
-_ALTERNATING = ["sliding_attention", "full_attention"]
-MODELS: dict[str, Model] = {
-    "llama": Model("Llama"),
-    "mistral": Model("Mistral", {"sliding_window": 5}),
-    "gemma2": Model("Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 3.0, "layer_types": _ALTERNATING}),
-    "gpt_oss": Model(
-        "GptOss",
-        {"sliding_window": 6, "layer_types": _ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-    "qwen3": Model("Qwen3"),
-    # Rotary embeddings that depend on the longest position of a forward pass.
-    "dynamic": Model(
-        "Llama",
-        {
-            "max_position_embeddings": 16,
-            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
-        },
-    ),
-}
-
-
-def _dense(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention as it is defined, in the dtype of its inputs; transformers' own is not exact in float64."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~attention_mask, -torch.inf)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-    weights = scores.softmax(-1).nan_to_num(nan=0.0)[..., : k.shape[2]]  # padding sees nothing
-    return (weights @ v).transpose(1, 2), None
-
-
-def _dense_mask(**arguments: Any) -> Tensor:
-    mask = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
-    assert mask is not None
-    return mask
-
-
-def _prepare_oracle() -> None:
-    AttentionInterface.register("dense", _dense)
-    AttentionMaskInterface.register("dense", _dense_mask)
+def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A tiny model that does not end by itself."""
+    entry = _DYNAMIC if name == "dynamic" else architecture(name)
+    model = replace(entry, options=entry.options | options).build(dtype)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def prompts(rows: int, width: int, seed: int = 5) -> Tensor:
@@ -162,7 +91,7 @@ def beams(model: Any, cache: Cache) -> list[Tensor]:
 
 def assisted(model: Any, cache: Cache) -> list[Tensor]:
     """The draft agrees now and then: it is the model itself, a little off."""
-    draft = MODELS["llama"].build(model.dtype)
+    draft = build("LlamaForCausalLM", model.dtype)
     draft.generation_config.num_assistant_tokens = 4
     draft.generation_config.assistant_confidence_threshold = 0.0
     with torch.no_grad():
@@ -247,16 +176,16 @@ WAYS: dict[str, Callable[[Any, Cache], list[Tensor]]] = {
 
 
 def alone(name: str, way: str, dtype: torch.dtype) -> list[Tensor]:
-    """What one process gives, with transformers' own cache and attention."""
-    model = MODELS[name].build(dtype)
-    _prepare_oracle()
-    model.set_attn_implementation("dense" if dtype is torch.float64 else "eager")
-    return WAYS[way](model, DynamicCache(config=model.config))
+    """What one process gives, with transformers' own cache and attention; in float64, exact all through."""
+    model = build(name, dtype)
+    model.set_attn_implementation("eager")
+    with Exact() if dtype is torch.float64 else nullcontext():
+        return WAYS[way](model, DynamicCache(config=model.config))
 
 
 def together(group: dist.ProcessGroup, name: str, ways: list[str], shard_from: int, layout: str) -> list[list[Tensor]]:
     """What the ranks of a group give, for each way, with a cache for all of them."""
-    model = MODELS[name].build(torch.float32)
+    model = build(name)
     found = []
     with rhf.patch(model, group, layout=layout) as handle:
         cache = RingCache(handle, num_pages=120, page_size=PAGE_SIZE, shard_from=shard_from)

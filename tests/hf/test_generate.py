@@ -10,9 +10,17 @@ from torch import Tensor
 
 from tests.harness.compare import assert_within_rule
 from tests.harness.ranks import RankPool
-from tests.hf.generating import MODELS, WAYS, alone, together
+from tests.hf.generating import DECODERS, WAYS, alone, together
 
 ALL = list(WAYS)
+ASKING = [
+    "MistralForCausalLM",
+    "Gemma2ForCausalLM",
+    "GptOssForCausalLM",
+    "Llama4ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "dynamic",
+]
 
 
 @lru_cache
@@ -42,18 +50,18 @@ def check(pool: RankPool, world_size: int, name: str, ways: list[str], shard_fro
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_way_of_generating(pool: RankPool, world_size: int) -> None:
-    check(pool, world_size, "llama", ALL, 5, "zigzag")
+    check(pool, world_size, "LlamaForCausalLM", ALL, 5, "zigzag")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
+@pytest.mark.parametrize("name", ASKING)
 def test_what_layers_ask_for(pool: RankPool, name: str) -> None:
     check(pool, 2, name, ["left_padding", "conversation"], 5, "zigzag")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("shard_from", "layout"), [(1, "striped"), (8, "contiguous"), (1000, "zigzag")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*DECODERS, "dynamic"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_model(pool: RankPool, world_size: int, name: str, shard_from: int, layout: str) -> None:
-    ways = [way for way in ALL if way != "assisted" or name == "llama"]
+    ways = [way for way in ALL if way != "assisted" or name == "LlamaForCausalLM"]
     check(pool, world_size, name, ways, shard_from, layout)

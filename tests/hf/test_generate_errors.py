@@ -14,7 +14,7 @@ from ringattn.errors import ArgumentError, DisagreementError
 from ringattn.hf import RingCache
 from ringattn.hf.tokens import Past, read_tokens
 from tests.harness.ranks import RankPool
-from tests.hf.generating import MODELS, padded, prompts
+from tests.hf.generating import build, padded, prompts
 
 EMPTY = Past(0, ())
 HELD = Past(7, (2, 0))
@@ -84,7 +84,7 @@ def other_short_prompts(model: Any, cache: RingCache, rank: int) -> None:
 
 
 def another_model(model: Any, cache: RingCache, rank: int) -> None:
-    other = MODELS["llama"].build(torch.float32)
+    other = build("LlamaForCausalLM")
     with rhf.patch(other, cache.handle.group):
         other.generate(prompts(1, 9), past_key_values=cache)
 
@@ -152,7 +152,7 @@ def refuse(group: dist.ProcessGroup) -> list[tuple[str, str, int]]:
     """What every case raises here, and how much of it stays in the cache; the ranks go on together after each."""
     told = []
     for case in CASES:
-        model = MODELS["llama"].build(torch.float32, layers=1)
+        model = build("LlamaForCausalLM", num_hidden_layers=1)
         with rhf.patch(model, group) as handle:
             cache = RingCache(handle, num_pages=20, page_size=4, shard_from=5)
             try:
@@ -174,7 +174,7 @@ def test_what_is_refused(pool: RankPool) -> None:
 
 def a_second_try(group: dist.ProcessGroup) -> bool:
     """After a disagreement, and a reset, ranks that agree go on."""
-    model = MODELS["llama"].build(torch.float32, layers=1)
+    model = build("LlamaForCausalLM", num_hidden_layers=1)
     with rhf.patch(model, group) as handle:
         cache = RingCache(handle, num_pages=20, page_size=4, shard_from=5)
         with pytest.raises(DisagreementError):

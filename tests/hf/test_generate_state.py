@@ -15,13 +15,13 @@ from ringattn.errors import OutOfPagesError
 from ringattn.hf import RingCache
 from tests.harness.compare import assert_within_rule
 from tests.harness.ranks import RankPool
-from tests.hf.generating import MODELS, PAGE_SIZE, alone, beams, first_turn, padded, prompts, second_turn
+from tests.hf.generating import PAGE_SIZE, alone, beams, build, first_turn, padded, prompts, second_turn
 
-NAME = "mistral"
+NAME = "MistralForCausalLM"
 
 
 def save(group: dist.ProcessGroup, folder: str) -> Tensor:
-    model = MODELS[NAME].build(torch.float32)
+    model = build(NAME)
     with rhf.patch(model, group) as handle:
         cache = RingCache(handle, num_pages=40, page_size=PAGE_SIZE, shard_from=5)
         sequences = first_turn(model, cache)[0]
@@ -32,7 +32,7 @@ def save(group: dist.ProcessGroup, folder: str) -> Tensor:
 
 
 def load(group: dist.ProcessGroup, folder: str, sequences: Tensor) -> tuple[list[Tensor], int]:
-    model = MODELS[NAME].build(torch.float32)
+    model = build(NAME)
     with rhf.patch(model, group) as handle:
         cache = RingCache.load(handle, folder, num_pages=40, shard_from=5)
         assert cache.store is not None
@@ -55,7 +55,7 @@ def test_saved_and_continued_on_other_ranks(pool: RankPool, tmp_path: Path, savi
 
 
 def load_wrong(group: dist.ProcessGroup, folder: str) -> None:
-    with rhf.patch(MODELS[NAME].build(torch.float32, layers=1), group) as handle:
+    with rhf.patch(build(NAME, num_hidden_layers=1), group) as handle:
         RingCache.load(handle, folder, num_pages=40)
 
 
@@ -76,7 +76,7 @@ def free(cache: RingCache) -> int:
 
 def use_up(group: dist.ProcessGroup) -> list[tuple[int, int]]:
     """Goes through what changes rows; returns (columns, pages in use) after each step."""
-    model = MODELS["llama"].build(torch.float32)
+    model = build("LlamaForCausalLM")
     with rhf.patch(model, group) as handle:
         cache = RingCache(handle, num_pages=60, page_size=PAGE_SIZE, shard_from=5)
         assert (cache.get_seq_length(), cache.batch_size, len(cache), bool(cache)) == (0, -1, 2, True)
@@ -133,7 +133,7 @@ def test_pages_follow_what_is_held(pool: RankPool) -> None:
 
 def longer_than(group: dist.ProcessGroup) -> list[tuple[str, int, int]]:
     """Runs out of pages in a prefill, in the middle of a batch, and while decoding; goes on each time."""
-    model = MODELS["llama"].build(torch.float32)
+    model = build("LlamaForCausalLM")
     told = []
     with rhf.patch(model, group) as handle:
         cache = RingCache(handle, num_pages=4, page_size=PAGE_SIZE, shard_from=5)
@@ -165,7 +165,7 @@ def test_out_of_pages_everywhere_and_nothing_lost(pool: RankPool, world_size: in
 
 def test_one_process_of_transformers_is_what_we_compare_with() -> None:
     """The conversation in one process is one with a cache, not one that is computed anew."""
-    model = MODELS[NAME].build(torch.float32)
+    model = build(NAME)
     cache = DynamicCache(config=model.config)
     first = first_turn(model, cache)
     assert cache.get_seq_length() == first[0].shape[1] - 1

@@ -158,7 +158,7 @@ def _merged(packets: list[Packet], sink: Tensor | None) -> Tensor:
     if len(packets) > 1 and bool((marks != marks[0]).any()):
         raise DisagreementError(
             "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
-            f"layer, mask, scale, softcap (marks by rank: {marks.tolist()})"
+            f"layer, mask, scale, softcap, what was noted (marks by rank: {marks.tolist()})"
         )
     out, lse = merged(outs, lses)
     if sink is not None:

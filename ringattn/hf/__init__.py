@@ -12,6 +12,7 @@ do, it is told by the batch that comes with it.
 
 from ringattn.hf.attention import register
 from ringattn.hf.batches import Batch, Rows
+from ringattn.hf.cache import RingCache
 from ringattn.hf.calls import Call, Context
 from ringattn.hf.handle import Handle, patch
 from ringattn.hf.parallelism import RingParallelism
@@ -26,6 +27,7 @@ __all__ = [
     "Context",
     "Handle",
     "Pattern",
+    "RingCache",
     "RingMixin",
     "RingParallelism",
     "RingTrainer",

@@ -22,6 +22,7 @@ from ringattn.geometry.layout import Layout
 from ringattn.hf.attention import NAME
 from ringattn.hf.batches import Batch
 from ringattn.hf.calls import Context
+from ringattn.hf.generation import Passes
 from ringattn.hf.loss import loss_of
 from ringattn.hf.memory import Savings
 from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
@@ -73,6 +74,7 @@ class Handle:
                 config._attn_implementation_internal = NAME
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(self._tell, with_kwargs=True))
+        self._hooks += Passes(self, self._pretrained).hooks()
         for module in embeddings_that_count(self._pretrained):
             encodes = any(module is part for part in self._pretrained.get_encoder().modules())
             self._hooks.append(module.register_forward_pre_hook(partial(self._place, encodes), with_kwargs=True))

@@ -15,8 +15,8 @@ from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Ints
 
 
-def rescaled(module: nn.Module, q: Tensor, positions: Ints) -> Tensor:
-    """Returns the queries with the temperature of their positions, where a layer has taken them for 0, 1, 2, ...
+def rescaled(module: nn.Module, q: Tensor, positions: Ints, *, first: int = 0) -> Tensor:
+    """Returns the queries with the temperature of their positions, where a layer has taken them for first, first + 1, ...
 
     Llama 4 scales queries by their position in its layers without rotary embedding.
 
@@ -24,10 +24,11 @@ def rescaled(module: nn.Module, q: Tensor, positions: Ints) -> Tensor:
         module: the layer's attention module.
         q: (B, rows, heads, head_dim), as the layer has scaled them.
         positions: of the rows.
+        first: what the layer has taken for the position of the first row.
     """
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return q
-    taken = torch.arange(q.shape[1], device=q.device)
+    taken = torch.arange(first, first + q.shape[1], device=q.device)
     right = torch.as_tensor(positions, device=q.device)
     ratio = _temperature(module, right) / _temperature(module, taken)
     return q * ratio.to(q.dtype).view(1, -1, 1, 1)

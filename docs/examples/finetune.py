@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import ParallelismConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -42,6 +43,7 @@ arguments = TrainingArguments(
     report_to="none",
     save_strategy="no",
     disable_tqdm=True,
+    ddp_find_unused_parameters=False,
     use_cpu=not torch.cuda.is_available(),
 )
 trainer = MyTrainer(model=model, args=arguments, train_dataset=dataset)
@@ -59,4 +61,6 @@ with rhf.patch(model) as handle, torch.no_grad():
 
 # One process alone writes the same.
 assert torch.equal(written, model.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0))
-print(bytes(written[0, 300:].tolist()))
+if dist.get_rank() == 0:
+    print(bytes(written[0, 300:].tolist()))
+dist.destroy_process_group()

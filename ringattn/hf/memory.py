@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ringattn.attention.sharding import IGNORED_LABEL
 from ringattn.errors import ArgumentError
@@ -46,8 +46,9 @@ class Savings:
 
     def apply(self) -> None:
         """Changes the model; nothing else."""
-        for mlp in self._mlps:
-            self._set_forward(mlp, partial(tiled, mlp, num_tiles=self._num_tiles, forward=mlp.forward))
+        if self._num_tiles is not None:
+            for mlp in self._mlps:
+                self._set_forward(mlp, partial(tiled, mlp, num_tiles=self._num_tiles, forward=mlp.forward))
         if self._head is not None:
             self._set_forward(self._head, partial(self._defer, self._head, self._head.forward))
             self._model.loss_function = partial(self._loss, self._model.loss_function)
@@ -205,7 +206,7 @@ def _takes_rows(module: nn.Module) -> bool:
 
 def _head(model: PreTrainedModel) -> nn.Linear:
     name = type(model).__name__
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is not nn.Linear:
         raise ArgumentError(
             f"chunk_loss: the output head of {name} is {type(head).__name__}, and must be nn.Linear; leave chunk_loss "

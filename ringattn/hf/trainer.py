@@ -17,7 +17,10 @@ from ringattn.hf.handle import Handle, batch_of, patch
 from ringattn.hf.parallelism import RingParallelism
 
 # The mixin stands before a Trainer, whose methods it calls.
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class RingMixin(_Base):
@@ -46,11 +49,12 @@ class RingMixin(_Base):
         return handle
 
     def _patched(self) -> Handle:
+        assert self.model is not None
         return self.patched(self.model, self.accelerator.torch_device_mesh["cp"])
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         # The signature is Trainer's.
-        arguments = super()._build_accelerator_args(**options)
+        arguments: dict[str, Any] = super()._build_accelerator_args(**options)
         config = arguments.get("parallelism_config")
         if config is not None and config.cp_size > 1:
             arguments["parallelism_config"] = RingParallelism.of(config)
@@ -69,7 +73,8 @@ class RingMixin(_Base):
         rows = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
 
         def once(x: Tensor) -> Tensor:
-            return x.unflatten(0, (mesh.size(), -1))[first.to(x.device)].flatten(0, 1)[:rows]
+            by_rank = x.view(mesh.size(), -1, *x.shape[1:])
+            return by_rank[first.to(x.device)].flatten(0, 1)[:rows]
 
         return tree_map_only(Tensor, once, self.accelerator.gather(data))
 

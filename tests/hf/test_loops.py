@@ -139,7 +139,8 @@ def by_accelerate(group: dist.ProcessGroup) -> dict[str, Tensor]:
     with as_launched(group.rank(), group.size()):
         accelerator = Accelerator(cpu=True, parallelism_config=rhf.RingParallelism(cp_size=2, dp_shard_size=2))
         model = Loop().model(torch.float64)
-        loader = torch.utils.data.DataLoader(samples(2 * STEPS, packed=True), batch_size=1)  # type: ignore[arg-type]
+        data: Any = samples(2 * STEPS, packed=True)
+        loader: Any = torch.utils.data.DataLoader(data, batch_size=1)
         wrapped, loader = accelerator.prepare(model, loader)
         handle = rhf.patch(wrapped, accelerator.torch_device_mesh["cp"])
         count = batches(2)[0]["num_items_in_batch"]

@@ -90,6 +90,8 @@ def finish(trainer: Trainer, training: Training) -> Trained:
     with Exact():
         trainer.train()
         predictions = trainer.predict(samples(2 * training.batch + 1, training.packed))  # type: ignore[arg-type]
+    assert trainer.model is not None
+    assert predictions.metrics is not None
     history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return Trained(
         [entry["loss"] for entry in history],
@@ -125,10 +127,10 @@ def forget() -> None:
 
 
 def build(training: Training) -> PreTrainedModel:
-    model = architecture(training.model).build()
+    model: Any = architecture(training.model).build()
     if training.checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": exact_again})
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def exact_again() -> tuple[AbstractContextManager[None], Exact]:

@@ -110,9 +110,9 @@ def over_ranks(group: dist.ProcessGroup, loop: Loop, cp_size: int, dtype: torch.
     [
         Loop("ddp", checkpoint=True),
         Loop("fully_shard", checkpoint=True, tile_mlp=2, chunk_loss=3),
-        Loop("fully_shard"),
+        pytest.param(Loop("fully_shard"), marks=pytest.mark.long),
         Loop("ddp", lora=True, tile_mlp=3, chunk_loss=4),
-        Loop("ddp", lora=True, checkpoint=True),
+        pytest.param(Loop("ddp", lora=True, checkpoint=True), marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -60,6 +60,7 @@ bench: $(READY)  ## speed, memory and accuracy beside one process and other libr
 	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.masks --out results/masks
 	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.memory --out results/memory
 	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.memory --out results/memory
+	$(BIN)/python -m benchmarks.memory_around --out results/memory_around
 	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.accuracy --out results/accuracy
 	$(BIN)/python -m benchmarks.kernels --out results/kernels
 	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal --out results/kernels-long

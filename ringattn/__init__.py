@@ -39,7 +39,7 @@ from ringattn.geometry.balance import balanced
 from ringattn.geometry.choice import Choice
 from ringattn.geometry.cost import Compute, CostModel, Link
 from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
-from ringattn.geometry.masks import Mask, causal, chunked, documents, full, prefix_lm, sliding_window
+from ringattn.geometry.masks import Mask, causal, chunked, documents, full, key_range, prefix_lm, sliding_window
 
 __version__ = "0.1.0"
 
@@ -77,6 +77,7 @@ __all__ = [
     "gather_attention_with_lse",
     "hybrid_attention",
     "hybrid_attention_with_lse",
+    "key_range",
     "load_cache",
     "measure_compute",
     "measure_link",

@@ -30,7 +30,7 @@ INFERENCE = {
 }
 CALLS = ATTENTION | INFERENCE | {"explain", "measure_compute", "measure_link"} | {"shard", "shard_batch", "unshard"}
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
-MASKS = {"causal", "chunked", "documents", "full", "prefix_lm", "sliding_window"}
+MASKS = {"causal", "chunked", "documents", "full", "key_range", "prefix_lm", "sliding_window"}
 VALUES = {"Choice", "Compute", "CostModel", "DistributedKVCache", "Layout", "Link", "Mask"}
 ERRORS = {
     "ArgumentError",

@@ -162,7 +162,7 @@ def _merged(parts: tuple[Tensor, ...], sink: Tensor | None) -> Tensor:
     if any(mark != told[0] for mark in told):
         raise DisagreementError(
             "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
-            f"layer, mask, scale, softcap (marks by rank: {told})"
+            f"layer, mask, scale, softcap, what was noted (marks by rank: {told})"
         )
     out = merged(outs, lses)
     if sink is not None:

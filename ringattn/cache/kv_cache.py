@@ -239,6 +239,13 @@ class DistributedKVCache:
         self.pages.truncate(sequence, found.num_tokens)
         return Match(sequence, found.num_tokens)
 
+    def note(self, what: str) -> None:
+        """Takes down something else that all ranks must have in common, such as the tokens themselves.
+
+        It is compared with what is asked of the cache: see `agree`, `extend` by a layout, and `decode_attention`.
+        """
+        self.pages.note(what)
+
     def agree(self) -> None:
         """Compares what the ranks have asked of the cache so far; DisagreementError on every rank if it differs.
 

@@ -191,6 +191,10 @@ class Pages:
             self._release(rank, table.pages)
         del self._chains[sequence]
 
+    def note(self, what: str) -> None:
+        """Takes down something else that all ranks must have in common; it goes into the digest."""
+        self._note("note", what)
+
     def is_last(self, extension: Extension) -> bool:
         """Returns whether nothing has happened to the sequences of an extension since."""
         return all(

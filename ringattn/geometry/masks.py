@@ -265,6 +265,31 @@ def chunked(size: int) -> Mask:
     return Mask((Term("chunked", (size,), list_slices),))
 
 
+def key_range(start: int, stop: int) -> Mask:
+    """Every query sees the keys from `start` up to, not including, `stop`: those that are no padding, say.
+
+    A query that this leaves with nothing to see gets 0. In cross-attention it stands for the padding of the keys, where
+    `documents` would speak of the queries, too.
+
+    Args:
+        start: the first key that is seen, 0 or more.
+        stop: the first that is not seen again, `start` or more; it may lie behind the last key.
+    Raises:
+        MaskError: when a number is not allowed.
+    """
+    start = _count("start", start, 0)
+    stop = _count("stop", stop, start)
+    return Mask(
+        (
+            Term(
+                "key_range",
+                (start, stop),
+                lambda q, k: _table([(0, q, min(start, k), min(stop, k), -UNBOUNDED, UNBOUNDED)]),
+            ),
+        )
+    )
+
+
 # By the names of their terms.
 _CONSTRUCTORS: dict[str, Callable[..., Mask]] = {
     "full": full,
@@ -273,6 +298,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Mask]] = {
     "documents": lambda *cu_seqlens: documents(cu_seqlens),
     "prefix_lm": prefix_lm,
     "chunked": chunked,
+    "key_range": key_range,
 }
 
 

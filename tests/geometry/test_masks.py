@@ -19,10 +19,11 @@ from ringattn import (
     chunked,
     documents,
     full,
+    key_range,
     prefix_lm,
     sliding_window,
 )
-from ringattn.geometry.masks import check_mask, overlapping_pairs
+from ringattn.geometry.masks import check_mask, mask_of, overlapping_pairs
 from tests.geometry.brute import Counts, slice_counts
 from tests.geometry.strategies import examples, masks, terms
 from tests.harness.cases import CROSS_MASK_CASES, MASK_CASES, MaskCase, case_ids
@@ -170,6 +171,21 @@ def test_refuses_cu_seqlens_that_are_no_sequence(cu: list[int]) -> None:
     """A bare "'int' object is not iterable" would name neither argument nor what is allowed."""
     with pytest.raises(ArgumentError, match="cu_seqlens="):
         documents(cu)
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(0, 5), (5, 0), (9, 9), (23, 9), (9, 23)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 4), (3, 8), (5, 50), (30, 40)])
+def test_key_range(start: int, stop: int, q_len: int, k_len: int) -> None:
+    q, k = np.arange(q_len)[:, None], np.arange(k_len)[None, :]
+    seen = np.broadcast_to((start <= k) & (k < stop), (q_len, k_len))
+    for mask, expected in ((key_range(start, stop), seen), (key_range(start, stop) & causal(), seen & (k <= q))):
+        np.testing.assert_array_equal(slice_counts(mask.slices(q_len, k_len), q_len, k_len), expected)
+    assert mask_of((key_range(start, stop) & causal()).text) == key_range(start, stop) & causal()
+
+
+def test_key_range_cannot_end_before_it_starts() -> None:
+    with pytest.raises(MaskError, match="stop=2: must be an integer of 3 or more"):
+        key_range(3, 2)
 
 
 @pytest.mark.parametrize(("q_len", "k_len", "told"), [(8, 9, "8 queries"), (9, 10, "10 keys"), (0, 0, "0 queries")])

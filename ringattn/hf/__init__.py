@@ -1,0 +1,36 @@
+"""Floor 5: Hugging Face transformers: any model's attention over a sequence that the ranks of a group share.
+
+    import ringattn.hf as rhf
+
+    with rhf.patch(model, group) as handle:
+        share = handle.shard(batch)
+        loss = model(**share).loss
+
+Importing it registers the attention implementation "ringattn" with transformers, and nothing else: what a call is to
+do, it is told by the batch that comes with it.
+"""
+
+from ringattn.hf.attention import register
+from ringattn.hf.batches import Batch, Rows
+from ringattn.hf.cache import RingCache
+from ringattn.hf.calls import Call, Context
+from ringattn.hf.handle import Handle, patch
+from ringattn.hf.parallelism import RingParallelism
+from ringattn.hf.patterns import Pattern
+from ringattn.hf.trainer import RingMixin, RingTrainer
+
+register()
+
+__all__ = [
+    "Batch",
+    "Call",
+    "Context",
+    "Handle",
+    "Pattern",
+    "RingCache",
+    "RingMixin",
+    "RingParallelism",
+    "RingTrainer",
+    "Rows",
+    "patch",
+]

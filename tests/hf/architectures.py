@@ -1,0 +1,170 @@
+"""The architectures that are tested: a tiny model of each, and what its layers ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+# Common to all: small enough for CI, odd enough to show a wrong reshape.
+_SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "experts_implementation": "eager",  # which has float64
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny random model: its class, its config's class by the same prefix, and what is special to it."""
+
+    model: str
+    config: str
+    asks_for: str
+    options: dict[str, Any] = field(default_factory=dict)
+    # Whether one process of transformers keeps packed documents apart; if not, each is run by itself to compare.
+    packs: bool = True
+
+    def __str__(self) -> str:
+        return self.model
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder-decoder, into whose rows documents cannot be packed."""
+        return self.model.endswith("ForConditionalGeneration")
+
+    def build(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+        """Returns the model with weights that depend on nothing but this entry."""
+        config = getattr(transformers, self.config)(**(_SIZES | self.options))
+        torch.manual_seed(0)
+        model: PreTrainedModel = getattr(transformers, self.model)(config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Larger than at the start of a training, so that attention is far from uniform.
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+        return model.to(dtype=dtype).eval()
+
+
+_WINDOWED = ["sliding_attention", "full_attention"]
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+
+ARCHITECTURES = (
+    Architecture("LlamaForCausalLM", "LlamaConfig", "causal attention, grouped heads"),
+    Architecture("MistralForCausalLM", "MistralConfig", "a sliding window in every layer", {"sliding_window": 5}),
+    Architecture("MixtralForCausalLM", "MixtralConfig", "causal attention; experts", {"num_local_experts": 4}),
+    Architecture(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        "a sliding window in some layers",
+        {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+    ),
+    Architecture("Qwen3ForCausalLM", "Qwen3Config", "norms of queries and keys; head_dim of its own", {"head_dim": 10}),
+    Architecture(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        "softcap, a scale of its own, a sliding window in every other layer",
+        {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 20},
+    ),
+    Architecture(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        "sliding windows in most layers, rotary bases by the kind of layer",
+        {"head_dim": 8, "sliding_window": 4, "layer_types": _WINDOWED, "query_pre_attn_scalar": 20},
+    ),
+    Architecture(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        "trained sinks, a sliding window in every other layer; experts",
+        {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": _WINDOWED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": _ROPE,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        "chunks in some layers; a temperature that grows with the position in the others; experts",
+        {
+            "head_dim": 8,
+            "attention_chunk_size": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "floor_scale": 4,
+            "attn_scale": 0.3,
+            "intermediate_size_mlp": 20,
+            "num_local_experts": 2,
+            "rope_parameters": _ROPE,
+        },
+    ),
+    Architecture(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        "multi-head latent attention: values of another head_dim than keys; experts",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 6,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 8,
+        },
+    ),
+    Architecture("Phi3ForCausalLM", "Phi3Config", "one projection for queries, keys and values"),
+    Architecture("Olmo2ForCausalLM", "Olmo2Config", "norms after attention; norms of queries and keys"),
+    Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", "rotary embedding of a part of each head; biases"),
+    Architecture("GPT2LMHeadModel", "GPT2Config", "learned positions", {"n_embd": 24, "n_layer": 2, "n_head": 4}),
+    Architecture(
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        "bidirectional; a window to both sides in most layers",
+        {"local_attention": 6, "global_attn_every_n_layers": 2},
+        packs=False,
+    ),
+    Architecture("BertForMaskedLM", "BertConfig", "bidirectional; learned positions", packs=False),
+    Architecture(
+        "RobertaForMaskedLM", "RobertaConfig", "bidirectional; positions counted from the padding token", packs=False
+    ),
+    Architecture(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        "encoder-decoder: bidirectional, causal and cross-attention",
+        {
+            "d_model": 24,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 20,
+            "decoder_ffn_dim": 20,
+            "decoder_start_token_id": 2,
+        },
+    ),
+)
+
+
+def architecture(model: str) -> Architecture:
+    """Returns the entry of this model: an entry travels to a rank by its name."""
+    return next(entry for entry in ARCHITECTURES if entry.model == model)

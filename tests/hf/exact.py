@@ -1,0 +1,30 @@
+"""float64 all through: models of transformers compute norms, softmax and losses in fp32, whatever their dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Exact(TorchFunctionMode):
+    """Within it, what would be cast to fp32 is cast to float64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        given = {name: _exact(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_exact, args), **given)
+
+
+def _exact(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value

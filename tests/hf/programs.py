@@ -1,0 +1,131 @@
+"""What every rank does: a model in one process, the same model patched, and how far they are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ringattn.hf as rhf
+from tests.harness.compare import assert_close
+from tests.hf.architectures import architecture
+from tests.hf.exact import Exact
+
+VOCABULARY = 37
+SIZES = (2, 13)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of batch: its lengths, padding and documents."""
+
+    name: str
+    sizes: tuple[int, int] = SIZES
+    padding: tuple[tuple[int, int], ...] = ()  # how many at the left and at the right, of each row
+    documents: tuple[int, ...] = ()  # their lengths
+    told_by: str = "position_ids"
+    unlabelled: int = 0  # so many positions at the start have no label
+
+    def __str__(self) -> str:
+        return self.name
+
+    def batch(self) -> dict[str, Tensor]:
+        """Returns the whole batch, the same on every rank."""
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(3, VOCABULARY, self.sizes, generator=generator)
+        labels = ids.clone()
+        labels[:, : self.unlabelled] = -100
+        batch = {"input_ids": ids, "labels": labels}
+        if self.padding:
+            batch["attention_mask"] = torch.ones_like(ids)
+            for row, (left, right) in enumerate(self.padding):
+                for name, filler in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+                    batch[name][row, :left] = filler
+                    batch[name][row, self.sizes[1] - right :] = filler
+        if self.documents:
+            positions = torch.cat([torch.arange(length) for length in self.documents])
+            batch["position_ids"] = positions.expand(self.sizes[0], -1).clone()
+        return batch
+
+
+PLAIN = Kind("plain")
+UNEVEN_LABELS = Kind("uneven_labels", unlabelled=9)
+LEFT = Kind("padding_left", padding=((0, 0), (4, 0)))
+RIGHT = Kind("padding_right", padding=((0, 5), (0, 0)))
+PACKED = Kind("packed", documents=(5, 1, 7))
+CU_SEQ_LENS = Kind("cu_seq_lens", sizes=(1, 13), documents=(5, 1, 7), told_by="cu_seq_lens")
+SHORT = Kind("short", sizes=(2, 2))
+
+KINDS = (PLAIN, UNEVEN_LABELS, LEFT, RIGHT, PACKED, CU_SEQ_LENS, SHORT)
+
+
+def told(kind: Kind, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The batch as it is given to a handle."""
+    if kind.told_by == "position_ids":
+        return dict(batch)
+    ends = torch.tensor([sum(kind.documents[:i]) for i in range(len(kind.documents) + 1)], dtype=torch.int32)
+    return batch | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Takes the gradients out of a model."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def one_process(
+    model: PreTrainedModel, batch: dict[str, Tensor], documents: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Logits, loss and gradients of the whole batch; or of these documents, each by itself."""
+    with Exact():
+        if documents:
+            ids, positions = (torch.split(batch[name], documents, 1) for name in ("input_ids", "position_ids"))
+            parts = [model(input_ids=i, position_ids=p).logits for i, p in zip(ids, positions, strict=True)]
+            logits = torch.cat(parts, 1)
+            loss = model.loss_function(logits, batch["labels"], model.config.vocab_size)
+        else:
+            out = model(**batch, use_cache=False)  # with a cache, transformers does not see that a batch is packed
+            logits, loss = out.logits, out.loss
+    loss.backward()
+    return logits.detach(), loss.detach(), gradients(model)
+
+
+def sharded(
+    model: PreTrainedModel, handle: rhf.Handle, batch: dict[str, Any], group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same of a patched model: logits gathered, loss and gradients summed over the ranks."""
+    share = handle.shard(batch)
+    with Exact():
+        out = model(**share)
+        loss = handle.loss(out.logits, share) if out.loss is None else out.loss
+    loss.backward()
+    summed = {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(grad, group=group)
+        summed[name] = grad.clone()
+    model.zero_grad(set_to_none=True)
+    return handle.unshard(out.logits.detach(), share), handle.reduce(loss), summed
+
+
+def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str, kind: Kind) -> None:
+    """The patched model's logits, loss and gradients are those of the unpatched one; and again when it is unpatched."""
+    entry = architecture(name)
+    model, batch = entry.build(), kind.batch()
+    alone = () if entry.packs else kind.documents
+    logits, loss, grads = one_process(model, batch, alone)
+    with rhf.patch(model, group, layout=layout, exchange=exchange) as handle:
+        ours = sharded(model, handle, told(kind, batch), group)
+    valid = batch["attention_mask"].bool() if kind.padding else torch.ones(kind.sizes, dtype=torch.bool)
+    assert_close(ours[0][valid], logits[valid], atol=1e-10, name="logits")
+    assert_close(ours[1], loss, atol=1e-10, name="loss")
+    for parameter, grad in ours[2].items():
+        expected = grads.get(parameter, torch.zeros_like(grad))
+        assert_close(grad, expected, atol=1e-10, name=f"gradient of {parameter}")
+    again, _, _ = one_process(model, batch, alone)
+    assert torch.equal(again, logits)

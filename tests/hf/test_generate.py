@@ -1,0 +1,67 @@
+"""generate() on a cache that is spread over ranks: the tokens and the logits of one process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.harness.compare import assert_within_rule
+from tests.harness.ranks import RankPool
+from tests.hf.generating import DECODERS, WAYS, alone, together
+
+ALL = list(WAYS)
+ASKING = [
+    "MistralForCausalLM",
+    "Gemma2ForCausalLM",
+    "GptOssForCausalLM",
+    "Llama4ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "dynamic",
+]
+
+
+@lru_cache
+def expected(name: str, way: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What one process gives in fp32, and in float64."""
+    plain, exact = (alone(name, way, dtype) for dtype in (torch.float32, torch.float64))
+    for a, b in zip(plain, exact, strict=True):
+        if not a.is_floating_point():
+            assert torch.equal(a, b)  # no two logits are so close that rounding decides
+    return plain, exact
+
+
+def check(pool: RankPool, world_size: int, name: str, ways: list[str], shard_from: int, layout: str) -> None:
+    results = pool.run(together, world_size, name, ways, shard_from, layout)
+    for number, way in enumerate(ways):
+        plain, exact = expected(name, way)
+        for rank, found in enumerate(results):
+            assert len(found[number]) == len(plain), f"{way}: {len(found[number])} results"
+            for i, x in enumerate(found[number]):
+                label = f"{name} {way}, result {i} of rank {rank}"
+                assert torch.equal(x, results[0][number][i]), f"{label}: not that of rank 0 to the bit"
+                if x.is_floating_point():
+                    assert_within_rule(x, exact[i].double(), plain[i], name=label)
+                else:
+                    assert torch.equal(x, plain[i]), f"{label}: {x.tolist()}, expected {plain[i].tolist()}"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_way_of_generating(pool: RankPool, world_size: int) -> None:
+    check(pool, world_size, "LlamaForCausalLM", ALL, 5, "zigzag")
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_layers_ask_for(pool: RankPool, name: str) -> None:
+    check(pool, 2, name, ["left_padding", "conversation"], 5, "zigzag")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("shard_from", "layout"), [(1, "striped"), (8, "contiguous"), (1000, "zigzag")])
+@pytest.mark.parametrize("name", [*DECODERS, "dynamic"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_model(pool: RankPool, world_size: int, name: str, shard_from: int, layout: str) -> None:
+    ways = [way for way in ALL if way != "assisted" or name == "LlamaForCausalLM"]
+    check(pool, world_size, name, ways, shard_from, layout)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 # Common to all: small enough for CI, odd enough to show a wrong reshape.
@@ -54,7 +55,9 @@ class Architecture:
             for parameter in model.parameters():
                 # Larger than at the start of a training, so that attention is far from uniform.
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-        return model.to(dtype=dtype).eval()
+        nn.Module.to(model, dtype)
+        nn.Module.eval(model)
+        return model
 
 
 _WINDOWED = ["sliding_attention", "full_attention"]

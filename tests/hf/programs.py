@@ -84,7 +84,7 @@ def one_process(
     """Logits, loss and gradients of the whole batch; or of these documents, each by itself."""
     with Exact():
         if documents:
-            ids, positions = (torch.split(batch[name], documents, 1) for name in ("input_ids", "position_ids"))
+            ids, positions = (torch.split(batch[name], list(documents), 1) for name in ("input_ids", "position_ids"))
             parts = [model(input_ids=i, position_ids=p).logits for i, p in zip(ids, positions, strict=True)]
             logits = torch.cat(parts, 1)
             loss = model.loss_function(logits, batch["labels"], model.config.vocab_size)

@@ -96,8 +96,8 @@ def _tower(group: dist.ProcessGroup) -> None:
     plain, logits = model.model.vision_tower(pixels).last_hidden_state, model(**batch).logits
     with rhf.patch(model, group) as handle:
         assert torch.equal(model.model.vision_tower(pixels).last_hidden_state, plain)
-        assert model.config.vision_config._attn_implementation != "ringattn"
-        assert model.config.text_config._attn_implementation == "ringattn"
+        assert model.model.vision_tower.config._attn_implementation != "ringattn"
+        assert model.model.language_model.config._attn_implementation == "ringattn"
         share = handle.shard(batch)
         assert_close(handle.unshard(model(**share).logits, share), logits, atol=1e-6, name="logits")
 
@@ -108,8 +108,8 @@ def test_a_vision_tower_keeps_its_attention(pool: RankPool) -> None:
 
 def _by_name(group: dist.ProcessGroup) -> None:
     config = architecture("LlamaForCausalLM").build().config
-    config._attn_implementation = None
-    model = LlamaForCausalLM._from_config(config, attn_implementation="ringattn").double()
+    config._attn_implementation = "ringattn"
+    model = LlamaForCausalLM(config).double()
     assert model.config._attn_implementation == "ringattn"
     batch = PLAIN.batch()
     with pytest.raises(ArgumentError, match="pass the model what handle"):

@@ -46,6 +46,9 @@ class Kind:
                 for name, filler in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
                     batch[name][row, :left] = filler
                     batch[name][row, self.sizes[1] - right :] = filler
+                if left:
+                    # It would be predicted from padding, whose rows some attention functions give a mean, others 0.
+                    batch["labels"][row, left] = -100
         if self.documents:
             positions = torch.cat([torch.arange(length) for length in self.documents])
             batch["position_ids"] = positions.expand(self.sizes[0], -1).clone()

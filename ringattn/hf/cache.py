@@ -33,6 +33,7 @@ class _Turn:
     Args:
         work: who computes what.
         tokens: the new ones.
+        past: what was held before.
         rows: the sequence of each row, once the new tokens have their places.
         lengths: how long the rows were before.
         layer: which has come with its keys and values, and will ask for its attention.
@@ -40,6 +41,7 @@ class _Turn:
 
     work: Pass
     tokens: Tokens
+    past: Past
     rows: tuple[int, ...] | None = None
     lengths: tuple[int, ...] = ()
     layer: int | None = None
@@ -90,7 +92,9 @@ class RingCache(Cache):
 
     @property
     def past(self) -> Past:
-        """What it holds, as a model's forward counts it."""
+        """What it holds, as a model's forward counts it; during a pass, what it held before, in every layer."""
+        if self._turn is not None:
+            return self._turn.past
         if self._store is None or not self._rows:
             return Past(0, ())
         return Past(self._pads[0] + self._store.length(self._rows[0]), self._pads)
@@ -105,12 +109,13 @@ class RingCache(Cache):
             keeps: whether the forward takes `logits_to_keep`.
         """
         work: Pass
+        past = self.past
         if max(tokens.counts) < self._shard_from and not any(tokens.pads):
             work = Replicated(tokens)
         else:
             same = tuple(range(tokens.num_rows)) if self._rows else tokens.same()
-            work = Sharded(tokens, self.past.length, same, self._layout_of, self._handle.team, keeps=keeps)
-        self._turn = _Turn(work, tokens)
+            work = Sharded(tokens, past.length, same, self._layout_of, self._handle.team, keeps=keeps)
+        self._turn = _Turn(work, tokens, past)
         return work.arguments()
 
     def update(

@@ -16,7 +16,7 @@ from ringattn.geometry.layout import Ints
 
 
 def rescaled(module: nn.Module, q: Tensor, positions: Ints, *, first: int = 0) -> Tensor:
-    """Returns the queries with the temperature of their positions, which a layer took for first, first + 1, ...
+    """Returns the queries with the temperature of their positions, where a layer has just counted its rows.
 
     Llama 4 scales queries by their position in its layers without rotary embedding.
 

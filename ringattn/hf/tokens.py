@@ -149,7 +149,10 @@ def _new_pads(mask: object, past: Past, batch: int, width: int) -> tuple[int, ..
         )
     real = (mask.detach() != 0).expand(batch, total).cpu().numpy()
     if (real[:, 1:] < real[:, :-1]).any():
-        raise ArgumentError("attention_mask: a row has padding after its first token; pad on the left, before it")
+        raise ArgumentError(
+            "attention_mask: a row has padding after its first token: pad on the left, before it. If none is given, "
+            "generate takes all ids that are pad_token_id for padding; give a mask of ones if they are tokens"
+        )
     found = np.where(real.any(axis=1), real.argmax(axis=1), total).tolist()
     held = past.pads or (0,) * batch
     if any(min(pad, past.length) != pads for pad, pads in zip(found, held, strict=True)):

@@ -56,6 +56,8 @@ def padded(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
 def _generate(model: Any, cache: Cache, ids: Tensor | None, **options: Any) -> list[Tensor]:
     """Returns the sequences, and the logits of each step."""
     options = {"max_new_tokens": NEW, "do_sample": False} | options
+    if ids is not None:
+        options.setdefault("attention_mask", torch.ones_like(ids))
     torch.manual_seed(11)
     found = model.generate(ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options)
     assert found.past_key_values is cache

@@ -92,7 +92,7 @@ bench-decode: $(READY)  ## decoding over 4 ranks, up to 1,048,576 tokens; takes 
 		--tokens 8192 32768 131072 262144 524288 1048576
 	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-bf16 --tokens 32768
 	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-fp32 --tokens 32768 --dtype float32
-	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.decode --out results/decode-merge --tokens 8192 --merge-rounds 3000
+	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.decode --out results/decode-merge --tokens 8192 --merge-rounds 1000
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

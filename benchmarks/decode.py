@@ -274,13 +274,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--merge-rounds", type=int, default=300)
+    parser.add_argument("--merge-rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("results/decode"))
     args = parser.parse_args()
     case = Case(args.heads, args.kv_heads, args.head_dim, args.dtype, args.page_size)
     tokens = sorted(args.tokens)
     with session() as here, torch.no_grad():
-        records = merges(case.heads, case.head_dim, args.merge_rounds, here, slowest(here.device))
+        records = merges(case.heads, case.head_dim, args.merge_rounds, here)
         records += capacities(case, tokens[0], args.rounds, here)
         records += lengths(Filled(case, tokens[-1], here.device), tokens, args.torch_up_to, args, here)
         if here.rank == 0:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
+from itertools import product
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import Clock, Contender, progress, race
+from benchmarks.measure import progress
 from benchmarks.session import Session
 from ringattn.comm.collectives import all_gather_packets, all_to_all_packets, packets_in_a_row
 from ringattn.comm.packet import Field, Packet
 from ringattn.softmax import merged
 
 GATHER, BY_HEADS, TREE = "packed all-gather", "packed all-to-all", "three all-reduces"
+IN_A_ROW = 10
 
 
 def fields_of(heads: int, head_dim: int) -> list[Field]:
@@ -70,16 +73,24 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     return found if heads % here.world_size else {**found, BY_HEADS: by_heads}
 
 
-def merges(heads: int, head_dim: int, rounds: int, here: Session, clock: Clock) -> list[dict[str, object]]:
-    """Measures them in turns; `clock` is of all ranks."""
+def merges(heads: int, head_dim: int, rounds: int, here: Session) -> list[dict[str, object]]:
+    """Measures them in turns, several calls in a row as in the layers of a model; times are those of this rank."""
     works = ways(heads, head_dim, here)
     expected = works[TREE]()
     for name, work in works.items():
         parts = expected.chunk(here.world_size, 2)
         torch.testing.assert_close(work(), parts[here.rank] if name == BY_HEADS else expected, atol=1e-5, rtol=1e-5)
-    contenders = [Contender(name, work, 1) for name, work in works.items()]
-    with progress("    merging", len(contenders) * (rounds + 5), here.rank == 0) as tick:
-        seconds = race(contenders, rounds, 5, tick, clock)
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    with progress("    merging", len(works) * rounds, here.rank == 0) as tick:
+        for _, (name, work) in product(range(rounds), works.items()):
+            dist.barrier()
+            for _ in range(IN_A_ROW):
+                start = time.perf_counter()
+                work()
+                if here.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - start)
+            tick()
     return [
         {"kind": "merge", "contender": name, "min_s": min(s), "median_s": statistics.median(s), "rounds_s": s}
         for name, s in seconds.items()

@@ -14,7 +14,7 @@ copyright = "the ringattn authors"
 release = version = ringattn.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = ["_build", "examples", "hf_architectures.md"]
 html_theme = "furo"
 html_title = "ringattn"
 html_show_sphinx = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ def info() -> str:
         f"cpu       {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"cuda      {_cuda()}",
         f"exchange  {', '.join(_exchanges()) or 'none: torch was built without torch.distributed'}",
+        f"hf        {_transformers()}",
         "backends, in the order in which backend=None tries them:",
     ]
     for number, (name, kernel) in enumerate(BACKENDS.items(), 1):
@@ -40,6 +42,14 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return "no device"
     return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _transformers() -> str:
+    """The version, without an import that takes seconds."""
+    try:
+        return f"transformers {version('transformers')}"
+    except PackageNotFoundError:
+        return "transformers is not installed: pip install 'ringattn[hf]'"
 
 
 def _exchanges() -> list[str]:

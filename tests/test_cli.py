@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import metadata
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_info_lists_backends_in_order(capsys: pytest.CaptureFixture[str]) -> Non
     expected = [(str(i), name, kernel.available()) for i, (name, kernel) in enumerate(BACKENDS.items(), 1)]
     expected += [(str(i), name, paged.available()) for i, (name, paged) in enumerate(PAGED_BACKENDS.items(), 1)]
     assert listed == [(n, name, "unavailable: " + "; ".join(r) if r else "available") for n, name, r in expected]
+
+
+def test_info_tells_which_transformers_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"hf        transformers {metadata.version('transformers')}\n" in info(capsys)
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli, "version", absent)
+    assert "transformers is not installed: pip install 'ringattn[hf]'" in info(capsys)
 
 
 def test_info_tells_every_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

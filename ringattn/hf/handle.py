@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringattn.attention.api import Group
 from ringattn.attention.sharding import unshard
@@ -64,7 +64,7 @@ class Handle:
         seen: set[int] = set()
         for module in text_modules(self._pretrained):
             config = getattr(module, "config", None)
-            if config is not None and id(config) not in seen:
+            if isinstance(config, PreTrainedConfig) and id(config) not in seen:
                 seen.add(id(config))
                 self._before.append((config, config._attn_implementation))
                 config._attn_implementation_internal = NAME

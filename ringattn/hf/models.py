@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.hf.patterns import BIDIRECTIONAL, CAUSAL, Pattern
@@ -129,5 +129,5 @@ def own_configs(model: nn.Module) -> None:
     """Gives a model configs of its own: another model may have been made from the same ones."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if hasattr(module, "config"):
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = copy.deepcopy(module.config, memo)

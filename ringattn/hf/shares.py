@@ -128,7 +128,7 @@ class Sharding:
             whole["labels"] = whole["shift_labels"]  # without labels, models compute no loss
         if not self.facts.counts_items:
             whole["shift_labels"] = targets
-            del whole["labels"]
+            whole.pop("labels", None)
 
     def _cut(self, name: str, value: Any, sizes: torch.Size, layout: Layout) -> Any:
         """Cuts out this rank's rows of a tensor along the sequence; anything else as it is."""

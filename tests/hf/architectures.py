@@ -1,12 +1,17 @@
-"""The architectures that are tested: a tiny model of each, and what its layers ask for."""
+"""The architectures that are tested: a tiny model of each, and what its layers ask for.
+
+`python -m tests.hf.architectures` writes the table in the manual.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 # Common to all: small enough for CI, odd enough to show a wrong reshape.
@@ -54,7 +59,9 @@ class Architecture:
             for parameter in model.parameters():
                 # Larger than at the start of a training, so that attention is far from uniform.
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-        return model.to(dtype=dtype).eval()
+        nn.Module.to(model, dtype)
+        nn.Module.eval(model)
+        return model
 
 
 _WINDOWED = ["sliding_attention", "full_attention"]
@@ -168,3 +175,16 @@ ARCHITECTURES = (
 def architecture(model: str) -> Architecture:
     """Returns the entry of this model: an entry travels to a rank by its name."""
     return next(entry for entry in ARCHITECTURES if entry.model == model)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "hf_architectures.md"
+
+
+def table() -> str:
+    """Returns the table of architectures in the manual."""
+    rows = [f"| `{entry.model}` | {entry.asks_for} |" for entry in sorted(ARCHITECTURES, key=str)]
+    return "\n".join(["| model | its layers ask for |", "|---|---|", *rows, ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(table(), encoding="utf-8")

@@ -46,6 +46,9 @@ class Kind:
                 for name, filler in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
                     batch[name][row, :left] = filler
                     batch[name][row, self.sizes[1] - right :] = filler
+                if left:
+                    # It would be predicted from padding, whose rows some attention functions give a mean, others 0.
+                    batch["labels"][row, left] = -100
         if self.documents:
             positions = torch.cat([torch.arange(length) for length in self.documents])
             batch["position_ids"] = positions.expand(self.sizes[0], -1).clone()
@@ -84,7 +87,7 @@ def one_process(
     """Logits, loss and gradients of the whole batch; or of these documents, each by itself."""
     with Exact():
         if documents:
-            ids, positions = (torch.split(batch[name], documents, 1) for name in ("input_ids", "position_ids"))
+            ids, positions = (torch.split(batch[name], list(documents), 1) for name in ("input_ids", "position_ids"))
             parts = [model(input_ids=i, position_ids=p).logits for i, p in zip(ids, positions, strict=True)]
             logits = torch.cat(parts, 1)
             loss = model.loss_function(logits, batch["labels"], model.config.vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.ranks import RankPool
-from tests.hf.architectures import ARCHITECTURES, Architecture
+from tests.hf.architectures import ARCHITECTURES, PAGE, Architecture, table
 from tests.hf.programs import (
     CU_SEQ_LENS,
     KINDS,
@@ -70,3 +70,7 @@ def test_all(pool: RankPool, architecture: Architecture, kind: Kind, layout: str
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_exchanges(pool: RankPool, architecture: Architecture, exchange: str) -> None:
     pool.run(check_equal, 3, architecture.model, "zigzag", exchange, LEFT)
+
+
+def test_the_manual_lists_what_is_tested() -> None:
+    assert PAGE.read_text(encoding="utf-8") == table(), "python -m tests.hf.architectures writes it"

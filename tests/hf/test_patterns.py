@@ -1,0 +1,92 @@
+"""What is read from transformers' mask functions is what they say, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import masking_utils as theirs
+
+from ringattn.errors import MaskError
+from ringattn.hf.patterns import CAUSAL, Pattern, pattern_of, windowed
+from tests.geometry.brute import slice_counts
+
+LENGTH = 11
+NO_PADDING = torch.zeros(1, dtype=torch.long)
+
+FUNCTIONS = {
+    "causal": theirs.causal_mask_function,
+    "bidirectional": theirs.bidirectional_mask_function,
+    "window": theirs.sliding_window_causal_mask_function(4),
+    "window_of_one": theirs.sliding_window_causal_mask_function(1),
+    "window_to_both_sides": theirs.sliding_window_bidirectional_mask_function(3),
+    "chunks": theirs.chunked_causal_mask_function(4, NO_PADDING),
+    "window_in_chunks": theirs.and_masks(
+        theirs.chunked_causal_mask_function(4, NO_PADDING), theirs.sliding_window_overlay(2)
+    ),
+}
+
+
+def seen(function: Callable[..., Any], length: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    allowed = function(torch.tensor(0), torch.tensor(0), q, k)
+    return np.broadcast_to(allowed.numpy(), (length, length))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_says_what_transformers_says(name: str) -> None:
+    mask = pattern_of(FUNCTIONS[name]).within(None)
+    np.testing.assert_array_equal(
+        slice_counts(mask.slices(LENGTH, LENGTH), LENGTH, LENGTH), seen(FUNCTIONS[name], LENGTH)
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_says_so_of_each_document(name: str) -> None:
+    """Chunks, too, are counted from a document's first token."""
+    ends = (0, 5, 5, 6, LENGTH)
+    counts = slice_counts(pattern_of(FUNCTIONS[name]).within(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
+    expected = np.zeros((LENGTH, LENGTH), dtype=np.bool_)
+    for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
+        expected[start:stop, start:stop] = seen(FUNCTIONS[name], stop - start)
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_leaves_out_what_was_seen_in_a_shard() -> None:
+    """A shard's positions look packed where they jump, and its padding is not the whole sequence's."""
+    positions = torch.tensor([[0, 1, 2, 9, 10, 11]])
+    packed = theirs.find_packed_sequence_indices(positions)
+    assert packed is not None
+    function = theirs.packed_sequence_compatibility_function(theirs.causal_mask_function, positions, packed)
+    assert pattern_of(function) == CAUSAL
+    padding = theirs.padding_mask_function(torch.ones(1, 6, dtype=torch.bool))
+    assert pattern_of(theirs.and_masks(theirs.causal_mask_function, padding)) == CAUSAL
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        theirs.or_masks(theirs.causal_mask_function, theirs.bidirectional_mask_function),
+        theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: k % 2 == 0),
+        theirs.blockwise_overlay(torch.zeros(1, 4)),
+    ],
+    ids=["or", "own", "blocks"],
+)
+def test_refuses_what_it_does_not_know(function: Callable[..., Any]) -> None:
+    with pytest.raises(MaskError, match="asks for attention by the mask function"):
+        pattern_of(function)
+
+
+def test_windows_told_by_number_alone() -> None:
+    assert windowed(CAUSAL, 4) == pattern_of(theirs.sliding_window_causal_mask_function(4))
+    assert windowed(Pattern(), 4) == Pattern(left=3, right=3)
+    assert windowed(Pattern(left=1, right=0), 4) == Pattern(left=1, right=0)
+
+
+def test_refuses_chunks_of_two_sizes() -> None:
+    two = theirs.and_masks(theirs.chunked_overlay(4, NO_PADDING), theirs.chunked_overlay(3, NO_PADDING))
+    with pytest.raises(MaskError, match="chunks of 4 and of 3"):
+        pattern_of(two)

@@ -25,10 +25,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
         parameters: of this rank's stage or stages, as `parallelize` left them.
         mesh: from `build_mesh`.
     Returns:
-        () in fp32, float64 where a gradient is; the same on all ranks.
+        () float64, whatever the gradients are, since a rank may have none; the same on all ranks.
     Communication: an all-reduce of one number over each axis.
     """
-    total = torch.zeros((), dtype=torch.float32, device=mesh.device_type)
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     for parameter in parameters:
         if (grad := parameter.grad) is not None:
             local = grad.to_local() if isinstance(grad, DTensor) else grad

@@ -188,7 +188,7 @@ def main() -> None:
         print(f"removed: {', '.join(clean()) or 'nothing'}")
         return
     # Whatever ends this program ends it by an exception, so that the namespaces go.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     outer, inner = Link(args.outer_mbit, args.delay_ms), Link(args.inner_mbit)
     network = Network(_unique(), args.hosts, args.ranks_per_host, outer, inner)

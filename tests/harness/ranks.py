@@ -26,6 +26,7 @@ from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 T = TypeVar("T")
 
@@ -287,7 +288,12 @@ def _answer(rank: int, groups: dict[int, dist.ProcessGroup], request: bytes) -> 
     """Run one request; the reply is bytes, so that a result that cannot be pickled is an error too."""
     try:
         fn, world_size, args = pickle.loads(request)
-        return pickle.dumps(_Returned(fn(groups[world_size], *args)))
+        num_groups = _world.group_count
+        value = fn(groups[world_size], *args)
+        if world_size < len(groups) and _world.group_count != num_groups:
+            # torch names groups by their number: the next one would be another here than on the ranks left out.
+            raise RuntimeError("made a group that not all ranks of the pool know of: DeviceMesh.from_group makes none")
+        return pickle.dumps(_Returned(value))
     except BaseException as error:  # pytest's own outcomes and SystemExit are not Exceptions
         mro_names = tuple(kind.__name__ for kind in type(error).__mro__)
         told = traceback.format_exc()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -177,7 +177,7 @@ def over_ranks(group: dist.ProcessGroup, way: str) -> dict[str, Tensor]:
     if way == "ddp":
         wrapped: nn.Module = DistributedDataParallel(net, process_group=group)
     else:
-        mesh = init_device_mesh("cpu", (group.size(),))
+        mesh = DeviceMesh.from_group(group, "cpu")
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if way == "bf16" else MixedPrecisionPolicy()
         for block in net:
             fully_shard(block, mesh=mesh, mp_policy=half)
@@ -243,7 +243,7 @@ def test_errors() -> None:
 
 def units_within(group: dist.ProcessGroup) -> None:
     module = Gated()
-    fully_shard(module.up, mesh=init_device_mesh("cpu", (group.size(),)))
+    fully_shard(module.up, mesh=DeviceMesh.from_group(group, "cpu"))
     tiled(module, torch.zeros(4, DIM), num_tiles=2)
 
 

@@ -1,6 +1,7 @@
-"""A training of 2 ranks under torchrun, one of which is killed once.
+r"""A training of 2 ranks under torchrun, one of which is killed once.
 
-    torchrun --nproc-per-node=2 --max-restarts=1 -m tests.parallel.restart_program FOLDER UNTIL HOW
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node=2 --max-restarts=1 \
+        -m tests.parallel.restart_program FOLDER UNTIL HOW
 
 HOW is "never", "after-step", or "while-saving". Rank 0 writes the weights at the end.
 """

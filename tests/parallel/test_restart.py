@@ -24,7 +24,9 @@ def run(folder: Path, how: str) -> dict[str, Any]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command += ["-m", "tests.parallel.restart_program", str(folder), str(UNTIL), how]
-    environment, root = os.environ | {"OMP_NUM_THREADS": "1"}, Path(__file__).parents[2]
+    # Ranks that start again are not to meet where the old ones left their addresses.
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    environment, root = os.environ | apart, Path(__file__).parents[2]
     ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert (folder / "killed").exists() == (how != "never")

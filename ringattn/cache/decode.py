@@ -7,7 +7,7 @@ is exchanged, and merged in the order of ranks. So what all ranks have computed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from ringattn.attention.request import check_number
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
-from ringattn.comm.collectives import all_gather_packets, all_to_all_packets, packets_in_a_row
-from ringattn.comm.group import agreed
+from ringattn.comm.collectives import Meeting, dealing, gathering
+from ringattn.comm.group import Team, agreed
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError
 from ringattn.geometry.layout import contiguous
@@ -27,7 +27,7 @@ from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.sight import sight_of
 from ringattn.kernels import Call, Spec
 from ringattn.kernels.paged import PagedKernel, Sight, select_paged
-from ringattn.softmax import accumulation_dtype, add_sink_, merged
+from ringattn.softmax import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,6 @@ class _Options:
     scale: float | None
     softcap: float | None
     backend: str | None
-
-
-@dataclass(frozen=True)
-class _Local:
-    """A result over the keys of one rank."""
-
-    out: Tensor
-    lse: Tensor
 
 
 @torch.no_grad()
@@ -95,13 +87,9 @@ def decode_attention(
     """
     options = _Options("decode_attention", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
-    fields = _fields(q, v.shape[3], q.shape[2])
-    packet = Packet.empty(fields, q.device)
-    out, lse, mark = packet.tensors
-    mark.copy_(_mark(cache, layer, extension, options))
-    _attend(q, cache, layer, extension, options, kernel, spec, _Local(out, lse))
-    parts = all_gather_packets(packet, fields, cache.team.axes[0].group)
-    return _merged(parts, sink).to(q.dtype)
+    meeting = cache.meeting(_key(q, options), lambda: meeting_for_all(_fields(q, cache), cache.team, q.device))
+    _attend(q, cache, layer, extension, options, kernel, spec, meeting)
+    return _merged(meeting, kernel, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -129,52 +117,70 @@ def decode_attention_by_heads(
     """
     options = _Options("decode_attention_by_heads", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
-    team, heads = cache.team, q.shape[2]
-    shares = [contiguous(heads, team.size).ranges(rank) for rank in range(team.size)]
-    own = [slice(runs[0].start, runs[0].stop) if runs else slice(0, 0) for runs in shares]
-    fields = [_fields(q, v.shape[3], part.stop - part.start) for part in own]
-    whole = Packet.empty(_fields(q, v.shape[3], heads), q.device)
-    local = _Local(*whole.tensors[:2])
-    _attend(q, cache, layer, extension, options, kernel, spec, local)
-    mark = _mark(cache, layer, extension, options)
-    packets = packets_in_a_row(fields, q.device)
-    for packet, part in zip(packets, own, strict=True):
-        for place, x in zip(packet.tensors, (local.out[:, :, part], local.lse[:, part], mark), strict=True):
-            place.copy_(x)
-    parts = all_to_all_packets(packets, fields[team.rank], team.axes[0].group, q.device)
-    return _merged(parts, None if sink is None else sink[own[team.rank]]).to(q.dtype)
+    meeting = cache.meeting(_key(q, options), lambda: meeting_by_heads(_fields(q, cache), cache.team, q.device))
+    _attend(q, cache, layer, extension, options, kernel, spec, meeting)
+    own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
+    return _merged(meeting, kernel, None if sink is None else sink[own]).to(q.dtype)
 
 
-def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
+def meeting_for_all(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
+    """Returns where partial results of all heads are merged on every rank.
+
+    Args:
+        fields: an output (B, T, H, Dv), its log-sum-exp (B, H, T), and a mark.
+        team: ranks of one group.
+        device: of the tensors.
+    """
+    return gathering(fields, team.axes[0].group, device)
+
+
+def meeting_by_heads(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
+    """Returns where partial results are merged for each rank's heads; see `meeting_for_all`."""
+    local = Packet.empty(fields, device).tensors
+    out, lse, mark = local
+    parts = [_heads_of(rank, out.shape[2], team.size) for rank in range(team.size)]
+    return dealing(local, [(out[:, :, part], lse[:, part], mark) for part in parts], team.axes[0].group, device)
+
+
+def _heads_of(rank: int, heads: int, size: int) -> slice:
+    runs = contiguous(heads, size).ranges(rank)
+    return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
+
+
+def _key(q: Tensor, options: _Options) -> Hashable:
+    """What decides how a meeting's tensors look, in a given cache."""
+    return options.operation, q.shape, q.device
+
+
+def _fields(q: Tensor, cache: DistributedKVCache) -> list[Field]:
     """What a rank tells another: an output and a log-sum-exp for each row, and a mark of what was asked for."""
-    batch, tokens, dtype = q.shape[0], q.shape[1], accumulation_dtype(q.dtype)
+    batch, tokens, heads = q.shape[:3]
+    dtype = accumulation_dtype(q.dtype)
     return [
-        Field((batch, tokens, heads, v_dim), dtype),
+        Field((batch, tokens, heads, cache.form.v_head_dim), dtype),
         Field((batch, heads, tokens), dtype),
         Field((2,), torch.int32),
     ]
 
 
-def _merged(parts: tuple[Tensor, ...], sink: Tensor | None) -> Tensor:
-    """Merges outs, lses and marks of all ranks, if they were asked for the same."""
-    outs, lses, marks = parts
+def _merged(meeting: Meeting, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
+    """Merges what all ranks have found, if they were asked for the same."""
+    meeting.hold()
+    outs, lses, marks = meeting.parts
     told = marks.tolist()
     if any(mark != told[0] for mark in told):
         raise DisagreementError(
             "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
-            f"layer, mask, scale, softcap, what was noted (marks by rank: {told})"
+            f"layer, mask, scale, softcap, what was noted (marks: {told})"
         )
-    out = merged(outs, lses)
-    if sink is not None:
-        add_sink_(out, torch.logsumexp(lses, dim=0), sink)
-    return out
+    return kernel.merge(outs, lses, meeting.first, sink)
 
 
-def _mark(cache: DistributedKVCache, layer: int, extension: Extension, options: _Options) -> Tensor:
-    mask = None if options.mask is None else options.mask.digest
-    asked = (cache.pages.digest, layer, extension.sequences, extension.versions, mask, options.scale, options.softcap)
-    mark = hashlib.blake2b(repr(asked).encode(), digest_size=8).digest()
-    return torch.from_numpy(np.frombuffer(mark, dtype=np.int32).copy())
+@lru_cache(maxsize=1024, typed=True)
+def _mark(layer: int, sequences: tuple[int, ...], mask: str | None, scale: float | None, softcap: float | None) -> int:
+    """Returns 32 bits that tell apart calls: the same for a layer in every step."""
+    asked = repr((layer, sequences, mask, scale, softcap)).encode()
+    return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
 def _attend(
@@ -185,15 +191,20 @@ def _attend(
     options: _Options,
     kernel: PagedKernel,
     spec: Spec,
-    local: _Local,
+    meeting: Meeting,
 ) -> None:
-    """Attends to what this rank holds."""
-    local.out.zero_()
-    local.lse.fill_(-torch.inf)
+    """Attends to what this rank holds, and writes down what it was asked for: before and now."""
+    out, lse, mark = meeting.local
+    out.zero_()
+    lse.fill_(-torch.inf)
+    digest = None if options.mask is None else options.mask.digest
+    now = _mark(layer, extension.sequences, digest, options.scale, options.softcap)
+    for place, told in enumerate((cache.pages.short_digest, now)):
+        mark[place] = told
     tables = cache.page_tables(extension)
     sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
-        kernel.forward(q, *cache.pools(layer), tables, sight, spec, local.out, local.lse)
+        kernel.forward(q, *cache.pools(layer), tables, sight, spec, out, lse)
 
 
 @lru_cache(maxsize=64)
@@ -232,7 +243,8 @@ def _prepared(
         form = cache.form
         call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
         told = {"the call": f"{options} q={tuple(q.shape)} sink={None if sink is None else tuple(sink.shape)} {form}"}
-        return told, (select_paged(options.backend, call), spec)
+        kernel = select_paged(options.backend, call)
+        return {**told, "the kernel": kernel.name}, (kernel, spec)
 
     key = signature(q, k, v, sink, cache, options)
     cache.check(layer, extension)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import ringattn
 from ringattn import DistributedKVCache, contiguous, zigzag
-from ringattn.comm import collectives
 from ringattn.geometry.masks import Term
 from tests.harness.cases import Tensors, tensors
 from tests.harness.compare import assert_within_rule
@@ -200,8 +199,3 @@ def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> No
     for error in pool.expect_error(make_wrong, 3, wrong):
         assert error.type_name == kind
         assert message in error.message
-
-
-def test_collectives_of_one_rank_send_nothing() -> None:
-    packets = collectives.packets_in_a_row([[], []], torch.device("cpu"))
-    assert [packet.flat.numel() for packet in packets] == [0, 0]

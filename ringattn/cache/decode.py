@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ringattn.attention.request import check_number
+from ringattn.cache.agreement import MARK, Agreement
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
 from ringattn.comm.collectives import Meeting, dealing, gathering
 from ringattn.comm.group import Team, agreed
 from ringattn.comm.packet import Field, Packet
-from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError
+from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.layout import contiguous
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.sight import sight_of
@@ -78,7 +79,11 @@ def decode_attention(
         (B, T, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
     Raises:
         ArgumentError, MaskError, BackendError: when something is not allowed; nothing is written.
-        DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before.
+        DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before. All
+            that the cache held is as it was, so is the extension, and a call that is the same on all ranks may follow
+            with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
+            otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
+            is raised by the next `extend`, `agree` or `save_cache`, and results since are void.
     Communication: one all-gather (on CPUs one all-to-all, in which every rank gets the same); each rank sends
         (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
@@ -89,7 +94,7 @@ def decode_attention(
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
     meeting = cache.meeting(_key(q, options), lambda: meeting_for_all(_fields(q, cache), cache.team, q.device))
     _attend(q, cache, layer, extension, options, kernel, spec, meeting)
-    return _merged(meeting, kernel, sink).to(q.dtype)
+    return _merged(meeting, cache.agreement, kernel, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -120,7 +125,7 @@ def decode_attention_by_heads(
     meeting = cache.meeting(_key(q, options), lambda: meeting_by_heads(_fields(q, cache), cache.team, q.device))
     _attend(q, cache, layer, extension, options, kernel, spec, meeting)
     own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
-    return _merged(meeting, kernel, None if sink is None else sink[own]).to(q.dtype)
+    return _merged(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
 
 def meeting_for_all(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
@@ -159,20 +164,15 @@ def _fields(q: Tensor, cache: DistributedKVCache) -> list[Field]:
     return [
         Field((batch, tokens, heads, cache.form.v_head_dim), dtype),
         Field((batch, heads, tokens), dtype),
-        Field((2,), torch.int32),
+        Field((MARK,), torch.int32),
     ]
 
 
-def _merged(meeting: Meeting, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
+def _merged(meeting: Meeting, agreement: Agreement, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
     """Merges what all ranks have found, if they were asked for the same."""
     meeting.hold()
     outs, lses, marks = meeting.parts
-    told = marks.tolist()
-    if any(mark != told[0] for mark in told):
-        raise DisagreementError(
-            "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
-            f"layer, mask, scale, softcap, what was noted (marks: {told})"
-        )
+    agreement.compare(marks)
     return kernel.merge(outs, lses, meeting.first, sink)
 
 
@@ -199,8 +199,7 @@ def _attend(
     lse.fill_(-torch.inf)
     digest = None if options.mask is None else options.mask.digest
     now = _mark(layer, extension.sequences, digest, options.scale, options.softcap)
-    for place, told in enumerate((cache.pages.short_digest, now)):
-        mark[place] = told
+    cache.agreement.tell(mark, cache.pages.short_digest, now)
     tables = cache.page_tables(extension)
     sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.cache.agreement import agreement_on
 from ringattn.cache.pages import Extension, Pages, check_count
 from ringattn.cache.prefixes import Match, Prefixes
 from ringattn.comm.collectives import Meeting
@@ -110,6 +111,7 @@ class DistributedKVCache:
         self._tables: tuple[Extension, PageTables] | None = None
         self._layout: tuple[Extension, Layout] | None = None
         self._places: tuple[Extension, tuple[Tensor, ...]] | None = None
+        self.agreement = agreement_on(device)
         self._meeting: tuple[Hashable, Meeting] | None = None
         shapes = form.shapes(pages.num_pages)
         self._layers = [
@@ -148,9 +150,11 @@ class DistributedKVCache:
         Raises:
             OutOfPagesError: when there is no room; SequenceError when there is no such sequence; LayoutError when the
                 layout is for other ranks. Nothing has changed then.
-            DisagreementError: with a layout, when the ranks' calls, now or before, were not the same.
+            DisagreementError: with a layout, when the ranks' calls, now or before, were not the same. With a number
+                that is found by the attention that follows; on CUDA, by the next call of this.
         Communication: none for a number; one all-gather of a few hundred bytes for a layout.
         """
+        self.agreement.settle()
         if isinstance(tokens, Layout):
             self._compare(f"extend {list(sequences)}", check_layout(tokens, "tokens", self.team.size))
         extension = self.pages.extend(sequences, tokens)
@@ -253,6 +257,7 @@ class DistributedKVCache:
 
         Communication: one all-gather of a few hundred bytes.
         """
+        self.agreement.settle()
         self._compare("agree", None)
 
     def pools(self, layer: int) -> tuple[Tensor, Tensor]:

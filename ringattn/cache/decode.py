@@ -8,38 +8,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.attention.request import check_number
 from ringattn.cache.agreement import MARK, Agreement
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
+from ringattn.cache.request import Options, hashed, prepared
 from ringattn.comm.collectives import Meeting, dealing, gathering
-from ringattn.comm.group import Team, agreed
+from ringattn.comm.group import Team
 from ringattn.comm.packet import Field, Packet
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.sight import sight_of
-from ringattn.kernels import Call, Spec
+from ringattn.kernels import Spec
 from ringattn.kernels.paged import PagedKernel, Sight, select_paged
 from ringattn.softmax import accumulation_dtype
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a call asks for besides its tensors."""
-
-    operation: str
-    mask: Mask | None
-    scale: float | None
-    softcap: float | None
-    backend: str | None
 
 
 @torch.no_grad()
@@ -90,7 +78,7 @@ def decode_attention(
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
     """
-    options = _Options("decode_attention", mask, scale, softcap, backend)
+    options = Options("decode_attention", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
     meeting = cache.meeting(_key(q, options), lambda: meeting_for_all(_fields(q, cache), cache.team, q.device))
     _attend(q, cache, layer, extension, options, kernel, spec, meeting)
@@ -120,7 +108,7 @@ def decode_attention_by_heads(
         (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
     Communication: one all-to-all; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
     """
-    options = _Options("decode_attention_by_heads", mask, scale, softcap, backend)
+    options = Options("decode_attention_by_heads", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
     meeting = cache.meeting(_key(q, options), lambda: meeting_by_heads(_fields(q, cache), cache.team, q.device))
     _attend(q, cache, layer, extension, options, kernel, spec, meeting)
@@ -152,7 +140,7 @@ def _heads_of(rank: int, heads: int, size: int) -> slice:
     return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
 
 
-def _key(q: Tensor, options: _Options) -> Hashable:
+def _key(q: Tensor, options: Options) -> Hashable:
     """What decides how a meeting's tensors look, in a given cache."""
     return options.operation, q.shape, q.device
 
@@ -188,7 +176,7 @@ def _attend(
     cache: DistributedKVCache,
     layer: int,
     extension: Extension,
-    options: _Options,
+    options: Options,
     kernel: PagedKernel,
     spec: Spec,
     meeting: Meeting,
@@ -223,67 +211,25 @@ def _prepared(
     cache: DistributedKVCache,
     layer: int,
     extension: Extension,
-    options: _Options,
+    options: Options,
 ) -> tuple[PagedKernel, Spec]:
     """Checks a call, writes the new keys and values, and returns what runs it."""
 
-    def prepare() -> tuple[Mapping[str, str], tuple[PagedKernel, Spec]]:
-        cache.check(layer, extension)
-        spec = check_queries(q, sink, cache, options.scale, options.softcap)
-        if options.mask is not None and not isinstance(options.mask, Mask):
-            raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
+    def check() -> None:
         if extension.layout is not None:
             raise ArgumentError("extension: made by a layout, for prefill_attention; decoding takes a number of tokens")
         wanted = (len(extension.sequences), extension.num_tokens)
         if q.shape[:2] != wanted:
             raise ArgumentError(f"q has (sequences, tokens) = {tuple(q.shape[:2])}: the extension has {wanted}")
-        cache.check_new("k", k, extension, cache.form.head_dim)
-        cache.check_new("v", v, extension, cache.form.v_head_dim)
-        form = cache.form
-        call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
-        told = {"the call": f"{options} q={tuple(q.shape)} sink={None if sink is None else tuple(sink.shape)} {form}"}
-        kernel = select_paged(options.backend, call)
-        return {**told, "the kernel": kernel.name}, (kernel, spec)
 
-    key = signature(q, k, v, sink, cache, options)
-    cache.check(layer, extension)
-    found = agreed(cache.team, key, prepare)
+    def alike(kernel: PagedKernel) -> Mapping[str, str]:
+        return {"q": str(tuple(q.shape)), "the kernel": kernel.name}
+
+    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
+    key = hashed((options, tensors, cache.form))
+    call = (q, k, v, sink, cache, layer, extension, options)
+    found = prepared(*call, key=key, check=check, select=select_paged, alike=alike)
     # A mask that does not fit raises before anything is written.
     _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     cache.write(layer, extension, k, v)
     return found
-
-
-def signature(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, cache: DistributedKVCache, options: Hashable
-) -> Hashable | None:
-    """Returns what decides a call apart from the contents of tensors and cache; None if that cannot be told."""
-    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
-    key = (options, tensors, cache.form)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def check_queries(
-    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, scale: float | None, softcap: float | None
-) -> Spec:
-    """Checks queries and options against a cache; returns what every tile of the call shares."""
-    form = cache.form
-    if not isinstance(q, Tensor) or q.ndim != 4:
-        raise ArgumentError("q: must be a tensor (batch, tokens, heads, head_dim)")
-    if q.dtype != form.dtype or q.device.type != cache.device.type:
-        raise ArgumentError(f"q is {q.dtype} on {q.device}: the cache is {form.dtype} on {cache.device}")
-    heads = q.shape[2]
-    if heads < 1 or heads % form.num_kv_heads:
-        raise ArgumentError(f"q has {heads} heads: must be a multiple of the {form.num_kv_heads} kv heads of the cache")
-    if q.shape[3] != form.head_dim:
-        raise ArgumentError(f"q has head_dim {q.shape[3]}: the cache has {form.head_dim}")
-    if sink is not None and (not isinstance(sink, Tensor) or sink.shape != (heads,) or not sink.is_floating_point()):
-        raise ArgumentError(f"sink: must be a floating tensor ({heads},), one logit per query head, or None")
-    found_cap = None if softcap is None else check_number("softcap", softcap)
-    if found_cap is not None and found_cap <= 0:
-        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
-    return Spec(form.head_dim**-0.5 if scale is None else check_number("scale", scale), found_cap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from benchmarks.measure import progress
 from benchmarks.session import Session
-from ringattn.comm.collectives import all_gather_packets, all_to_all_packets, packets_in_a_row
-from ringattn.comm.packet import Field, Packet
-from ringattn.softmax import merged
+from ringattn.cache.decode import meeting_by_heads, meeting_for_all
+from ringattn.comm.collectives import Meeting
+from ringattn.comm.group import team_of
+from ringattn.comm.packet import Field
+from ringattn.kernels import Call, Spec
+from ringattn.kernels.paged import select_paged
 
 GATHER, BY_HEADS, TREE = "packed all-gather", "packed all-to-all", "three all-reduces"
 IN_A_ROW = 10
@@ -46,30 +50,25 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     generator = torch.Generator().manual_seed(here.rank)
     out = torch.randn(1, 1, heads, head_dim, generator=generator).to(here.device)
     lse = torch.randn(1, heads, 1, generator=generator).to(here.device)
-    group, whole, own = dist.group.WORLD, fields_of(heads, head_dim), fields_of(heads // here.world_size, head_dim)
-    assert group is not None
+    mark = torch.zeros(2, dtype=torch.int32, device=here.device)
+    team = team_of(None)
+    meetings = [made(fields_of(heads, head_dim), team, here.device) for made in (meeting_for_all, meeting_by_heads)]
+    dims = (heads, heads, head_dim, head_dim)
+    kernel = select_paged(None, Call(here.device.type, torch.float32, *dims, False, Spec(1.0, None)))
 
-    def gather() -> Tensor:
-        packet = Packet.empty(whole, here.device)
-        for place, x in zip(packet.tensors, (out, lse), strict=False):
-            place.copy_(x)
-        packet.tensors[2].zero_()
-        outs, lses, marks = all_gather_packets(packet, whole, group)
+    for meeting in meetings:
+        for place, x in zip(meeting.local, (out, lse, mark), strict=True):
+            place.copy_(x)  # where a kernel puts them
+
+    def ours(meeting: Meeting) -> Tensor:
+        meeting.local[2].copy_(mark)
+        meeting.hold()
+        outs, lses, marks = meeting.parts
         assert marks.tolist().count([0, 0]) == here.world_size
-        return merged(outs, lses)
+        return kernel.merge(outs, lses, meeting.first, None)
 
-    def by_heads() -> Tensor:
-        packets = packets_in_a_row([own] * here.world_size, here.device)
-        parts = zip(out.chunk(here.world_size, 2), lse.chunk(here.world_size, 1), strict=True)
-        for packet, part in zip(packets, parts, strict=True):
-            for place, x in zip(packet.tensors, part, strict=False):
-                place.copy_(x)
-            packet.tensors[2].zero_()
-        outs, lses, marks = all_to_all_packets(packets, own, group, here.device)
-        assert marks.tolist().count([0, 0]) == here.world_size
-        return merged(outs, lses)
-
-    found = {GATHER: gather, TREE: lambda: tree(out, lse)}
+    gather, by_heads = (partial(ours, meeting) for meeting in meetings)
+    found: dict[str, Callable[[], Tensor]] = {GATHER: gather, TREE: lambda: tree(out, lse)}
     return found if heads % here.world_size else {**found, BY_HEADS: by_heads}
 
 

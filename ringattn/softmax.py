@@ -52,21 +52,40 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def merged(outs: Tensor, lses: Tensor) -> Tensor:
+def merged(outs: Tensor, lses: Tensor, *, first: int = 0, sink: Tensor | None = None) -> Tensor:
     """Returns the output over all keys, from those over disjoint parts of them; always summed up in the same order.
 
     Args:
         outs: outputs over each part, (parts, B, S, H, Dv); zero where lses is -inf.
-        lses: their log-sum-exps, (parts, B, H, S), natural log. That of all keys is their logsumexp.
+        lses: their log-sum-exps, (parts, B, H, S), natural log.
+        first: where in the order the part belongs that stands first; the others follow in order.
+        sink: (H,) logits that take part in each row's denominator, or None; see `add_sink_`.
     Returns:
         (B, S, H, Dv).
     """
+    if first:
+        order = [*range(1, first + 1), 0, *range(first + 1, len(outs))]
+        outs, lses = (torch.stack([x[place] for place in order]) for x in (outs, lses))
     # Nothing anywhere: (-inf) - (-inf) is NaN, but zeros may be weighed alike.
-    lses = lses.clamp(min=torch.finfo(lses.dtype).min)
+    limits = torch.finfo(lses.dtype)
+    lses = lses.clamp(min=limits.min)
+    top = lses.amax(dim=0)
+    logit = None if sink is None else sink.to(lses.dtype).clamp(limits.min, limits.max)[:, None]
+    if logit is not None:
+        top = torch.maximum(top, logit)
     # Not torch.softmax, whose result for a row depends on how many rows there are beside it.
-    weights = torch.exp_(lses - lses.amax(dim=0))
-    weights /= weights.sum(dim=0)
-    return (outs * weights.transpose(2, 3).unsqueeze(-1)).sum(dim=0)
+    weights = torch.exp_(lses - top)
+    total = _summed(weights)
+    weights /= total if logit is None else total + torch.exp(logit - top)
+    return _summed(outs * weights.transpose(2, 3).unsqueeze(-1))
+
+
+def _summed(parts: Tensor) -> Tensor:
+    """Sums up along the first dim, in its order: that of torch.sum follows the strides, from five parts on."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def add_sink_(out: Tensor, lse: Tensor, sink: Tensor) -> None:

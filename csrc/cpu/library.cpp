@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -279,6 +280,63 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pag
   }
 }
 
+// The weights of one row's parts, which lie `pitch` apart in `lses`; place[i] is where the i-th of them lies.
+void weigh(const float* lses, int64_t pitch, const std::vector<int64_t>& place, const float* sink, float* weights) {
+  constexpr float LEAST = std::numeric_limits<float>::lowest(), MOST = std::numeric_limits<float>::max();
+  // Nothing anywhere: (-inf) - (-inf) is NaN, but zeros may be weighed alike.
+  const float logit = sink ? std::min(std::max(*sink, LEAST), MOST) : LEAST;
+  float top = logit;
+  for (size_t i = 0; i < place.size(); ++i) {
+    weights[i] = std::max(lses[place[i] * pitch], LEAST);
+    top = std::max(top, weights[i]);
+  }
+  float sum = sink ? std::exp(logit - top) : 0.0f;
+  for (size_t i = 0; i < place.size(); ++i) sum += weights[i] = std::exp(weights[i] - top);
+  for (size_t i = 0; i < place.size(); ++i) weights[i] /= sum;
+}
+
+// Row by row, the parts in their order: what a row gets does not depend on which rows there are beside it.
+void merge(const Tensor& outs, const Tensor& lses, int64_t first, const std::optional<Tensor>& sink, Tensor out) {
+  using torch::headeronly::ScalarType;
+  for (const Tensor& x : {outs, lses, out}) {
+    check(x.is_cpu() && x.scalar_type() == ScalarType::Float, "partial results must be float32 on the CPU");
+  }
+  check(outs.dim() == 5 && lses.dim() == 4 && out.dim() == 4, "outs, lses and out must have 5, 4 and 4 dims");
+  const int64_t parts = outs.size(0), batch = outs.size(1), rows = outs.size(2), heads = outs.size(3), dim = outs.size(4);
+  check(0 <= first && first < parts, "first must be the place of a part");
+  check(lses.size(0) == parts && lses.size(1) == batch && lses.size(2) == heads && lses.size(3) == rows, "lses must fit outs");
+  check(same_shape(out, batch, rows, heads, dim), "out must fit outs");
+  check(out.numel() == 0 || dim == 1 || (outs.stride(4) == 1 && out.stride(3) == 1), "dims must be contiguous");
+  const float* sinks = nullptr;
+  if (sink) {
+    check(sink->is_cpu() && sink->scalar_type() == ScalarType::Float && sink->is_contiguous() && sink->numel() == heads,
+          "sink must be float32 (heads,)");
+    sinks = static_cast<const float*>(sink->const_data_ptr());
+  }
+  std::vector<int64_t> place(parts);
+  for (int64_t i = 0; i < parts; ++i) place[i] = i == first ? 0 : i < first ? i + 1 : i;
+  std::vector<float> weights(parts);
+  const float* all = static_cast<const float*>(outs.const_data_ptr());
+  const float* all_lse = static_cast<const float*>(lses.const_data_ptr());
+  float* result = static_cast<float*>(out.mutable_data_ptr());
+  for (int64_t n = 0; n < batch * rows * heads; ++n) {
+    const int64_t head = n % heads, row = n / heads % rows, b = n / heads / rows;
+    weigh(all_lse + b * lses.stride(1) + head * lses.stride(2) + row * lses.stride(3), lses.stride(0), place,
+          sinks ? sinks + head : nullptr, weights.data());
+    const float* from = all + b * outs.stride(1) + row * outs.stride(2) + head * outs.stride(3);
+    float* to = result + b * out.stride(0) + row * out.stride(1) + head * out.stride(2);
+    for (int64_t i = 0; i < parts; ++i) {
+      const float* part = from + place[i] * outs.stride(0);
+      const float weight = weights[i];
+      if (i == 0) {
+        for (int64_t e = 0; e < dim; ++e) to[e] = weight * part[e];
+      } else {
+        for (int64_t e = 0; e < dim; ++e) to[e] += weight * part[e];
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ringattn
 
@@ -293,12 +351,14 @@ STABLE_TORCH_LIBRARY(ringattn_native, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor slots, Tensor starts, Tensor first, Tensor stop, "
       "float scale, float softcap, Tensor(a!) out, Tensor(b!) lse, str isa) -> ()");
+  m.def("merge(Tensor outs, Tensor lses, int first, Tensor? sink, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ringattn_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&ringattn::forward));
   m.impl("backward", TORCH_BOX(&ringattn::backward));
   m.impl("decode", TORCH_BOX(&ringattn::decode));
+  m.impl("merge", TORCH_BOX(&ringattn::merge));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ringattn_native, CompositeExplicitAutograd, m) {

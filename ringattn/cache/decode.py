@@ -7,46 +7,27 @@ is exchanged, and merged in the order of ranks. So what all ranks have computed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.attention.request import check_number
+from ringattn.cache.agreement import MARK, Agreement
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
-from ringattn.comm.collectives import all_gather_packets, all_to_all_packets, packets_in_a_row
-from ringattn.comm.group import agreed
+from ringattn.cache.request import Options, hashed, prepared
+from ringattn.comm.collectives import Meeting, dealing, gathering
+from ringattn.comm.group import Team
 from ringattn.comm.packet import Field, Packet
-from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError
+from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.sight import sight_of
-from ringattn.kernels import Call, Spec
+from ringattn.kernels import Spec
 from ringattn.kernels.paged import PagedKernel, Sight, select_paged
-from ringattn.softmax import accumulation_dtype, add_sink_, merged
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a call asks for besides its tensors."""
-
-    operation: str
-    mask: Mask | None
-    scale: float | None
-    softcap: float | None
-    backend: str | None
-
-
-@dataclass(frozen=True)
-class _Local:
-    """A result over the keys of one rank."""
-
-    out: Tensor
-    lse: Tensor
+from ringattn.softmax import accumulation_dtype
 
 
 @torch.no_grad()
@@ -86,22 +67,22 @@ def decode_attention(
         (B, T, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
     Raises:
         ArgumentError, MaskError, BackendError: when something is not allowed; nothing is written.
-        DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before.
+        DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before. All
+            that the cache held is as it was, so is the extension, and a call that is the same on all ranks may follow
+            with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
+            otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
+            is raised by the next `extend`, `agree` or `save_cache`, and results since are void.
     Communication: one all-gather (on CPUs one all-to-all, in which every rank gets the same); each rank sends
         (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
     """
-    options = _Options("decode_attention", mask, scale, softcap, backend)
+    options = Options("decode_attention", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
-    fields = _fields(q, v.shape[3], q.shape[2])
-    packet = Packet.empty(fields, q.device)
-    out, lse, mark = packet.tensors
-    mark.copy_(_mark(cache, layer, extension, options))
-    _attend(q, cache, layer, extension, options, kernel, spec, _Local(out, lse))
-    parts = all_gather_packets(packet, fields, cache.team.axes[0].group)
-    return _merged(parts, sink).to(q.dtype)
+    meeting = cache.meeting(_key(q, options), lambda: meeting_for_all(_fields(q, cache), cache.team, q.device))
+    _attend(q, cache, layer, extension, options, kernel, spec, meeting)
+    return _merged(meeting, cache.agreement, kernel, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -127,54 +108,67 @@ def decode_attention_by_heads(
         (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
     Communication: one all-to-all; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
     """
-    options = _Options("decode_attention_by_heads", mask, scale, softcap, backend)
+    options = Options("decode_attention_by_heads", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
-    team, heads = cache.team, q.shape[2]
-    shares = [contiguous(heads, team.size).ranges(rank) for rank in range(team.size)]
-    own = [slice(runs[0].start, runs[0].stop) if runs else slice(0, 0) for runs in shares]
-    fields = [_fields(q, v.shape[3], part.stop - part.start) for part in own]
-    whole = Packet.empty(_fields(q, v.shape[3], heads), q.device)
-    local = _Local(*whole.tensors[:2])
-    _attend(q, cache, layer, extension, options, kernel, spec, local)
-    mark = _mark(cache, layer, extension, options)
-    packets = packets_in_a_row(fields, q.device)
-    for packet, part in zip(packets, own, strict=True):
-        for place, x in zip(packet.tensors, (local.out[:, :, part], local.lse[:, part], mark), strict=True):
-            place.copy_(x)
-    parts = all_to_all_packets(packets, fields[team.rank], team.axes[0].group, q.device)
-    return _merged(parts, None if sink is None else sink[own[team.rank]]).to(q.dtype)
+    meeting = cache.meeting(_key(q, options), lambda: meeting_by_heads(_fields(q, cache), cache.team, q.device))
+    _attend(q, cache, layer, extension, options, kernel, spec, meeting)
+    own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
+    return _merged(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
 
-def _fields(q: Tensor, v_dim: int, heads: int) -> list[Field]:
+def meeting_for_all(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
+    """Returns where partial results of all heads are merged on every rank.
+
+    Args:
+        fields: an output (B, T, H, Dv), its log-sum-exp (B, H, T), and a mark.
+        team: ranks of one group.
+        device: of the tensors.
+    """
+    return gathering(fields, team.axes[0].group, device)
+
+
+def meeting_by_heads(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
+    """Returns where partial results are merged for each rank's heads; see `meeting_for_all`."""
+    local = Packet.empty(fields, device).tensors
+    out, lse, mark = local
+    parts = [_heads_of(rank, out.shape[2], team.size) for rank in range(team.size)]
+    return dealing(local, [(out[:, :, part], lse[:, part], mark) for part in parts], team.axes[0].group, device)
+
+
+def _heads_of(rank: int, heads: int, size: int) -> slice:
+    runs = contiguous(heads, size).ranges(rank)
+    return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
+
+
+def _key(q: Tensor, options: Options) -> Hashable:
+    """What decides how a meeting's tensors look, in a given cache."""
+    return options.operation, q.shape, q.device
+
+
+def _fields(q: Tensor, cache: DistributedKVCache) -> list[Field]:
     """What a rank tells another: an output and a log-sum-exp for each row, and a mark of what was asked for."""
-    batch, tokens, dtype = q.shape[0], q.shape[1], accumulation_dtype(q.dtype)
+    batch, tokens, heads = q.shape[:3]
+    dtype = accumulation_dtype(q.dtype)
     return [
-        Field((batch, tokens, heads, v_dim), dtype),
+        Field((batch, tokens, heads, cache.form.v_head_dim), dtype),
         Field((batch, heads, tokens), dtype),
-        Field((2,), torch.int32),
+        Field((MARK,), torch.int32),
     ]
 
 
-def _merged(parts: tuple[Tensor, ...], sink: Tensor | None) -> Tensor:
-    """Merges outs, lses and marks of all ranks, if they were asked for the same."""
-    outs, lses, marks = parts
-    told = marks.tolist()
-    if any(mark != told[0] for mark in told):
-        raise DisagreementError(
-            "the ranks of the group disagree on what they have asked of the cache, so far or in this call: sequences, "
-            f"layer, mask, scale, softcap, what was noted (marks by rank: {told})"
-        )
-    out = merged(outs, lses)
-    if sink is not None:
-        add_sink_(out, torch.logsumexp(lses, dim=0), sink)
-    return out
+def _merged(meeting: Meeting, agreement: Agreement, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
+    """Merges what all ranks have found, if they were asked for the same."""
+    meeting.hold()
+    outs, lses, marks = meeting.parts
+    agreement.compare(marks)
+    return kernel.merge(outs, lses, meeting.first, sink)
 
 
-def _mark(cache: DistributedKVCache, layer: int, extension: Extension, options: _Options) -> Tensor:
-    mask = None if options.mask is None else options.mask.digest
-    asked = (cache.pages.digest, layer, extension.sequences, extension.versions, mask, options.scale, options.softcap)
-    mark = hashlib.blake2b(repr(asked).encode(), digest_size=8).digest()
-    return torch.from_numpy(np.frombuffer(mark, dtype=np.int32).copy())
+@lru_cache(maxsize=1024, typed=True)
+def _mark(layer: int, sequences: tuple[int, ...], mask: str | None, scale: float | None, softcap: float | None) -> int:
+    """Returns 32 bits that tell apart calls: the same for a layer in every step."""
+    asked = repr((layer, sequences, mask, scale, softcap)).encode()
+    return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
 def _attend(
@@ -182,18 +176,22 @@ def _attend(
     cache: DistributedKVCache,
     layer: int,
     extension: Extension,
-    options: _Options,
+    options: Options,
     kernel: PagedKernel,
     spec: Spec,
-    local: _Local,
+    meeting: Meeting,
 ) -> None:
-    """Attends to what this rank holds."""
-    local.out.zero_()
-    local.lse.fill_(-torch.inf)
+    """Attends to what this rank holds, and writes down what it was asked for: before and now."""
+    out, lse, mark = meeting.local
+    out.zero_()
+    lse.fill_(-torch.inf)
+    digest = None if options.mask is None else options.mask.digest
+    now = _mark(layer, extension.sequences, digest, options.scale, options.softcap)
+    cache.agreement.tell(mark, cache.pages.short_digest, now)
     tables = cache.page_tables(extension)
     sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
-        kernel.forward(q, *cache.pools(layer), tables, sight, spec, local.out, local.lse)
+        kernel.forward(q, *cache.pools(layer), tables, sight, spec, out, lse)
 
 
 @lru_cache(maxsize=64)
@@ -213,66 +211,25 @@ def _prepared(
     cache: DistributedKVCache,
     layer: int,
     extension: Extension,
-    options: _Options,
+    options: Options,
 ) -> tuple[PagedKernel, Spec]:
     """Checks a call, writes the new keys and values, and returns what runs it."""
 
-    def prepare() -> tuple[Mapping[str, str], tuple[PagedKernel, Spec]]:
-        cache.check(layer, extension)
-        spec = check_queries(q, sink, cache, options.scale, options.softcap)
-        if options.mask is not None and not isinstance(options.mask, Mask):
-            raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
+    def check() -> None:
         if extension.layout is not None:
             raise ArgumentError("extension: made by a layout, for prefill_attention; decoding takes a number of tokens")
         wanted = (len(extension.sequences), extension.num_tokens)
         if q.shape[:2] != wanted:
             raise ArgumentError(f"q has (sequences, tokens) = {tuple(q.shape[:2])}: the extension has {wanted}")
-        cache.check_new("k", k, extension, cache.form.head_dim)
-        cache.check_new("v", v, extension, cache.form.v_head_dim)
-        form = cache.form
-        call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
-        told = {"the call": f"{options} q={tuple(q.shape)} sink={None if sink is None else tuple(sink.shape)} {form}"}
-        return told, (select_paged(options.backend, call), spec)
 
-    key = signature(q, k, v, sink, cache, options)
-    cache.check(layer, extension)
-    found = agreed(cache.team, key, prepare)
+    def alike(kernel: PagedKernel) -> Mapping[str, str]:
+        return {"q": str(tuple(q.shape)), "the kernel": kernel.name}
+
+    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
+    key = hashed((options, tensors, cache.form))
+    call = (q, k, v, sink, cache, layer, extension, options)
+    found = prepared(*call, key=key, check=check, select=select_paged, alike=alike)
     # A mask that does not fit raises before anything is written.
     _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     cache.write(layer, extension, k, v)
     return found
-
-
-def signature(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, cache: DistributedKVCache, options: Hashable
-) -> Hashable | None:
-    """Returns what decides a call apart from the contents of tensors and cache; None if that cannot be told."""
-    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
-    key = (options, tensors, cache.form)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def check_queries(
-    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, scale: float | None, softcap: float | None
-) -> Spec:
-    """Checks queries and options against a cache; returns what every tile of the call shares."""
-    form = cache.form
-    if not isinstance(q, Tensor) or q.ndim != 4:
-        raise ArgumentError("q: must be a tensor (batch, tokens, heads, head_dim)")
-    if q.dtype != form.dtype or q.device.type != cache.device.type:
-        raise ArgumentError(f"q is {q.dtype} on {q.device}: the cache is {form.dtype} on {cache.device}")
-    heads = q.shape[2]
-    if heads < 1 or heads % form.num_kv_heads:
-        raise ArgumentError(f"q has {heads} heads: must be a multiple of the {form.num_kv_heads} kv heads of the cache")
-    if q.shape[3] != form.head_dim:
-        raise ArgumentError(f"q has head_dim {q.shape[3]}: the cache has {form.head_dim}")
-    if sink is not None and (not isinstance(sink, Tensor) or sink.shape != (heads,) or not sink.is_floating_point()):
-        raise ArgumentError(f"sink: must be a floating tensor ({heads},), one logit per query head, or None")
-    found_cap = None if softcap is None else check_number("softcap", softcap)
-    if found_cap is not None and found_cap <= 0:
-        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
-    return Spec(form.head_dim**-0.5 if scale is None else check_number("scale", scale), found_cap)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.cache.agreement import agreement_on
 from ringattn.cache.pages import Extension, Pages, check_count
 from ringattn.cache.prefixes import Match, Prefixes
+from ringattn.comm.collectives import Meeting
 from ringattn.comm.group import Team, agreed, resolve, team_of
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.layout import Layout, check_layout
@@ -109,6 +111,8 @@ class DistributedKVCache:
         self._tables: tuple[Extension, PageTables] | None = None
         self._layout: tuple[Extension, Layout] | None = None
         self._places: tuple[Extension, tuple[Tensor, ...]] | None = None
+        self.agreement = agreement_on(device)
+        self._meeting: tuple[Hashable, Meeting] | None = None
         shapes = form.shapes(pages.num_pages)
         self._layers = [
             tuple(torch.empty(shape, dtype=form.dtype, device=device) for shape in shapes)
@@ -146,9 +150,11 @@ class DistributedKVCache:
         Raises:
             OutOfPagesError: when there is no room; SequenceError when there is no such sequence; LayoutError when the
                 layout is for other ranks. Nothing has changed then.
-            DisagreementError: with a layout, when the ranks' calls, now or before, were not the same.
+            DisagreementError: with a layout, when the ranks' calls, now or before, were not the same. With a number
+                that is found by the attention that follows; on CUDA, by the next call of this.
         Communication: none for a number; one all-gather of a few hundred bytes for a layout.
         """
+        self.agreement.settle()
         if isinstance(tokens, Layout):
             self._compare(f"extend {list(sequences)}", check_layout(tokens, "tokens", self.team.size))
         extension = self.pages.extend(sequences, tokens)
@@ -251,6 +257,7 @@ class DistributedKVCache:
 
         Communication: one all-gather of a few hundred bytes.
         """
+        self.agreement.settle()
         self._compare("agree", None)
 
     def pools(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -281,6 +288,12 @@ class DistributedKVCache:
             found = (extension.rows[rank], extension.places[rank] // size, extension.places[rank] % size)
             self._places = extension, tuple(torch.as_tensor(x, device=self.device) for x in found)
         return self._places[1]
+
+    def meeting(self, key: Hashable, make: Callable[[], Meeting]) -> Meeting:
+        """Returns the last meeting if it was made under this key, or makes one: the same for all layers and steps."""
+        if self._meeting is None or self._meeting[0] != key:
+            self._meeting = key, make()
+        return self._meeting[1]
 
     def key_layout(self, extension: Extension) -> Layout:
         """Returns who holds which keys of an extension's one sequence; made once for all layers."""

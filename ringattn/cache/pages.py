@@ -91,6 +91,11 @@ class Pages:
         """63 bits that tell apart programs: equal where the same was asked for in the same order."""
         return int.from_bytes(self._digest, "little") >> 1
 
+    @property
+    def short_digest(self) -> int:
+        """The first 32 bits of it, signed."""
+        return int.from_bytes(self._digest[:4], "little", signed=True)
+
     def num_free(self, rank: int) -> int:
         """Returns how many pages of a rank nobody uses."""
         return len(self._free[rank])

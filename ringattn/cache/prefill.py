@@ -8,7 +8,6 @@ keys, and what they find comes home, if that is fewer bytes.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from ringattn.attention.blocks import Blocks
 from ringattn.attention.executor import Job, run_forward
-from ringattn.cache.decode import check_queries
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
+from ringattn.cache.request import Options, hashed, prepared
 from ringattn.comm.all_to_all import Trade
-from ringattn.comm.group import agreed
 from ringattn.comm.packet import Field, Packet
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError
 from ringattn.geometry.exchanges import Gather, build_plan
 from ringattn.geometry.heads import whole
 from ringattn.geometry.layout import Layout
@@ -30,19 +28,8 @@ from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.rows import Rows, count
 from ringattn.geometry.sizes import Payload, Sizes
 from ringattn.geometry.travel import Travel
-from ringattn.kernels import BlockKernel, Call, Spec, select
+from ringattn.kernels import BlockKernel, Spec, select
 from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a call asks for besides its tensors."""
-
-    operation: str
-    mask: Mask
-    scale: float | None
-    softcap: float | None
-    backend: str | None
 
 
 @torch.no_grad()
@@ -89,20 +76,21 @@ def prefill_attention(
         and back H (Dv + 1) in the accumulation dtype. One all-gather of a few hundred bytes for each extension.
     Source: Yang et al. 2024, arXiv:2411.01783.
     """
-    options = _Options("prefill_attention", causal() if mask is None else mask, scale, softcap, backend)
+    mask = causal() if mask is None else mask
+    options = Options("prefill_attention", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
     layout, kv_layout = _layouts(cache, extension)
-    options.mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
+    mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
     cache.write(layer, extension, k, v)
     keys, values = cache.held(layer, extension.sequences[0])
-    if queries_travel((options.mask,), layout, kv_layout, _sizes(q, cache)):
-        travel = Travel(Payload.Q, (options.mask,), layout, kv_layout)
+    if queries_travel((mask,), layout, kv_layout, _sizes(q, cache)):
+        travel = Travel(Payload.Q, (mask,), layout, kv_layout)
         out, lse = _ask_around(travel, cache, q, keys, values, kernel, spec)
         if sink is not None:
             add_sink_(out, lse, sink)
     else:
         team = cache.team
-        plan = build_plan(Gather(team.size), (options.mask,), layout, kv_layout, team.rank)
+        plan = build_plan(Gather(team.size), (mask,), layout, kv_layout, team.rank)
         heads = whole(q.shape[2], keys.shape[2]).runs()
         job = Job(plan, None, kernel, spec, heads, False, (False, False))
         out, _ = run_forward(job, team, q, keys, values, sink)
@@ -158,44 +146,32 @@ def _prepared(
     cache: DistributedKVCache,
     layer: int,
     extension: Extension,
-    options: _Options,
+    options: Options,
 ) -> tuple[BlockKernel, Spec]:
     """Checks a call, and returns what runs it."""
 
-    def prepare() -> tuple[Mapping[str, str], tuple[BlockKernel, Spec]]:
-        cache.check(layer, extension)
-        spec = check_queries(q, sink, cache, options.scale, options.softcap)
-        if not isinstance(options.mask, Mask):
-            raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
+    def check() -> None:
         if extension.layout is None or len(extension.sequences) != 1:
             raise ArgumentError("extension: a prefill takes one of one sequence, made by a layout")
-        form = cache.form
         _check_rows(q, cache, extension)
-        cache.check_new("k", k, extension, form.head_dim)
-        cache.check_new("v", v, extension, form.v_head_dim)
-        call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
-        sink_shape = None if sink is None else tuple(sink.shape)
-        told = {"the call": f"{options} {options.mask.digest} heads={q.shape[2]} sink={sink_shape} {form}"}
-        return told, (select(options.backend, call), spec)
 
-    cache.check(layer, extension)
-    found = agreed(cache.team, _signature(q, sink, cache, extension, options), prepare)
+    def alike(_: BlockKernel) -> Mapping[str, str]:
+        return {}
+
+    key = _signature(q, sink, cache, extension, options)
+    call = (q, k, v, sink, cache, layer, extension, options)
+    found = prepared(*call, key=key, check=check, select=select, alike=alike)
     _check_rows(q, cache, extension)
     return found
 
 
 def _signature(
-    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, extension: Extension, options: _Options
+    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, extension: Extension, options: Options
 ) -> Hashable | None:
     """Returns what decides a call: the same on every rank, so without this one's number of rows."""
     heads = q.shape[2] if isinstance(q, Tensor) and q.ndim == 4 else None
     place = (extension.sequences, extension.versions, extension.starts, extension.layout)
-    key = (options, heads, getattr(sink, "shape", None), cache.form, place)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return hashed((options, heads, getattr(sink, "shape", None), cache.form, place))
 
 
 def _check_rows(q: Tensor, cache: DistributedKVCache, extension: Extension) -> None:

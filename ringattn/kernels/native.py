@@ -99,7 +99,7 @@ def _load() -> str:
     except (BuildError, OSError) as error:
         warnings.warn(f"ringattn works without its own CPU kernel, and slower: {error}", stacklevel=2)
         return str(error)
-    for operation in ("forward", "backward", "decode"):
+    for operation in ("forward", "backward", "decode", "merge"):
         torch.library.register_fake(f"ringattn_native::{operation}", _nothing)
     return ""
 

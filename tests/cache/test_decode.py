@@ -13,7 +13,8 @@ from torch import Tensor
 
 import ringattn
 from ringattn import DistributedKVCache, contiguous, zigzag
-from ringattn.comm import collectives
+from ringattn.cache.agreement import Deferred
+from ringattn.errors import DisagreementError
 from ringattn.geometry.masks import Term
 from tests.harness.cases import Tensors, tensors
 from tests.harness.compare import assert_within_rule
@@ -186,7 +187,7 @@ WRONG = {
     "backend": ("BackendError", "backend='magic': must be one of"),
     "values on one rank": ("ArgumentError", "v has shape (1, 3, 2, 5): must be (1, 3, 2, 6)"),
     "scale on one rank": ("DisagreementError", "the ranks of the group disagree on the call"),
-    "program of one rank": ("DisagreementError", "disagree on what they have asked of the cache"),
+    "program of one rank": ("DisagreementError", "disagree on what they have asked of the cache so far"),
     "layout of one rank": ("DisagreementError", "disagree on what is asked of the cache"),
     "prefill": ("ArgumentError", "made by a layout"),
     "no such sequence": ("SequenceError", "there is none of this name"),
@@ -202,6 +203,69 @@ def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> No
         assert message in error.message
 
 
-def test_collectives_of_one_rank_send_nothing() -> None:
-    packets = collectives.packets_in_a_row([[], []], torch.device("cpu"))
-    assert [packet.flat.numel() for packet in packets] == [0, 0]
+def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
+    """One rank asks for another scale, both being known to all: only the marks tell."""
+    t = new_tensors(torch.float32)
+    q, k, v = (x[:, PROMPT:] for x in t[:3])
+    (cache, sequence), (clean, other) = filled(group, t, torch.float32), filled(group, t, torch.float32)
+    plain = clean.extend([other], NEW)
+    expected = [ringattn.decode_attention(q, k, v, clean, layer, plain, scale=0.5) for layer in (0, 1)]
+    ringattn.decode_attention(q, k, v, clean, 1, plain, scale=0.25)
+    if deferred:
+        cache.agreement = Deferred(torch.device("cpu"))
+    extension = cache.extend([sequence], NEW)
+    first = ringattn.decode_attention(q, k, v, cache, 0, extension, scale=0.5)
+    free, digest = cache.num_free_pages, cache.pages.digest
+    held = [torch.cat([x.flatten() for x in cache.held(layer, sequence)]) for layer in (0, 1)]
+    scale = 0.25 if group.rank() == group.size() - 1 else 0.5
+    told = "disagree on what they ask now"
+    if deferred:
+        ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
+        for later in (lambda: cache.extend([sequence], 1), cache.agree):
+            with pytest.raises(DisagreementError, match=told):
+                later()
+            assert cache.pages.is_last(extension)
+            ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
+        with pytest.raises(DisagreementError, match=told):
+            cache.agree()
+    else:
+        with pytest.raises(DisagreementError, match=told):
+            ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
+    assert (cache.num_free_pages, cache.length(sequence), cache.pages.digest) == (free, PROMPT + NEW, digest)
+    cache.agree()
+    # The prompt, and the layer before: nothing of them is lost. The same extension is good for another try.
+    again = ringattn.decode_attention(q, k, v, cache, 1, extension, scale=0.5)
+    assert torch.equal(torch.cat([x.flatten() for x in cache.held(0, sequence)]), held[0])
+    assert all(torch.equal(*pair) for pair in zip((first, again), expected, strict=True))
+    # So is going back to before it.
+    cache.truncate(sequence, PROMPT)
+    fresh = cache.extend([sequence], NEW)
+    assert torch.equal(ringattn.decode_attention(q, k, v, cache, 1, fresh, scale=0.5), expected[1])
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "later"])
+def test_after_a_disagreement_all_goes_on(pool: RankPool, deferred: bool) -> None:
+    pool.run(disagree_and_go_on, 3, deferred)
+
+
+def extend_differently(group: dist.ProcessGroup) -> None:
+    """The lengths differ after a number of tokens that was not the same; the next attention tells all ranks."""
+    t = new_tensors(torch.float32)
+    cache, sequence = filled(group, t, torch.float32)
+    q, k, v = (x[:, -1:] for x in t[:3])
+    ringattn.decode_attention(q, k, v, cache, 0, cache.extend([sequence], 1))
+    cache.truncate(sequence, PROMPT)
+    held = [torch.cat([x.flatten() for x in cache.held(layer, sequence)]) for layer in (0, 1)]
+    if group.rank() == 0:
+        cache.extend([sequence], 2)
+        cache.truncate(sequence, PROMPT)
+    extension = cache.extend([sequence], 1)
+    with pytest.raises(DisagreementError, match="so far"):
+        ringattn.decode_attention(q, k, v, cache, 0, extension)
+    cache.truncate(sequence, PROMPT)
+    for layer in (0, 1):
+        assert torch.equal(torch.cat([x.flatten() for x in cache.held(layer, sequence)]), held[layer])
+
+
+def test_another_number_of_tokens_is_found_by_the_next_attention(pool: RankPool) -> None:
+    pool.run(extend_differently, 2)

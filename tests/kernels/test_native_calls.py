@@ -163,3 +163,45 @@ def test_transposed_and_expanded_views_are_taken() -> None:
     assert torch.equal(shared["out"], plain["out"])
     assert torch.equal(shared["lse"], plain["lse"])
     assert shared["lse"].isfinite().all()
+
+
+MERGES: dict[str, Callable[[Arguments], Arguments]] = {
+    "lses of other heads": changed("lses", lambda x: x[:, :, :3]),
+    "lses of fewer parts": changed("lses", lambda x: x[:2]),
+    "an out of other rows": changed("out", lambda x: x[:, :1]),
+    "outs in double": changed("outs", Tensor.double),
+    "an out that is spread": changed("out", spread),
+    "outs that are spread": changed("outs", spread),
+    "a sink of other heads": changed("sink", lambda x: x[:3]),
+    "a sink in half": changed("sink", Tensor.half),
+    "no parts": lambda given: given | {"outs": given["outs"][:0], "lses": given["lses"][:0]},
+}
+
+
+def merge(given: Arguments, first: int = 2) -> None:
+    torch.ops.ringattn_native.merge(given["outs"], given["lses"], first, given["sink"], given["out"])
+
+
+def partials() -> Arguments:
+    """Of 3 ranks, 2 batch rows, 2 rows, 4 heads, dim 5."""
+    return {
+        "outs": torch.ones(3, 2, 2, 4, 5), "lses": torch.zeros(3, 2, 4, 2), "sink": torch.zeros(4),
+        "out": torch.zeros(2, 2, 4, 5),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", MERGES)
+def test_merging_refuses(wrong: str) -> None:
+    given = MERGES[wrong](partials())
+    with pytest.raises(RuntimeError):
+        merge(given)
+    assert not given["out"].any()
+
+
+@pytest.mark.parametrize("first", [-1, 3])
+def test_merging_refuses_a_place_where_no_part_is(first: int) -> None:
+    given = partials()
+    with pytest.raises(RuntimeError):
+        merge(given, first)
+    merge(given)
+    assert torch.allclose(given["out"], torch.tensor(0.75))

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ringattn.kernels.paged.native import NativePaged
+from ringattn.kernels.paged.reference import ReferencePaged
 from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_, sink_gradient
-from tests.harness.compare import assert_close
+from ringattn.softmax import merged as parts_merged
+from tests.harness.compare import assert_close, assert_within_rule
 
 State = tuple[Tensor, Tensor]
 SHAPE = (2, 5, 3, 4)  # batch, rows, heads, dim
@@ -184,3 +187,30 @@ def test_sink_gradient(keys: int) -> None:
     delta = (dout * out).sum(-1).transpose(1, 2) - dlse
     found = sink_gradient(sink.detach(), lse.detach(), delta.detach())
     assert_close(found, expected, atol=1e-12, name="dsink")
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+def test_parts_of_many_ranks_at_once(num_parts: int, with_sink: bool) -> None:
+    """The reference and the native operator, with rows that nobody has seen; in the order of ranks, to the bit."""
+    generator = torch.Generator().manual_seed(num_parts)
+    lses = 4 * torch.randn(num_parts, 2, 5, 3, generator=generator)
+    lses[0, 0, :3] = -torch.inf
+    lses[:, 1, 2] = -torch.inf
+    outs = torch.randn(num_parts, 2, 3, 5, 7, generator=generator)
+    outs[(lses == -torch.inf).transpose(2, 3)] = 0
+    sink = torch.tensor([0.3, -torch.inf, 2.0, -40.0, 5.0]) if with_sink else None
+    scores = lses.double() if sink is None else torch.cat([lses, sink[:, None].expand_as(lses[:1])]).double()
+    weights = scores.softmax(0).nan_to_num(nan=0.0)[:num_parts].transpose(2, 3)[..., None]
+    expected = (weights * outs.double()).sum(0)
+    assert_close(parts_merged(outs.double(), lses.double(), sink=sink), expected, atol=1e-12, name="float64")
+    assert NativePaged().available() == []
+    for merge in (ReferencePaged().merge, NativePaged().merge):
+        whole = merge(outs, lses, 0, sink)
+        assert_within_rule(whole, expected, parts_merged(outs, lses, sink=sink), name="fp32")
+        for first in range(num_parts):  # in whatever place the part lies that stands first
+            order = [first, *(i for i in range(num_parts) if i != first)]
+            assert torch.equal(merge(outs[order], lses[order], first, sink), whole)
+        some = slice(1, 4)  # heads alone, as strided views
+        part = merge(outs[:, :, :, some], lses[:, :, some], 0, None if sink is None else sink[some])
+        assert torch.equal(part, whole[:, :, some])

@@ -60,3 +60,11 @@ class PagedKernel(Protocol):
         anything. The cost follows what is listed, not the size of the pool.
         """
         ...
+
+    def merge(self, outs: Tensor, lses: Tensor, first: int, sink: Tensor | None) -> Tensor:
+        """Returns the output over all keys from those of several ranks; see softmax.merged.
+
+        What a row gets depends on nothing but that row, to the bit. Kernels of other names may round otherwise, so all
+        ranks take the same.
+        """
+        ...

@@ -38,3 +38,10 @@ class NativePaged:
         softcap = spec.softcap or 0.0
         q = q if q.stride(-1) == 1 else q.contiguous()
         torch.ops.ringattn_native.decode(q, k, v, *tables, *sight, spec.scale, softcap, out, lse, self.isa)
+
+    def merge(self, outs: Tensor, lses: Tensor, first: int, sink: Tensor | None) -> Tensor:
+        """See contract.PagedKernel.merge."""
+        out = outs.new_empty(outs.shape[1:])
+        sink = None if sink is None else sink.float().contiguous()
+        torch.ops.ringattn_native.merge(outs, lses, first, sink, out)
+        return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ringattn.kernels.contract import Call, Spec
 from ringattn.kernels.paged.contract import PageTables, Sight
-from ringattn.softmax import merge_
+from ringattn.softmax import merge_, merged
 
 
 class ReferencePaged:
@@ -48,3 +48,7 @@ class ReferencePaged:
             weights = weights.reshape(-1, group, *weights.shape[1:])
             part = torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2)
             merge_(out[b : b + 1], lse[b : b + 1], part[None], part_lse[None])
+
+    def merge(self, outs: Tensor, lses: Tensor, first: int, sink: Tensor | None) -> Tensor:
+        """See contract.PagedKernel.merge."""
+        return merged(outs, lses, first=first, sink=sink)

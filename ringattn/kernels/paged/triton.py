@@ -7,6 +7,7 @@ from torch import Tensor
 from ringattn.kernels.contract import Call, Spec
 from ringattn.kernels.paged.contract import PageTables, Sight
 from ringattn.kernels.triton import TritonKernel
+from ringattn.softmax import merged
 
 
 class TritonPaged:
@@ -34,3 +35,7 @@ class TritonPaged:
 
         if q.numel() and len(tables.pages):
             paged_launch.forward(q, k, v, tables, sight, spec, out, lse)
+
+    def merge(self, outs: Tensor, lses: Tensor, first: int, sink: Tensor | None) -> Tensor:
+        """See contract.PagedKernel.merge."""
+        return merged(outs, lses, first=first, sink=sink)

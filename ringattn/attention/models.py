@@ -93,11 +93,11 @@ def measure_compute(
         a Compute for a CostModel.
     Raises:
         ArgumentError: when there is no such group; BackendError when the backend cannot run this.
-    Communication: one all-gather of a few numbers.
+    Communication: a barrier before each run, sixteen in all; one all-gather of a few numbers.
     """
     found = resolve(group)
     on = torch.device(device) if device is not None else _device_of(found)
-    own = _measured(on, dtype, head_dim, backend)
+    own = _measured(found, on, dtype, head_dim, backend)
     heard: list[Compute] = [own] * found.size()
     if found.size() > 1:
         dist.all_gather_object(heard, own, group=found)
@@ -109,7 +109,9 @@ def measure_compute(
     )
 
 
-def _measured(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str | None) -> Compute:
+def _measured(
+    group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype, head_dim: int, backend: str | None
+) -> Compute:
     heads, rows = (4, 512) if device.type == "cpu" else (16, 4096)
     spec = Spec(head_dim**-0.5)
     kernel = select(backend, Call(device.type, dtype, heads, heads, head_dim, head_dim, True, spec))
@@ -125,14 +127,14 @@ def _measured(device: torch.device, dtype: torch.dtype, head_dim: int, backend: 
     def backward(num_rows: int) -> None:
         kernel.backward(dout, q, k, v, lse, delta, _square(num_rows), spec, dq, dk, dv)
 
-    visit_s = _fastest(device, lambda: forward(1))
+    visit_s = _fastest(group, device, lambda: forward(1))
     sizes = Sizes(1, heads, heads, head_dim, head_dim, dtype.itemsize, sums.itemsize)
     rates = []
     for phase, work in ((Phase.FORWARD, forward), (Phase.BACKWARD, backward)):
-        seconds = _fastest(device, lambda work=work: work(rows))  # type: ignore[misc]
+        seconds = _fastest(group, device, lambda work=work: work(rows))  # type: ignore[misc]
         rates.append(rows * rows * flops_per_pair(sizes, phase) / seconds)
     copied = torch.empty_like(dq)
-    copy_s = _fastest(device, lambda: copied.copy_(dq))
+    copy_s = _fastest(group, device, lambda: copied.copy_(dq))
     return Compute(rates[0], rates[1], dq.nbytes / copy_s, visit_s)
 
 
@@ -140,10 +142,15 @@ def _square(num_rows: int) -> Tiles:
     return Tiles.of(Tile(0, num_rows, 0, num_rows, -num_rows, num_rows))
 
 
-def _fastest(device: torch.device, work: Callable[[], object]) -> float:
-    """Returns the seconds of the fastest of a few runs, the first not counting."""
+def _fastest(group: dist.ProcessGroup, device: torch.device, work: Callable[[], object]) -> float:
+    """Returns the seconds of the fastest of a few runs, the first not counting.
+
+    All ranks begin a run together: those that share cores, caches or memory slow each other down, as in a call.
+    """
     seconds = []
     for _ in range(4):
+        if group.size() > 1:
+            dist.barrier(group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

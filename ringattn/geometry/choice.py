@@ -2,14 +2,19 @@
 
 A prediction follows from a call's sizes, its mask and layouts, the shape of its mesh and a cost model, and from nothing
 else: so every rank comes to the same choice by itself.
+
+Candidates are simulated in the order of their bounds, and none whose bound says that it is not the fastest. Where there
+are so many messages that simulating them takes seconds, the bounds alone decide.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ringattn.geometry.bounds import Bound, bound_of, spread_bound_of
 from ringattn.geometry.cost import CostModel
 from ringattn.geometry.exchanges import Exchange, Gather, Ring, cheaper_backward
 from ringattn.geometry.layout import Layout
@@ -19,7 +24,7 @@ from ringattn.geometry.simulation import simulate
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import united
 from ringattn.geometry.spread_timetable import spread_timetable_for
-from ringattn.geometry.timetable import Timetable
+from ringattn.geometry.timetable import Floats, Timetable
 from ringattn.geometry.timetables import Scene, timetable_for
 
 _SPREADING = ("ulysses", "hybrid")
@@ -66,6 +71,7 @@ class Prediction:
         num_messages: how many messages the busiest rank sends.
         imbalance: how much more the busiest rank computes than the average one.
         buffer_bytes: the most that a rank holds at once of what it receives and sends.
+        simulated: if not, these are sums only: it takes at least so many seconds, and the rest is about so much.
     """
 
     forward_s: float
@@ -74,6 +80,7 @@ class Prediction:
     num_messages: int
     imbalance: float
     buffer_bytes: int
+    simulated: bool = True
 
     @property
     def total_s(self) -> float:
@@ -103,6 +110,8 @@ class Candidate:
 
 # What counts as equally fast: of such candidates the first is chosen, and the plainest stand first.
 EQUAL = 0.01
+# With more messages than this, of all ranks of some candidate, nothing is simulated: about a second's work.
+MOST_MESSAGES = 1 << 18
 CANDIDATES = (
     Candidate("ring"),
     Candidate("gather"),
@@ -142,16 +151,27 @@ class Choice:
             columns = [n.rjust(width) for n, width in zip(numbers, widths[2:], strict=True)]
             lines.append("  ".join([mark.ljust(widths[0]), name.ljust(widths[1]), *columns]).rstrip())
         refused = [f"{c.exchange}: cannot run; {c.refusal}" for c in self.candidates if c.refusal is not None]
-        return "\n".join([*lines, *dict.fromkeys(refused)])
+        return "\n".join([*lines, *self._notes(), *dict.fromkeys(refused)])
+
+    def _notes(self) -> list[str]:
+        found = [candidate.prediction.simulated for candidate in self.candidates if candidate.prediction]
+        if all(found):
+            return []
+        if any(found):
+            return ["≥: not simulated, as it takes at least that, which is too long; the rest of its row is about so."]
+        return [
+            "≥: too many messages to simulate; chosen by what each takes at least; the rest of the rows is about so."
+        ]
 
     def _row(self, candidate: Candidate) -> tuple[str, ...]:
         found = candidate.prediction
         assert found is not None
+        least = "" if found.simulated else "≥ "
         return (
             "->" if candidate is self.chosen else "",
             str(candidate),
-            f"{found.forward_s * 1e3:,.3f}",
-            f"{found.backward_s * 1e3:,.3f}",
+            f"{least}{found.forward_s * 1e3:,.3f}",
+            f"{least}{found.backward_s * 1e3:,.3f}",
             f"{found.num_bytes / 2**20:,.2f}",
             str(found.num_messages),
             f"{found.imbalance:.1%}",
@@ -172,22 +192,48 @@ def choose(setting: Setting, model: CostModel, exchange: str = "auto", stages: i
     if stages is not None:
         asked = [Candidate(name, stages) for name in dict.fromkeys(c.exchange for c in asked)]
         asked = [c for c in asked if stages == 1 or c.exchange in STAGED]
-    looked_at = tuple(_look_at(candidate, setting, model, stages is not None) for candidate in asked)
-    seconds = {c: c.prediction.total_s for c in looked_at if c.refusal is None and c.prediction is not None}
+    looked_at = _judged([_applicable(candidate, setting, stages is not None) for candidate in asked], setting, model)
+    seconds = _seconds(looked_at)
     limit = min(seconds.values(), default=0.0) * (1.0 + EQUAL)
     chosen = next((c for c, total in seconds.items() if total <= limit), None)
     return Choice(setting, model, looked_at, chosen)
 
 
-def _look_at(candidate: Candidate, setting: Setting, model: CostModel, stages_given: bool) -> Candidate:
-    refusal = _refusal(candidate, setting, stages_given)
-    if refusal is not None:
-        return replace(candidate, refusal=refusal)
-    found = predict(candidate, setting, model)
-    if model.buffer_bytes is not None and found.buffer_bytes > model.buffer_bytes:
-        needed, given = (f"{n / 2**20:,.2f} MiB" for n in (found.buffer_bytes, model.buffer_bytes))
-        refusal = f"{_staged(candidate)} it needs {needed} of buffers, and the model allows {given}"
-    return replace(candidate, prediction=found, refusal=refusal)
+def _applicable(candidate: Candidate, setting: Setting, stages_given: bool) -> Candidate:
+    return replace(candidate, refusal=_refusal(candidate, setting, stages_given))
+
+
+def _seconds(candidates: Iterable[Candidate]) -> dict[Candidate, float]:
+    return {c: c.prediction.total_s for c in candidates if c.refusal is None and c.prediction is not None}
+
+
+def _judged(candidates: list[Candidate], setting: Setting, model: CostModel) -> tuple[Candidate, ...]:
+    """The candidates with their predictions, simulated where that can matter."""
+    bounds = {c: _bounds(c, setting, model) for c in candidates if c.refusal is None}
+    most = max((sum(float(b.num_messages.sum()) for b in found) for found in bounds.values()), default=0.0)
+    judged = {c: _limited(replace(c, prediction=_at_least(found)), model) for c, found in bounds.items()}
+    if most <= MOST_MESSAGES:
+        # By their bounds alone none is refused, and none chosen.
+        judged = {c: replace(found, refusal=None) for c, found in judged.items()}
+        best = float("inf")
+        for c, least in sorted(_seconds(judged.values()).items(), key=lambda entry: entry[1]):
+            plain = replace(c, prediction=None)
+            if least > best * (1.0 + EQUAL):
+                break
+            judged[plain] = _limited(replace(plain, prediction=predict(plain, setting, model)), model)
+            best = min([best, *_seconds([judged[plain]]).values()])
+    return tuple(judged.get(candidate, candidate) for candidate in candidates)
+
+
+def _limited(candidate: Candidate, model: CostModel) -> Candidate:
+    """The candidate, refused if it takes more memory than there may be."""
+    found = candidate.prediction
+    if found is None or model.buffer_bytes is None or found.buffer_bytes <= model.buffer_bytes:
+        return candidate
+    needed, given = (f"{n / 2**20:,.2f} MiB" for n in (found.buffer_bytes, model.buffer_bytes))
+    about = "" if found.simulated else "about "
+    refusal = f"{_staged(candidate)} it needs {about}{needed} of buffers, and the model allows {given}"
+    return replace(candidate, refusal=refusal)
 
 
 def _staged(candidate: Candidate) -> str:
@@ -213,15 +259,45 @@ def predict(candidate: Candidate, setting: Setting, model: CostModel) -> Predict
     seconds = [
         simulate(table, model, backward=phase.is_backward).total for table, phase in zip(tables, phases, strict=True)
     ]
-    flops = tables[0].flops
     return Prediction(
         seconds[0],
         sum(seconds[1:]),
         int(np.sum([table.bytes_sent for table in tables], axis=0).max()),
         int(np.sum([table.messages_sent for table in tables], axis=0).max()),
-        float(flops.max() / flops.mean() - 1.0) if flops.any() else 0.0,
+        _imbalance(tables[0].flops),
         max(int(table.buffer_bytes.max()) for table in tables),
     )
+
+
+def _bounds(candidate: Candidate, setting: Setting, model: CostModel) -> list[Bound]:
+    """What each direction takes at least."""
+    exchange, phases = _phases(candidate, setting)
+    scenes = [_scene(setting, phase) for phase in phases]
+    if candidate.exchange not in _SPREADING:
+        return [bound_of(exchange, scene, model) for scene in scenes]
+    assert isinstance(exchange, Ring)
+    groups = setting.layout.world_size // setting.mesh[-1]
+    return [spread_bound_of(exchange, scene, model, groups, candidate.stages) for scene in scenes]
+
+
+def _at_least(bounds: list[Bound]) -> Prediction:
+    return Prediction(
+        bounds[0].seconds,
+        sum(bound.seconds for bound in bounds[1:]),
+        round(float(np.sum([bound.num_bytes for bound in bounds], axis=0).max())),
+        round(float(np.sum([bound.num_messages for bound in bounds], axis=0).max())),
+        _imbalance(bounds[0].flops),
+        round(max(bound.buffer_bytes for bound in bounds)),
+        simulated=False,
+    )
+
+
+def _imbalance(flops: Floats) -> float:
+    return float(flops.max() / flops.mean() - 1.0) if flops.any() else 0.0
+
+
+def _scene(setting: Setting, phase: Phase) -> Scene:
+    return Scene(setting.masks, setting.layout, setting.kv_layout, setting.sizes, phase, setting.wanted)
 
 
 def _phases(candidate: Candidate, setting: Setting) -> tuple[Exchange, tuple[Phase, ...]]:
@@ -243,7 +319,7 @@ def _exchange(candidate: Candidate, setting: Setting) -> Exchange:
 
 
 def _timetable(candidate: Candidate, setting: Setting, exchange: Exchange, phase: Phase) -> Timetable:
-    scene = Scene(setting.masks, setting.layout, setting.kv_layout, setting.sizes, phase, setting.wanted)
+    scene = _scene(setting, phase)
     if candidate.exchange not in _SPREADING:
         return timetable_for(exchange, scene)
     return spread_timetable_for(exchange, scene, setting.layout.world_size // setting.mesh[-1], candidate.stages)

@@ -65,9 +65,7 @@ class _Trades:
     """The all-to-alls within the groups."""
 
     def __init__(self, draft: Draft, scene: Scene, num_groups: int, replicated: bool) -> None:
-        self._replicated = replicated
-        self._draft, self._sizes, self._wanted = draft, scene.sizes, scene.wanted
-        self._backward = scene.phase.is_backward
+        self._draft, self._scene, self._replicated = draft, scene, replicated
         world = scene.layout.world_size
         self.width = world // num_groups
         source, target = np.divmod(np.arange(world * self.width), self.width)
@@ -81,25 +79,12 @@ class _Trades:
 
     def there(self, step: int, shares: tuple[Share, ...]) -> _Trade:
         """Everyone's rows go to those who compute the heads."""
-        s = self._sizes
-        both = s.head_dim + s.v_head_dim
-        q_bytes = both * s.itemsize + 2 * s.sum_itemsize if self._backward else s.head_dim * s.itemsize
-        heads, kv_heads = self._heads(shares, self._target)
-        sent = self._rows[self._source] * heads * q_bytes + self._kv_rows[self._source] * kv_heads * both * s.itemsize
-        return self._post(step, self._source, self._target, s.batch * sent)
+        return self._post(step, self._source, self._target, self._num_bytes(shares, bytes_there(self._scene)))
 
     def back(self, step: int, shares: tuple[Share, ...]) -> _Trade:
         """What was computed goes to those whose rows it is."""
-        s = self._sizes
-        heads, kv_heads = self._heads(shares, self._target)
-        if self._backward:
-            q_bytes = s.head_dim * s.itemsize if self._wanted[0] else 0
-            kv_item = s.sum_itemsize if self._replicated else s.itemsize
-            kv_bytes = (s.head_dim + s.v_head_dim) * kv_item if self._wanted[1] else 0
-        else:
-            q_bytes, kv_bytes = s.v_head_dim * s.itemsize + s.sum_itemsize, 0
-        sent = self._rows[self._source] * heads * q_bytes + self._kv_rows[self._source] * kv_heads * kv_bytes
-        return self._post(step, self._target, self._source, s.batch * sent)
+        num_bytes = self._num_bytes(shares, bytes_back(self._scene, self._replicated))
+        return self._post(step, self._target, self._source, num_bytes)
 
     def arrive(self, step: int, trade: _Trade) -> None:
         """Everyone waits for what comes to them, and for what they sent, and copies it into place."""
@@ -111,8 +96,33 @@ class _Trades:
         self._draft.pack(step, self._rank, packed, step + 1)
         return _Trade(source, target, num_bytes, self._draft.message(step, source, target, num_bytes, step + 1))
 
-    def _heads(self, shares: tuple[Share, ...], rank: Ints) -> tuple[Ints, Ints]:
-        """How many heads, and kv heads, these ranks compute."""
-        place = rank % self.width
+    def _num_bytes(self, shares: tuple[Share, ...], row_bytes: tuple[int, int]) -> Ints:
+        """Bytes between each source, whose rows they are, and target, which has the heads."""
+        place = self._target % self.width
         heads, kv_heads = (np.array([len(s.heads) for s in shares]), np.array([len(s.kv_heads) for s in shares]))
-        return heads[place], kv_heads[place]
+        num_bytes = self._rows[self._source] * heads[place] * row_bytes[0]
+        num_bytes += self._kv_rows[self._source] * kv_heads[place] * row_bytes[1]
+        found: Ints = self._scene.sizes.batch * num_bytes
+        return found
+
+
+def bytes_there(scene: Scene) -> tuple[int, int]:
+    """Returns what goes to whoever computes a head, in bytes of a row of (a query head, a kv head)."""
+    s = scene.sizes
+    both = s.head_dim + s.v_head_dim
+    query = both * s.itemsize + 2 * s.sum_itemsize if scene.phase.is_backward else s.head_dim * s.itemsize
+    return query, both * s.itemsize
+
+
+def bytes_back(scene: Scene, replicated: bool) -> tuple[int, int]:
+    """Returns what comes back of it, in the same bytes.
+
+    Args:
+        scene: the direction.
+        replicated: whether some kv head is computed in several places.
+    """
+    s, (of_query, of_kv) = scene.sizes, scene.wanted
+    if not scene.phase.is_backward:
+        return s.v_head_dim * s.itemsize + s.sum_itemsize, 0
+    item = s.sum_itemsize if replicated else s.itemsize
+    return s.head_dim * s.itemsize if of_query else 0, (s.head_dim + s.v_head_dim) * item if of_kv else 0

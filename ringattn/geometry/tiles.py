@@ -384,11 +384,11 @@ def work_of_ranges(mask: Mask, ranges: Sequence[range], seq_len: int, k_len: int
     k_len = seq_len if k_len is None else k_len
     start = np.array([r.start for r in ranges], dtype=np.int64)
     stop = np.array([r.stop for r in ranges], dtype=np.int64)
-    return _work_of_intervals(mask, start, stop, seq_len, k_len)
+    return work_of_intervals(mask.slices(seq_len, k_len), start, stop)
 
 
-def _work_of_intervals(mask: Mask, start: Ints, stop: Ints, q_len: int, k_len: int) -> Ints:
-    slices = mask.slices(q_len, k_len)
+def work_of_intervals(slices: Ints, start: Ints, stop: Ints) -> Ints:
+    """Returns how many keys the queries of each interval see under these slices, (len(start),) int64."""
     piece, sl = overlapping_pairs(start, stop, slices[:, Q_START], slices[:, Q_STOP])
     part = slices[sl].copy()
     part[:, Q_START] = np.maximum(part[:, Q_START], start[piece])
@@ -404,5 +404,5 @@ def work_of_ranks(masks: tuple[Mask, ...], layout: Layout, k_len: int) -> tuple[
     q = layout.segments
     work = np.zeros(layout.world_size, dtype=np.int64)
     for mask in masks:
-        np.add.at(work, q.owner, _work_of_intervals(mask, q.start, q.stop, layout.seq_len, k_len))
+        np.add.at(work, q.owner, work_of_intervals(mask.slices(layout.seq_len, k_len), q.start, q.stop))
     return tuple(work.tolist())

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.geometry.demand import pairs_seen, pairs_seen_in_halves
+from ringattn.geometry.demand import pairs_of_ranks, pairs_seen, pairs_seen_in_halves
 from ringattn.geometry.exchanges import Exchange, Gather, Ring
 from ringattn.geometry.exchanges.turns import Turns
 from ringattn.geometry.layout import Ints, Layout
-from ringattn.geometry.masks import Mask
+from ringattn.geometry.masks import K_START, Q_START, Mask
 from ringattn.geometry.plan import Phase
 from ringattn.geometry.ring_timetable import write_ring
 from ringattn.geometry.sizes import Sizes
@@ -56,10 +56,18 @@ class Scene:
         outer, middle = pairs_seen_in_halves(self.masks, self.layout, self.kv_layout, self.travel.column)
         return self._flops(outer), self._flops(middle)
 
+    @property
+    def flops_of_ranks(self) -> Floats:
+        """What each rank computes in all: (world,)."""
+        staying = K_START if self.phase is Phase.BACKWARD_BY_QUERIES else Q_START
+        return self._worth(pairs_of_ranks(self.masks, self.layout, self.kv_layout, staying))
+
     def _flops(self, pairs: Ints) -> Floats:
+        return self._worth(pairs.T if self.phase is Phase.BACKWARD_BY_QUERIES else pairs)
+
+    def _worth(self, pairs: Ints) -> Floats:
         copies = self.sizes.batch if len(self.masks) == 1 else 1
-        by_rank = pairs.T if self.phase is Phase.BACKWARD_BY_QUERIES else pairs
-        return by_rank.astype(np.float64) * (copies * flops_per_pair(self.sizes, self.phase))
+        return pairs.astype(np.float64) * (copies * flops_per_pair(self.sizes, self.phase))
 
     @property
     def block_rows(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringattn.geometry.demand import rows_seen
+from ringattn.geometry.demand import rows_exchanged, rows_seen
 from ringattn.geometry.layout import Ints, Layout
 from ringattn.geometry.masks import K_START, Q_START, Mask
 from ringattn.geometry.rows import Rows, merged
@@ -58,6 +58,11 @@ class Travel:
     def rows_needed(self) -> Ints:
         """How many rows of whose block a rank needs: (world, world) int64, [block, rank]."""
         return rows_seen(self.masks, self.layout, self.kv_layout, self.column)
+
+    @property
+    def rows_exchanged(self) -> tuple[Ints, Ints]:
+        """How many rows each rank needs of others, and they of its block: two of (world,) int64."""
+        return rows_exchanged(self.masks, self.layout, self.kv_layout, self.column)
 
     def tiles(self, rank: int) -> dict[int, Tiles]:
         """Returns rank's tiles against every block that it needs anything of."""

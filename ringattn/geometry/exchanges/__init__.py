@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Protocol
 
-from ringattn.geometry.demand import pairs_seen
+from ringattn.geometry.demand import pairs_of_ranks
 from ringattn.geometry.exchanges.gather import Gather
 from ringattn.geometry.exchanges.ring import Ring
 from ringattn.geometry.layout import Layout
-from ringattn.geometry.masks import Mask
+from ringattn.geometry.masks import K_START, Q_START, Mask
 from ringattn.geometry.plan import Phase, Plan, Program
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.tiles import work_of_ranks
@@ -96,6 +96,5 @@ def cheaper_backward(
         total[phase] += summed * sizes.row_bytes(phase.carried.gradient) if comes_home else 0
     if total[Phase.BACKWARD_BY_QUERIES] >= total[Phase.BACKWARD]:
         return Phase.BACKWARD
-    pairs = pairs_seen(masks, layout, kv_layout)
-    of_keys, of_queries = int(pairs.sum(axis=0).max()), int(pairs.sum(axis=1).max())
+    of_keys, of_queries = (pairs_of_ranks(masks, layout, kv_layout, column).max() for column in (K_START, Q_START))
     return Phase.BACKWARD_BY_QUERIES if of_keys <= _BUSIER * of_queries else Phase.BACKWARD

@@ -55,8 +55,7 @@ class Gather:
 
     def rows_moved(self, travel: Travel) -> tuple[int, int]:
         """Returns how many rows all ranks together send: of what is carried, and of its gradients."""
-        rows = travel.rows_needed
-        moved = int(rows.sum() - rows.diagonal().sum())
+        moved = int(travel.rows_exchanged[0].sum())
         return moved, moved
 
 

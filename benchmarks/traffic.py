@@ -106,7 +106,7 @@ def _group_of(given: Mapping[str, Any]) -> dist.ProcessGroup:
     if "process_group" in given:
         return dist.ProcessGroup.unbox(given["process_group"])
     named: Any = given["group_name"]
-    return _resolve_process_group(named) if isinstance(named, str) else named
+    return named if isinstance(named, dist.ProcessGroup) else _resolve_process_group(named)
 
 
 def _inputs(given: Mapping[str, Any]) -> list[Tensor]:

@@ -83,7 +83,8 @@ def known(name: str) -> Mix:
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """Returns what was measured as a table; what is sent is the mean over ranks."""
-    axes = list(dict.fromkeys(axis for record in records for axis in record["sent"]))
+    everything = dict.fromkeys(axis for record in records for axis in record["sent"])
+    axes = [axis for axis in everything if max(sent_mib(record, axis) for record in records) >= 0.005]
     title = "MiB: weights and optimizer state, beyond that in a step (the fullest rank); sent by a rank in a step"
     shown = Table("mix", "loss", "tokens/s", "state", "peak", *axes, "bubble", "formula", title=title)
     for r in records:

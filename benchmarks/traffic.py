@@ -69,13 +69,13 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Makes it for the groups of a mesh from `build_mesh`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.sent: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._axes: dict[str, list[str]] = defaultdict(list)
+        self._axes: dict[tuple[int, ...], list[str]] = defaultdict(list)
         meshes = {axis.name: axis_mesh(mesh, axis.name) for axis in AXES}
         meshes |= {"fsdp": fsdp_mesh(mesh), "loss": loss_mesh(mesh)}
         meshes |= {"ep": expert_mesh(mesh), "efsdp": expert_fsdp_mesh(mesh)}
         for name, along in meshes.items():
             if along is not None:
-                self._axes[along.get_group().group_name].append(name)
+                self._axes[_ranks_of(along.get_group())].append(name)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,13 +93,18 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in OPERATIONS:
             raise NotImplementedError(f"{name}: not known how many bytes it sends")
         operation, group = OPERATIONS[name], _group_of(given)
-        axes = self._axes.get(group.group_name, ["other"])
+        axes = self._axes.get(_ranks_of(group), ["other"])
         axis = next((axis for axis in SERVES.get(operation, OTHERS) if axis in axes), axes[0])
         tensors = _inputs(given)
         num_bytes = sum(x.nbytes for x in tensors)
         if operation == TRADE:
             num_bytes -= _kept(tensors[0], given, group)
         self.sent[axis][operation] += round(num_bytes * send_factor(operation, group.size()))
+
+
+def _ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """What a group is known by: torch may take one of the same ranks, made for an earlier mesh."""
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _group_of(given: Mapping[str, Any]) -> dist.ProcessGroup:

@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixes", nargs="+", type=known, default=[Mix(name) for name in OF_EIGHT])
     add_recipe(parser)
-    parser.set_defaults(context=512, sequences=8, steps=3, layers=4, dim=64, heads=8, kv_heads=4)
+    parser.set_defaults(context=256, sequences=8, steps=3, layers=4, dim=64, heads=8, kv_heads=4)
     parser.add_argument("--out", type=Path, default=Path("results/mixes"))
     args = parser.parse_args()
     with session() as here:

@@ -207,12 +207,14 @@ def mixes(results: Path, path: Path) -> None:
     left = [0.0] * len(records)
     for name in dict.fromkeys(axis for r in records for axis in r["sent"]):
         sent = [sum(sum(counts) / len(counts) for counts in r["sent"].get(name, {}).values()) / 2**20 for r in records]
+        if max(sent) < 0.005:
+            continue  # losses and norms
         axes[2].barh(places, sent, left=left, label=name)
         left = [a + b for a, b in zip(left, sent, strict=True)]
     axes[0].set(xlabel="tokens/s")
     axes[1].set(xlabel="MiB, the fullest rank")
     axes[2].set(xlabel="MiB that a rank sends in a step, the mean")
     for axis in axes[1:]:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)

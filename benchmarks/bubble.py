@@ -91,9 +91,10 @@ def measure(here: Session, course: Course, unit_s: float, rounds: int) -> tuple[
         dist.all_gather_object(everyone, [action for action in pipeline.actions() if action.move.kind != "L"])
         if number == 0:  # torch makes its connections in the first one
             continue
-        all_actions = _from_the_first(everyone)
-        windows.append(max(actions[-1].stop_s for actions in all_actions))
-        fractions.append(statistics.mean(bubble_fraction(actions, windows[-1]) for actions in all_actions))
+        all_actions = from_the_first(everyone)
+        window_s, fraction = idle_part(all_actions)
+        windows.append(window_s)
+        fractions.append(fraction)
     order = {rank: [action.move for action in actions] for rank, actions in enumerate(all_actions)}
     ideal = ideal_actions(order, lambda move: _seconds_of(move, stage_s), len(course.layers))
     ideal_s = max(actions[-1].stop_s for actions in ideal.values())
@@ -105,18 +106,25 @@ def measure(here: Session, course: Course, unit_s: float, rounds: int) -> tuple[
         "unit_ms": unit_s * 1e3,
         "step_s": statistics.median(windows),
         "bubble": statistics.median(fractions),
-        "formula": bubble_formula(
-            here.world_size,
-            course.num_micro_batches,
-            len(mine),
-            waited=1 / 3 if KINDS[course.schedule].in_parts else 1.0,
-        ),
+        "formula": formula_of(course),
         "ideal": statistics.mean(bubble_fraction(actions, ideal_s) for actions in ideal.values()),
     }
     return record, all_actions
 
 
-def _from_the_first(everyone: Sequence[Sequence[Action]]) -> list[list[Action]]:
+def formula_of(course: Course) -> float:
+    """Returns what part of the time ranks idle by theory, where F, I and W take as long."""
+    waited = 1 / 3 if KINDS[course.schedule].in_parts else 1.0
+    return bubble_formula(course.num_ranks, course.num_micro_batches, len(course.stages_of(0)), waited=waited)
+
+
+def idle_part(everyone: Sequence[Sequence[Action]]) -> tuple[float, float]:
+    """Returns how long a step took from its first move to its last, and what part of it ranks idled in the mean."""
+    window_s = max(actions[-1].stop_s for actions in everyone)
+    return window_s, statistics.mean(bubble_fraction(actions, window_s) for actions in everyone)
+
+
+def from_the_first(everyone: Sequence[Sequence[Action]]) -> list[list[Action]]:
     """Clocks start at the same moment on all ranks; the step starts with the first rank's first move."""
     zero = everyone[0][0].start_s
     return [[Action(move, start - zero, stop - zero) for move, start, stop in actions] for actions in everyone]

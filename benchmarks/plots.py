@@ -25,12 +25,12 @@ LABELS = {
 }
 
 
-def losses(ring: Sequence[float], single: Sequence[float], ranks: int, path: Path) -> None:
+def losses(ring: Sequence[float], single: Sequence[float], mix: str, path: Path) -> None:
     """Draws both loss curves, and their difference below."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, (top, bottom) = plt.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 5), layout="constrained")
     top.plot(single, color="#c03028", linewidth=5, alpha=0.35, label="1 process")
-    top.plot(ring, color="#4878a8", marker="o", markersize=4, label=f"{ranks} ranks, ring attention")
+    top.plot(ring, color="#4878a8", marker="o", markersize=4, label=mix)
     top.set(ylabel="loss, nats per byte", title="The same training, sharded and whole")
     top.legend()
     bottom.bar(range(len(ring)), [abs(a - b) for a, b in zip(ring, single, strict=True)], color="#777777")
@@ -188,5 +188,33 @@ def pipeline(actions: Sequence[Sequence[Action]], title: str, path: Path) -> Non
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def mixes(results: Path, path: Path) -> None:
+    """Draws a mixes.jsonl: for each mix its speed, its memory, and what a rank sends in a step, by axis."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    places = [-place for place in range(len(records))]
+    figure, axes = plt.subplots(
+        1, 3, figsize=(13, 1.6 + 0.3 * len(records)), sharey=True, layout="constrained", width_ratios=(2, 3, 4)
+    )
+    axes[0].barh(places, [r["tokens_per_s"] for r in records], color="#777777")
+    axes[0].set_yticks(places, [r["mix"] for r in records], fontsize=8)
+    state, peak = ([max(r[name]) for r in records] for name in ("state_mib", "peak_mib"))
+    axes[1].barh(places, state, color="#4878a8", label="weights, optimizer state")
+    axes[1].barh(places, peak, left=state, color="#e0a030", label="beyond, in a step")
+    left = [0.0] * len(records)
+    for name in dict.fromkeys(axis for r in records for axis in r["sent"]):
+        sent = [sum(sum(counts) / len(counts) for counts in r["sent"].get(name, {}).values()) / 2**20 for r in records]
+        if max(sent) < 0.005:
+            continue  # losses and norms
+        axes[2].barh(places, sent, left=left, label=name)
+        left = [a + b for a, b in zip(left, sent, strict=True)]
+    axes[0].set(xlabel="tokens/s")
+    axes[1].set(xlabel="MiB, the fullest rank")
+    axes[2].set(xlabel="MiB that a rank sends in a step, the mean")
+    for axis in axes[1:]:
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)

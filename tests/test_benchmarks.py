@@ -51,6 +51,40 @@ def test_train(tmp_path: Path) -> None:
         assert 1.0 < b < 10.0
         assert abs(a - b) < 1e-4 * b
     assert "losses equal to" in told
+    numbers = 256 * 32 * 2 + 3 * 32 * 32 + 9 * 32 * 32 + 3 * 32  # of weights: ends, attention, feed-forward, norms
+    fsdp, ring = together["sent"]["fsdp"], together["sent"]["ring"]
+    # Half of each weight is gathered forward and backward, half of each gradient sent; fp32.
+    assert fsdp["all-gather"] == [2 * numbers * 4 // 2] * 2
+    assert fsdp["reduce-scatter"] == [numbers * 4 // 2] * 2
+    assert ring["message"] == [3 * 128 * 2 * 16 * 4] * 2  # 128 rows of keys and values forward, back with gradients
+    for memory in ("state_mib", "peak_mib"):
+        assert all(0 < of_rank < alone[memory][0] for of_rank in together[memory])
+    assert together["state_mib"][0] == pytest.approx(3 * numbers * 4 / 2 / 2**20, rel=1e-3)
+    steps = lines(tmp_path / "steps.jsonl")
+    assert [step["loss"] for step in steps] == together["losses"]
+    assert all(step["tokens_per_s"] > 0 for step in steps)
+
+
+def test_mixes(tmp_path: Path) -> None:
+    """Stages with experts, on packed documents and windows; experts spread; what the axes send by formula."""
+    mixes = ["pp=2,schedule=gpipe,experts=4", "dp_shard=2,ep=2,experts=4", "dp_replicate=2"]
+    flags = ["--context", "48", "--sequences", "4", "--micro-batches", "2", "--steps", "2", "--layers", "2"]
+    flags += ["--dim", "16", "--heads", "2", "--kv-heads", "1", "--documents", "12", "--window", "7"]
+    told = torchrun("benchmarks.mixes", "--mixes", *mixes, *flags, "--out", str(tmp_path))
+    staged, spread, copied = lines(tmp_path / "mixes.jsonl")
+    for record in (staged, spread, copied):
+        assert record["mix"] in told
+        assert record["difference"] < 1e-4
+    assert 0 < staged["bubble"] < 1
+    assert staged["formula"] == pytest.approx(1 / 3)
+    assert staged["sent"]["pp"]["message"] == [4 * 48 * 16 * 4] * 2  # hidden rows one way, their gradients the other
+    rows = 2 * 48 * 2  # of a rank; each goes to two experts
+    most = 2 * 2 * 2 * rows * 16 * 4  # two layers, there and back, and so in backward
+    assert 0 < sum(spread["sent"]["ep"]["all-to-all"]) < 2 * most
+    numbers = 256 * 16 * 2 + 2 * (3 * 16 * 16 + 9 * 16 * 16 + 2 * 16) + 16
+    gradients = 2 * numbers * 4  # after each of two micro-batches
+    assert copied["sent"]["dp_replicate"]["all-reduce"] == pytest.approx([gradients] * 2, abs=100)
+    assert (tmp_path / "mixes.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize("kv_heads", ["2", "1"])

@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long test-parallel soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train docs clean help
+.PHONY: demo test test-long test-parallel soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -93,6 +93,9 @@ bench-decode: $(READY)  ## decoding over 4 ranks, up to 1,048,576 tokens; takes 
 	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-bf16 --tokens 32768
 	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-fp32 --tokens 32768 --dtype float32
 	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.decode --out results/decode-merge --tokens 8192 --merge-rounds 1000
+
+bench-bubble: $(READY)  ## the bubbles of pipeline schedules beside theory, on 4 ranks that only wait
+	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.bubble --out results/bubble
 
 bench-train: $(READY)  ## training on mixes of axes over 8 ranks: memory, and the bytes that each axis moves
 	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.mixes --out results/mixes

@@ -82,7 +82,13 @@ ARCHITECTURES = (
         "Gemma2ForCausalLM",
         "Gemma2Config",
         "softcap, a scale of its own, a sliding window in every other layer",
-        {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 20},
+        {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 20,
+            "attn_implementation": "eager",  # sdpa has no softcap, and older versions took it nevertheless
+        },
     ),
     Architecture(
         "Gemma3ForCausalLM",

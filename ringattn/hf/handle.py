@@ -141,7 +141,7 @@ class Handle:
             rows = self._in_progress.encoder if encodes else self._in_progress.rows
             assert rows is not None
             positions = rows.layout.positions(self.team.rank)
-            kwargs = {**kwargs, "position_ids": torch.as_tensor(positions, device=module.weight.device)}
+            kwargs = {**kwargs, "position_ids": torch.as_tensor(positions, device=next(module.parameters()).device)}
         return args, kwargs
 
     def _reach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

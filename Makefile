@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long test-parallel soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
+.PHONY: demo test test-long test-parallel test-oldest-transformers soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +40,23 @@ test-long: $(READY)  ## the slow part of the test suite
 
 test-parallel: $(READY)  ## training on every mix of axes, at 2, 4 and 8 ranks, beside one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/parallel
+
+# The oldest version of the extra "hf" in pyproject.toml, beside everything else that is installed.
+OLDEST := .venv-oldest
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
+OLDEST_READY := $(OLDEST)/.ready
+$(OLDEST_READY): $(READY)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c "$(SITE)" > $$($(OLDEST)/bin/python -c "$(SITE)")/tested.pth
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check \
+		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+	touch $(OLDEST_READY)
+
+# Left out: there one process counts Llama 4's chunks on across packed documents.
+test-oldest-transformers: $(OLDEST_READY)  ## the Hugging Face tests that show most, under the oldest transformers supported
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not long' -k 'not (Llama4 and packed)' \
+		tests/hf/test_models.py tests/hf/test_rotary.py tests/hf/test_generate.py tests/hf/test_trainer.py
 
 OPERATIONS ?= 100000
 soak: $(READY)  ## $(OPERATIONS) random operations on a cache over $(RANKS) ranks: values, pages, memory
@@ -104,4 +121,4 @@ docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 
 clean:  ## forget everything that was built
-	rm -rf $(VENV) build dist docs/_build results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

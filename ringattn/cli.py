@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 import torch.distributed as dist
@@ -45,11 +46,20 @@ def _cuda() -> str:
 
 
 def _transformers() -> str:
-    """The version, without an import that takes seconds."""
+    """The version and which may be, without an import that takes seconds."""
     try:
-        return f"transformers {version('transformers')}"
+        return f"transformers {version('transformers')}; supported: {_supported('transformers')}"
     except PackageNotFoundError:
         return "transformers is not installed: pip install 'ringattn[hf]'"
+
+
+def _supported(name: str) -> str:
+    """The versions of an optional dependency that the installed package asks for."""
+    try:
+        found = (re.fullmatch(rf"{name}([^;]+);.*", asked) for asked in requires("ringattn") or ())
+    except PackageNotFoundError:  # run from its sources
+        return "see pyproject.toml"
+    return next((match[1] for match in found if match), "see pyproject.toml")
 
 
 def _exchanges() -> list[str]:

@@ -52,7 +52,8 @@ def test_info_lists_backends_in_order(capsys: pytest.CaptureFixture[str]) -> Non
 def test_info_tells_which_transformers_there_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert f"hf        transformers {metadata.version('transformers')}\n" in info(capsys)
+    monkeypatch.setattr(cli, "requires", lambda name: ["torch>=2.11", 'transformers>=5.18; extra == "hf"'])
+    assert f"hf        transformers {metadata.version('transformers')}; supported: >=5.18\n" in info(capsys)
 
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)

@@ -46,7 +46,8 @@ def attention(
     if ringattn is None:
         raise ArgumentError(
             f"{type(module).__name__} was called without a batch: pass the model what handle.shard(batch) returns, "
-            "where handle = ringattn.hf.patch(model, group)"
+            "where handle = ringattn.hf.patch(model, group); or, to generate, past_key_values=ringattn.hf.RingCache("
+            "handle, num_pages=...)"
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     call = Call(module, q, k, v, found.pattern, found.padding, scaling, found.softcap, found.sink)

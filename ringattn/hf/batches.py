@@ -74,6 +74,7 @@ class Batch:
         encoder: the encoder's sequence, of an encoder-decoder.
         num_tokens: of the sequence as it was given. Where it has fewer than ranks, `rows` has padding behind it, so
             that each rank has a position.
+        last: the largest of the whole sequence's position_ids, a scalar; None if it has none.
     """
 
     group: Group
@@ -82,6 +83,7 @@ class Batch:
     exchange: str = "auto"
     backend: str | None = None
     encoder: Rows | None = None
+    last: Tensor | None = None
 
     def attend(self, call: Call) -> Tensor:
         """Attention over the whole sequence; see `Context`."""

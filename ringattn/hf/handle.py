@@ -26,7 +26,7 @@ from ringattn.hf.generation import Passes
 from ringattn.hf.loss import loss_of
 from ringattn.hf.memory import Savings
 from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
-from ringattn.hf.positions import embeddings_that_count
+from ringattn.hf.positions import embeddings_that_count, rotaries_that_grow, with_last, without_last
 from ringattn.hf.requests import check_arguments
 from ringattn.hf.shares import BATCH, MakeLayout, Sharding
 
@@ -78,6 +78,9 @@ class Handle:
         for module in embeddings_that_count(self._pretrained):
             encodes = any(module is part for part in self._pretrained.get_encoder().modules())
             self._hooks.append(module.register_forward_pre_hook(partial(self._place, encodes), with_kwargs=True))
+        for module in rotaries_that_grow(self._pretrained):
+            self._hooks.append(module.register_forward_pre_hook(self._reach, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._reached))
         self._savings.apply()
         return self
 
@@ -138,8 +141,17 @@ class Handle:
             rows = self._in_progress.encoder if encodes else self._in_progress.rows
             assert rows is not None
             positions = rows.layout.positions(self.team.rank)
-            kwargs = {**kwargs, "position_ids": torch.as_tensor(positions, device=args[0].device)}
+            kwargs = {**kwargs, "position_ids": torch.as_tensor(positions, device=next(module.parameters()).device)}
         return args, kwargs
+
+    def _reach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before rotary embeddings that follow the largest position: has them see that of all ranks."""
+        told = self._in_progress
+        return with_last(told.last, args, kwargs) if isinstance(told, Batch) and told.last is not None else None
+
+    def _reached(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        told = self._in_progress
+        return without_last(output) if isinstance(told, Batch) and told.last is not None else None
 
     def unshard(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Returns the rows (B, S_local, ...) of all ranks as (B, S, ...), in global order; differentiable.

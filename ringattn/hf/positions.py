@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ringattn.errors import ArgumentError
@@ -45,6 +46,34 @@ def embeddings_that_count(model: PreTrainedModel) -> list[nn.Module]:
     if not model.config.is_encoder_decoder:
         return []
     return [module for module in model.modules() if type(module).__name__.endswith("LearnedPositionalEmbedding")]
+
+
+def rotaries_that_grow(model: nn.Module) -> list[nn.Module]:
+    """Returns the rotary embeddings whose frequencies follow the largest position of the rows they are given."""
+    return [
+        module for module in model.modules() if any("dynamic" in kind or kind == "longrope" for kind in _kinds(module))
+    ]
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """The kind of rotary embedding, or those of each kind of layer."""
+    found = getattr(module, "rope_type", None)
+    kinds = found.values() if isinstance(found, dict) else [found]
+    return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def with_last(last: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns a rotary embedding's arguments (x, position_ids, ...) with one more row, at the last position of all."""
+    named = "position_ids" in kwargs
+    positions = kwargs["position_ids"] if named else args[1]
+    more = last.to(positions).expand(*positions.shape[:-1], 1)
+    positions = torch.cat([positions, more], -1)
+    return (args, kwargs | {"position_ids": positions}) if named else ((args[0], positions, *args[2:]), kwargs)
+
+
+def without_last(output: Any) -> Any:
+    """Returns what a rotary embedding gives, (..., rows, dim) each, without the last row."""
+    return tree_map_only(Tensor, lambda x: x[..., :-1, :], output)
 
 
 def check_positions(model: PreTrainedModel) -> None:

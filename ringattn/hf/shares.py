@@ -77,7 +77,8 @@ class Sharding:
             whole["position_ids"] = self.facts.positions(tokens)
         whole.setdefault("use_cache", False)  # what a rank has seen is of no use to a later call
         share |= {name: self._cut(name, value, tokens.shape, rows.layout) for name, value in whole.items()}
-        share[BATCH] = Batch(self.group, rows, tokens.shape[1], self.exchange, self.backend, encoder)
+        last = None if whole.get("position_ids") is None else whole["position_ids"].max()
+        share[BATCH] = Batch(self.group, rows, tokens.shape[1], self.exchange, self.backend, encoder, last)
         return share
 
     def _read(self, whole: dict[str, Any], prefix: str = "") -> tuple[Tensor, Rows]:

@@ -82,7 +82,13 @@ ARCHITECTURES = (
         "Gemma2ForCausalLM",
         "Gemma2Config",
         "softcap, a scale of its own, a sliding window in every other layer",
-        {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 20},
+        {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 20,
+            "attn_implementation": "eager",  # sdpa has no softcap, and older versions took it nevertheless
+        },
     ),
     Architecture(
         "Gemma3ForCausalLM",
@@ -172,8 +178,26 @@ ARCHITECTURES = (
 )
 
 
+# Llama with rotary embeddings whose frequencies follow the largest position of a forward pass, above 8.
+_BASE = 10000.0
+ROTARIES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": _BASE},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": _BASE,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [2.0, 3.5, 5.0],
+    },
+}
+
+
 def architecture(model: str) -> Architecture:
-    """Returns the entry of this model: an entry travels to a rank by its name."""
+    """Returns the entry of this model, or of these rotary embeddings: an entry travels to a rank by its name."""
+    if model in ROTARIES:
+        options = {"max_position_embeddings": 8, "rope_parameters": ROTARIES[model]}
+        return Architecture("LlamaForCausalLM", "LlamaConfig", f"{model} rotary embeddings", options)
     return next(entry for entry in ARCHITECTURES if entry.model == model)
 
 

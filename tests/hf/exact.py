@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class Exact(TorchFunctionMode):
             func = Tensor.double
         given = {name: _exact(value) for name, value in (kwargs or {}).items()}
         return func(*map(_exact, args), **given)
+
+
+def exact_in(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Within it, float64 stays float64; what is computed in another dtype is computed as ever."""
+    return Exact() if dtype is torch.float64 else nullcontext()
 
 
 def _exact(value: Any) -> Any:

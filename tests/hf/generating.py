@@ -15,27 +15,18 @@ from transformers import Cache, DynamicCache
 
 import ringattn.hf as rhf
 from ringattn.hf import RingCache
-from tests.hf.architectures import ARCHITECTURES, Architecture, architecture
+from tests.hf.architectures import ARCHITECTURES, architecture
 from tests.hf.exact import Exact
 
 PAGE_SIZE = 4
 NEW = 6
 
 DECODERS = [entry.model for entry in ARCHITECTURES if entry.model.endswith(("ForCausalLM", "LMHeadModel"))]
-_DYNAMIC = Architecture(
-    "LlamaForCausalLM",
-    "LlamaConfig",
-    "rotary embeddings that depend on the longest position of a forward pass",
-    {
-        "max_position_embeddings": 16,
-        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
-    },
-)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A tiny model that does not end by itself."""
-    entry = _DYNAMIC if name == "dynamic" else architecture(name)
+    entry = architecture(name)
     model = replace(entry, options=entry.options | options).build(dtype)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None

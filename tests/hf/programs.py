@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import ringattn.hf as rhf
 from tests.harness.compare import assert_close
 from tests.hf.architectures import architecture
-from tests.hf.exact import Exact
+from tests.hf.exact import exact_in
 
 VOCABULARY = 37
 SIZES = (2, 13)
@@ -85,7 +85,7 @@ def one_process(
     model: PreTrainedModel, batch: dict[str, Tensor], documents: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits, loss and gradients of the whole batch; or of these documents, each by itself."""
-    with Exact():
+    with exact_in(model.dtype):
         if documents:
             ids, positions = (torch.split(batch[name], list(documents), 1) for name in ("input_ids", "position_ids"))
             parts = [model(input_ids=i, position_ids=p).logits for i, p in zip(ids, positions, strict=True)]
@@ -103,7 +103,7 @@ def sharded(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same of a patched model: logits gathered, loss and gradients summed over the ranks."""
     share = handle.shard(batch)
-    with Exact():
+    with exact_in(model.dtype):
         out = model(**share)
         loss = handle.loss(out.logits, share) if out.loss is None else out.loss
     loss.backward()

@@ -115,6 +115,11 @@ def no_batch(group: dist.ProcessGroup) -> None:
         handle.model(input_ids=PLAIN.batch()["input_ids"])
 
 
+def no_cache(group: dist.ProcessGroup) -> None:
+    with rhf.patch(architecture("LlamaForCausalLM").build(), group) as handle:
+        handle.model.generate(PLAIN.batch()["input_ids"], max_new_tokens=2)  # type: ignore[operator]
+
+
 def unknown_layout(group: dist.ProcessGroup) -> None:
     share(group, PLAIN.batch(), layout="spiral")
 
@@ -175,6 +180,10 @@ REFUSALS: dict[Callable[[dist.ProcessGroup], None], tuple[str, str]] = {
     packed_encoder_decoder: ("batch has ['position_ids']", "give each a row of its own"),
     no_tokens: ("batch has ['labels']", "must have input_ids or inputs_embeds"),
     no_batch: ("LlamaAttention was called without a batch", "pass the model what handle.shard(batch) returns"),
+    no_cache: (
+        "LlamaAttention was called without a batch",
+        "to generate, past_key_values=ringattn.hf.RingCache(handle",
+    ),
     unknown_layout: ("layout='spiral'", "'contiguous', 'zigzag', 'striped', 'balanced'"),
     layout_that_leaves_a_rank_out: ("ranks [1] have none", "one or more for each rank"),
     patched_twice: ("LlamaForCausalLM is patched", "call its handle's unpatch() before"),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,18 +16,16 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import ringattn
+import ringattn.hf as rhf
 from ringattn.parallel.clip import clip_gradients
-from ringattn.parallel.context import attend_over, share_of
-from ringattn.parallel.loss import count_valid, sum_over_tokens
-from ringattn.parallel.mesh import context_mesh
+from ringattn.parallel.loss import sum_over_tokens
+from ringattn.parallel.mesh import batch_place, context_mesh
 from ringattn.parallel.pretrained import parallelize_pretrained
-from tests.harness.oracle import plain_attention
 from tests.harness.ranks import RankPool
+from tests.hf.exact import Exact
 from tests.parallel.test_mixes import compare
-from tests.parallel.training import LEARNING_RATE, MAX_NORM, Trained, batches, mesh_of, whole
+from tests.parallel.training import IGNORED, LEARNING_RATE, MAX_NORM, Trained, batches, mesh_of, whole
 
 VOCABULARY, LENGTH, STEPS = 36, 32, 3
 SIZES: dict[str, Any] = {
@@ -58,28 +53,13 @@ def make_model(name: str) -> PreTrainedModel:
     return model.double()
 
 
-def use(model: PreTrainedModel, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Has a model attend so. `ringattn.hf` does it in earnest; here it is only to be as simple as can be."""
-
-    def attention(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **others: object
-    ) -> tuple[Tensor, None]:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return attend(q, k, v), None
-
-    ALL_ATTENTION_FUNCTIONS.register("test_pretrained", attention)
-    model.config._attn_implementation = "test_pretrained"
-
-
 def train_alone(name: str) -> Trained:
     model = make_model(name)
-    causal = torch.ones(LENGTH, LENGTH).tril().bool()
-    use(model, lambda q, k, v: plain_attention(q, k, v, causal)[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, norms = [], []
     for batch in batches("causal", LENGTH, VOCABULARY, STEPS):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        with Exact():
+            loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
@@ -91,18 +71,15 @@ def train_alone(name: str) -> Trained:
 def train_together(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> Trained:
     mesh = mesh_of(sizes)
     model = parallelize_pretrained(make_model(name), mesh, zero=zero)
-    layout = ringattn.zigzag(LENGTH, context_mesh(mesh).size())
-    attend = attend_over(mesh, layout)
-    use(model, lambda q, k, v: attend(q, k, v, ringattn.causal()))
+    handle = rhf.patch(model, context_mesh(mesh))
+    place, count = batch_place(mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
     losses, norms = [], []
     for batch in batches("causal", LENGTH, VOCABULARY, STEPS):
-        share = share_of(batch, mesh, layout)
-        labels = share["shift_labels"]
-        tokens, positions = share["input_ids"], share["position_ids"]
-        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        loss = total / count_valid(labels, mesh)
+        mine = {name: batch[name].chunk(count)[place] for name in ("input_ids", "labels")}
+        items = (batch["labels"][:, 1:] != IGNORED).sum()  # of all ranks' sequences
+        with Exact():
+            loss = model(**handle.shard({**mine, "num_items_in_batch": items})).loss
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))

@@ -110,12 +110,15 @@ def test_choice(tmp_path: Path) -> None:
     flags = ["--seq-len", "512", "--shortest", "8", "--longest", "128", "--heads", "2", "--kv-heads", "2"]
     flags += ["--seeds", "0", "--rounds", "1", "--warmup", "0", "--head-dim", "16", "--measure"]
     told = torchrun("benchmarks.choice", *flags, "--out", str(tmp_path))
-    records = lines(tmp_path / "choice.jsonl")
+    *records, summary = lines(tmp_path / "choice.jsonl")
     names = [record["exchange"] for record in records]
     assert names[0] == "zigzag ring, documents ignored"
     assert names[-1] == "auto"
     assert {"ring", "gather", "gather in 4 stages", "ulysses"} <= set(names)
-    assert len({record["chosen"] for record in records}) == 1
+    assert {record["chosen"] for record in records} == {summary["chosen"]}
+    assert summary["auto_times_ignoring"] == records[-1]["times_ignoring"]
+    assert summary["best"] in names
+    assert summary["auto_over_best"] > 0
     unpredicted = {names[0], "ulysses in 2 stages"}  # no rank has two heads here
     for record in records:
         assert record["median_s"] > 0

@@ -18,15 +18,20 @@ REST = [build for build in builds(list(TARGETS), ["bf16", "fp16", "fp32"], DIMS)
 CAPPED = [Build(which, arch, "bf16", 128, 128, capped=True) for arch in TARGETS for which in PASSES]
 
 
+def matrix_of(build: Build) -> str:
+    """The matrix instruction that a build in 16 bits is to use."""
+    if (build.arch, build.which) == ("sm_100", "dkdv") and max(build.dim, build.v_dim) > 128:
+        return "mma.sync"  # two gradients of 64 keys, the least that tensor memory takes, would spill
+    return MATRIX[build.arch]
+
+
 def check(build: Build) -> None:
     found = report(build)
-    # Exact float32 products are no matrix instructions: of head dims so wide, their rows alone fill the registers.
-    wide = build.dtype == "fp32" and max(build.dim, build.v_dim) > 128
-    assert found.spill_bytes <= (512 if wide else 0), f"{build} with {build.config} spills {found.spill_bytes} bytes"
+    assert found.spill_bytes == 0, f"{build} with {build.config} spills {found.spill_bytes} bytes"
     assert found.shared_bytes <= SHARED_BYTES[build.arch]
     assert found.tensor_columns <= 512
     if build.dtype != "fp32":
-        assert MATRIX[build.arch] in found.matrix
+        assert matrix_of(build) in found.matrix
 
 
 @pytest.mark.parametrize("build", QUICK, ids=str)

@@ -1,0 +1,1 @@
+"""The portable kernels on a processor that is not this one."""

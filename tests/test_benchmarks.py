@@ -76,7 +76,7 @@ def test_mixes(tmp_path: Path) -> None:
         assert record["mix"] in told
         assert record["difference"] < 1e-4
     assert 0 < staged["bubble"] < 1
-    assert staged["formula"] == pytest.approx(1 / 3)
+    assert staged["theory"] == pytest.approx(1 / 3)
     assert staged["sent"]["pp"]["message"] == [4 * 48 * 16 * 4] * 2  # hidden rows one way, their gradients the other
     rows = 2 * 48 * 2  # of a rank; each goes to two experts
     most = 2 * 2 * 2 * rows * 16 * 4  # two layers, there and back, and so in backward

@@ -125,7 +125,7 @@ def main() -> None:
                 plots.timeline(spans, args.out / "timeline.png")
             elif course is not None:
                 moves = [[action for action in of_rank if action.move.kind != "L"] for of_rank in ring.actions]
-                plots.pipeline(moves, args.schedule, args.out / "timeline.png")
+                plots.pipelines({args.schedule: moves}, args.out / "timeline.png")
             print("pictures:", ", ".join(map(str, sorted(args.out.glob("*.png")))))
             check(here, recipe, ring, single)
         dist.barrier()

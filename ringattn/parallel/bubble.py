@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from ringattn.errors import ArgumentError
+from ringattn.parallel.forward import check_given
 
 
 class Move(NamedTuple):
@@ -94,7 +95,7 @@ class TimedStage(PipelineStage):
     ) -> None:
         """Makes it; `takes` and `gives` have the shape and dtype of its input and output, on any device."""
         super().__init__(module, index, num_stages, device, input_args=takes, output_args=gives, group=group)
-        self._watch = watch
+        self._watch, self._gives = watch, gives
 
     def forward_one_chunk(
         self,
@@ -103,9 +104,12 @@ class TimedStage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
-        """Does what torch's does."""
+        """Does what torch's does, and checks what is passed on."""
         with self._watch.timing("F", self.stage_index, fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+            gave = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        if not self.is_last:
+            check_given(gave, self._gives, self.stage_index)
+        return gave
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm.messages import Message, launch
+from ringattn.errors import ArgumentError
 from ringattn.parallel.course import Course
 
 _KIND = 0  # the tag of the only kind of message
@@ -49,6 +50,8 @@ def forward_only(
         if tick in turns:
             stage, index = turns[tick]
             gave = turn(stage, index, came_before)
+            if stage < last:
+                check_given(gave, like, stage)
             if stage < last and (target := course.rank_of(stage + 1)) != rank:
                 sends = [Message(gave.contiguous(), target, _KIND)]
         if tick + 1 in turns and (before := turns[tick + 1][0] - 1) >= 0:
@@ -60,3 +63,16 @@ def forward_only(
         left, landed = launch(axis.get_group(), sends, receives)
         for flight in (*landed, *left):
             flight.wait()
+
+
+def check_given(gave: Tensor, like: Tensor, stage: int) -> None:
+    """Checks what a stage gives to the next one, which has made room for it by what the pipeline was told.
+
+    Raises:
+        ArgumentError: when it is of another shape or dtype.
+    """
+    if (gave.shape, gave.dtype) != (like.shape, like.dtype):
+        raise ArgumentError(
+            f"stage {stage} gave {tuple(gave.shape)} in {gave.dtype}, but the next one was told {tuple(like.shape)} in "
+            f"{like.dtype}: dim, dtype and row_shards must be those of the model"
+        )

@@ -24,6 +24,7 @@ from ringattn.parallel.bubble import Move, bubble_formula, bubble_fraction, idea
 from ringattn.parallel.course import KINDS, Course, plan_course
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
 from ringattn.parallel.expert import MixtureOfExperts, mixture
+from ringattn.parallel.forward import check_given
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
@@ -287,6 +288,14 @@ def test_experts_that_balance_other_micro_batches_are_refused() -> None:
     model = whole_model(MOE)  # made for BATCHES
     with pytest.raises(ArgumentError, match=f"made for num_micro_batches={BATCHES}, but the course has 2"):
         cut_stages(model, plan_course("gpipe", CONFIG.num_layers, 2, 2), 0)
+
+
+def test_what_goes_between_stages_must_be_as_told() -> None:
+    told = torch.empty(1, 4, 8, device="meta")
+    check_given(torch.empty(1, 4, 8), told, 0)
+    for gave in (torch.empty(1, 2, 8), torch.empty(1, 4, 8, dtype=torch.bfloat16)):
+        with pytest.raises(ArgumentError, match="dim, dtype and row_shards must be those of the model"):
+            check_given(gave, told, 1)
 
 
 def test_stages_go_round_or_fold() -> None:

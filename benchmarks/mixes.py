@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plots
-from benchmarks.bubble import formula_of
+from benchmarks.bubble import theory_of
 from benchmarks.measure import Lines, progress
 from benchmarks.session import session
 from benchmarks.train import SIZES, add_recipe, recipe_of
@@ -86,10 +86,10 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     everything = dict.fromkeys(axis for record in records for axis in record["sent"])
     axes = [axis for axis in everything if max(sent_mib(record, axis) for record in records) >= 0.005]
     title = "MiB: weights and optimizer state, beyond that in a step (the fullest rank); sent by a rank in a step"
-    shown = Table("mix", "loss", "tokens/s", "state", "peak", *axes, "bubble", "formula", title=title)
+    shown = Table("mix", "loss", "tokens/s", "state", "peak", *axes, "bubble", "theory", title=title)
     for r in records:
         moved = [f"{sent_mib(r, axis):.2f}" if axis in r["sent"] else "" for axis in axes]
-        bubble = ["", ""] if r["formula"] is None else [f"{r['bubble']:.0%}", f"{r['formula']:.0%}"]
+        bubble = ["", ""] if r["theory"] is None else [f"{r['bubble']:.0%}", f"{r['theory']:.0%}"]
         memory = (f"{max(r['state_mib']):.2f}", f"{max(r['peak_mib']):.2f}")
         shown.add_row(r["mix"], f"{r['difference']:.0e}", f"{r['tokens_per_s']:,.0f}", *memory, *moved, *bubble)
     return shown
@@ -129,7 +129,7 @@ def main() -> None:
                     "difference": worst_difference(run, alone[recipe]),
                     "allowed": allowed_difference(here, recipe, alone[recipe]),
                     "bubble": statistics.median(run.bubbles[1:] or run.bubbles) if run.bubbles else None,
-                    "formula": None if course is None else formula_of(course),
+                    "theory": None if course is None else theory_of(run.actions, course),
                     **shown,
                 }
                 records.append(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -171,23 +171,29 @@ MOVES = {"F": "#4878a8", "B": "#58a058", "I": "#58a058", "W": "#a8d0a8"}
 MOVE_LABELS = {"F": "forward", "B": "backward, or its part down to the input", "W": "backward of weights"}
 
 
-def pipeline(actions: Sequence[Sequence[Action]], title: str, path: Path) -> None:
-    """Draws what each rank of a pipeline did when; numbers are micro-batches, frames the second stage of a rank."""
+def pipelines(runs: Mapping[str, Sequence[Sequence[Action]]], path: Path) -> None:
+    """Draws what each rank of a pipeline did when, for each title; numbers are micro-batches, frames second stages."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.45 * len(actions)), layout="constrained")
-    for rank, moves in enumerate(actions):
-        first = min(action.move.stage for action in moves)
-        for (kind, stage, micro_batch), start, stop in moves:
-            box = axes.broken_barh([(start * 1e3, (stop - start) * 1e3)], (-0.45 - rank, 0.9), facecolors=MOVES[kind])
-            box.set(edgecolor="white" if stage == first else "black", linewidth=0.6)
-            middle = ((start + stop) / 2 * 1e3, -rank)
-            axes.annotate(str(micro_batch), middle, ha="center", va="center", fontsize=6)
-    axes.set_yticks([-rank for rank in range(len(actions))], [f"rank {rank}" for rank in range(len(actions))])
-    axes.set(xlabel="milliseconds", title=title)
+    heights = [len(actions) for actions in runs.values()]
+    figure, panels = plt.subplots(
+        len(runs), 1, figsize=(11, sum(0.7 + 0.3 * height for height in heights) + 0.6), sharex=True, squeeze=False,
+        layout="constrained", height_ratios=heights,
+    )  # fmt: skip
+    for axes, (title, actions) in zip(panels[:, 0], runs.items(), strict=True):
+        for rank, moves in enumerate(actions):
+            first = min(action.move.stage for action in moves)
+            for (kind, stage, micro_batch), start, stop in moves:
+                box = axes.broken_barh([(start * 1e3, (stop - start) * 1e3)], (-0.45 - rank, 0.9), fc=MOVES[kind])
+                box.set(edgecolor="white" if stage == first else "black", linewidth=0.6)
+                middle = ((start + stop) / 2 * 1e3, -rank)
+                axes.annotate(str(micro_batch), middle, ha="center", va="center", fontsize=6)
+        axes.set_yticks([-rank for rank in range(len(actions))], [f"rank {rank}" for rank in range(len(actions))])
+        axes.set_title(title, fontsize=9, loc="left")
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    panels[-1, 0].set_xlabel("milliseconds")
     handles = [Patch(color=MOVES[kind], label=label) for kind, label in MOVE_LABELS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import plots
-from benchmarks.bubble import formula_of
+from benchmarks.bubble import theory_of
 from benchmarks.corpus import VOCABULARY, Corpus
 from benchmarks.measure import Lines, progress
 from benchmarks.session import Session, session
@@ -37,9 +37,9 @@ from benchmarks.training import (
     train_together,
     worst_difference,
 )
+from ringattn.parallel.course import KINDS
 from ringattn.parallel.decoder import DecoderConfig, MoESpec
 from ringattn.parallel.mesh import AXES, EXPERT, build_mesh, describe
-from ringattn.parallel.pipeline import KINDS
 
 SIZES = tuple(axis.name for axis in (*AXES, EXPERT))
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -117,15 +117,15 @@ def main() -> None:
             with progress("1 process ", args.steps, True) as tick:
                 single = train_alone(here, recipe, tick)
             course = recipe.course(mesh)
-            formula = None if course is None else formula_of(course)
-            report(args, here, recipe, ring, single, {"mix": sizes, "formula": formula})
+            theory = None if course is None else theory_of(ring.actions, course)
+            report(args, here, recipe, ring, single, {"mix": sizes, "theory": theory})
             named = ", ".join(f"{name} {size}" for name, size in sizes.items())
             plots.losses(ring.losses, single.losses, named, args.out / "losses.png")
             if only_ring:
                 plots.timeline(spans, args.out / "timeline.png")
             elif course is not None:
                 moves = [[action for action in of_rank if action.move.kind != "L"] for of_rank in ring.actions]
-                plots.pipeline(moves, args.schedule, args.out / "timeline.png")
+                plots.pipelines({args.schedule: moves}, args.out / "timeline.png")
             print("pictures:", ", ".join(map(str, sorted(args.out.glob("*.png")))))
             check(here, recipe, ring, single)
         dist.barrier()
@@ -137,12 +137,12 @@ def report(
     """Prints and writes what both runs showed."""
     steps = Lines(args.out / "steps.jsonl")
     name = f"{here.world_size} ranks"
-    staged = mix["formula"] is not None
-    bubble = f"  {'bubble':>7}  {'formula':>7}" if staged else ""
+    staged = mix["theory"] is not None
+    bubble = f"  {'bubble':>7}  {'theory':>7}" if staged else ""
     print(f"{'step':>4}  {name:>10}  {'1 process':>10}  {'difference':>10}  {'tokens/s':>10}{bubble}")
     for step, (loss, other, seconds) in enumerate(zip(ring.losses, single.losses, ring.seconds, strict=True)):
         speed, measured = recipe.corpus.tokens / seconds, ring.bubbles[step] if staged else None
-        bubble = f"  {measured:>7.1%}  {mix['formula']:>7.1%}" if measured is not None else ""
+        bubble = f"  {measured:>7.1%}  {mix['theory']:>7.1%}" if measured is not None else ""
         print(f"{step:>4}  {loss:>10.6f}  {other:>10.6f}  {loss - other:>10.1e}  {speed:>10,.0f}{bubble}")
         steps.add({"step": step, "loss": loss, "one_process": other, "tokens_per_s": speed, "bubble": measured})
     lines = Lines(args.out / "train.jsonl")

@@ -29,12 +29,13 @@ from ringattn.attention.sharding import IGNORED_LABEL
 from ringattn.parallel.bubble import Action
 from ringattn.parallel.clip import clip_gradients
 from ringattn.parallel.context import attend_over, share_of
+from ringattn.parallel.course import KINDS, Course, plan_course
 from ringattn.parallel.decoder import Attend, Decoder, DecoderConfig
 from ringattn.parallel.expert import mixture
 from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
 from ringattn.parallel.mesh import axis_size, batch_place, context_mesh
 from ringattn.parallel.parallelize import parallelize
-from ringattn.parallel.pipeline import KINDS, Course, MicroBatch, Pipeline, cut_stages, plan_course
+from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 
 LAYOUTS = {"zigzag": ringattn.zigzag, "contiguous": ringattn.contiguous, "striped": ringattn.striped}
 MAX_NORM = 1.0

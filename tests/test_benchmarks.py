@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import bubble
+from benchmarks.session import Session
+from ringattn.parallel.course import plan_course
+from tests.harness.ranks import RankPool
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -76,7 +83,7 @@ def test_mixes(tmp_path: Path) -> None:
         assert record["mix"] in told
         assert record["difference"] < 1e-4
     assert 0 < staged["bubble"] < 1
-    assert staged["formula"] == pytest.approx(1 / 3)
+    assert staged["theory"] == pytest.approx(1 / 3)
     assert staged["sent"]["pp"]["message"] == [4 * 48 * 16 * 4] * 2  # hidden rows one way, their gradients the other
     rows = 2 * 48 * 2  # of a rank; each goes to two experts
     most = 2 * 2 * 2 * rows * 16 * 4  # two layers, there and back, and so in backward
@@ -124,6 +131,32 @@ def test_choice(tmp_path: Path) -> None:
         assert record["median_s"] > 0
         assert record["exchange"] in unpredicted or record["predicted_s"] > 0
     assert "->" in told
+
+
+def waited(group: dist.ProcessGroup) -> dict[str, Any]:
+    here = Session(group.rank(), group.size(), torch.device("cpu"))
+    course = plan_course("zbv-zero-bubble", 8, group.size(), 7)
+    record, actions = bubble.measure(here, course, unit_s=2e-3, rounds=1)
+    assert [len(moves) for moves in actions] == [2 * 3 * 7] * 4
+    return record
+
+
+@pytest.mark.long
+def test_bubble(pool: RankPool) -> None:
+    for record in pool.run(waited, 4):
+        assert record["theory"] == pytest.approx(1 / 15)
+        assert 0 < record["bubble"] < 1
+        assert record["step_s"] > (2 * 3 * 7 + 3) * 1e-3
+
+
+def test_bubbles_are_held_against_theory() -> None:
+    theory = {"1f1b": 0.27, "interleaved-1f1b": 0.16, "zbv-zero-bubble": 0.06}
+    good = [{"schedule": name, "micro_batches": 8, "bubble": idle, "theory": idle} for name, idle in theory.items()]
+    bubble.check(good, 0.2)
+    with pytest.raises(SystemExit, match=r"zbv-zero-bubble: 8.0% beside 6.0%$"):
+        bubble.check([*good[:2], {**good[2], "bubble": 0.08}], 0.2)
+    with pytest.raises(SystemExit, match=r"interleaved-1f1b idles 16.0%, 1f1b 13.0%$"):
+        bubble.check([{**good[0], "bubble": 0.13}, *good[1:]], 0.6)
 
 
 def test_decode(tmp_path: Path) -> None:

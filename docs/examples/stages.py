@@ -1,6 +1,7 @@
 """A pipeline of stages with experts, stopped and gone on with from a checkpoint, has the losses of one that was not."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,12 +10,13 @@ import torch.distributed as dist
 from ringattn import causal, contiguous
 from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ringattn.parallel.context import attend_over
+from ringattn.parallel.course import plan_course
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
 from ringattn.parallel.expert import mixture
 from ringattn.parallel.loss import count_valid, cross_entropy
 from ringattn.parallel.mesh import build_mesh
 from ringattn.parallel.parallelize import parallelize
-from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages, plan_course
+from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 
 LENGTH, SEQUENCES, STEPS = 24, 4, 4
 EXPERTS = MoESpec(num_experts=4, top_k=2, hidden=16, every=2, aux_loss_weight=0.01)  # in every second layer
@@ -35,7 +37,8 @@ def train(steps: int, folder: Path | None = None) -> list[torch.Tensor]:
     """Trains up to a number of steps, from the last checkpoint; returns the losses of the steps that it made."""
     torch.manual_seed(0)
     course = plan_course("1f1b", CONFIG.num_layers, mesh["pp"].size(), num_micro_batches=SEQUENCES)
-    stages = cut_stages(Decoder(CONFIG, moe=mixture), course, mesh["pp"].get_local_rank())
+    model = Decoder(CONFIG, moe=partial(mixture, num_micro_batches=SEQUENCES))
+    stages = cut_stages(model, course, mesh["pp"].get_local_rank())
     for stage in stages:
         parallelize(stage, mesh)
     pipeline = Pipeline(stages, course, mesh["pp"], loss=loss, dim=CONFIG.dim, dtype=torch.float32)

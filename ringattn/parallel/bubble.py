@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from ringattn.errors import ArgumentError
+from ringattn.parallel.forward import check_given
 
 
 class Move(NamedTuple):
@@ -93,7 +95,7 @@ class TimedStage(PipelineStage):
     ) -> None:
         """Makes it; `takes` and `gives` have the shape and dtype of its input and output, on any device."""
         super().__init__(module, index, num_stages, device, input_args=takes, output_args=gives, group=group)
-        self._watch = watch
+        self._watch, self._gives = watch, gives
 
     def forward_one_chunk(
         self,
@@ -102,9 +104,12 @@ class TimedStage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
-        """Does what torch's does."""
+        """Does what torch's does, and checks what is passed on."""
         with self._watch.timing("F", self.stage_index, fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+            gave = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        if not self.is_last:
+            check_given(gave, self._gives, self.stage_index)
+        return gave
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
@@ -132,6 +137,9 @@ def bubble_fraction(actions: Sequence[Action], window_s: float) -> float:
 def bubble_formula(num_ranks: int, num_micro_batches: int, stages_per_rank: int = 1, *, waited: float = 1.0) -> float:
     """Returns w (p - 1) / (v m + w (p - 1)), what part of the time each rank idles; passing things on takes no time.
 
+    It is what `ideal_bubble` finds for each schedule of `KINDS` once there are enough micro-batches to fill the
+    pipeline: m >= p, or 2 p - 1 for ZB-V. With fewer, ranks may idle longer.
+
     Narayanan et al. 2021, arXiv:2104.04473, give it as a part of the ideal time; this is a part of the whole. Qi et al.
     2023, arXiv:2401.10241, have w = (F + I - W) / (F + I + W) for ZB1P.
 
@@ -144,6 +152,20 @@ def bubble_formula(num_ranks: int, num_micro_batches: int, stages_per_rank: int 
     """
     idle = waited * (num_ranks - 1)
     return idle / (stages_per_rank * num_micro_batches + idle)
+
+
+def ideal_bubble(order: Mapping[int, Sequence[Move]], num_stages: int) -> float:
+    """Returns what part of the time ranks idle in the mean, by what waits for what alone.
+
+    All stages are even, F, I and W take as long, B as two of them, and passing things on takes no time.
+
+    Args: those of `ideal_actions`.
+    Raises:
+        ArgumentError: as there.
+    """
+    actions = ideal_actions(order, lambda move: 2.0 if move.kind == "B" else 1.0, num_stages)
+    window = max(each[-1].stop_s for each in actions.values())
+    return statistics.mean(bubble_fraction(each, window) for each in actions.values())
 
 
 def ideal_actions(

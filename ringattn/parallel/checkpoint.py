@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from ringattn.comm.group import Team, agreed, team_of
-from ringattn.errors import CheckpointError
+from ringattn.errors import ArgumentError, CheckpointError
 
 Found = TypeVar("Found")
 
@@ -70,16 +70,18 @@ def save_checkpoint(
         stages: this rank's part of the model: one module, or several stages of a pipeline.
         optimizer: of all their parameters.
         progress: how far the training has come.
-        keep: how many checkpoints stay; older ones are removed once this one is whole. None keeps all.
+        keep: how many checkpoints stay, this one among them; older ones are removed once it is whole. None keeps all.
         group: the ranks that train together; None is all.
     Raises:
+        ArgumentError: when keep is less than 1, or the optimizer has parameters that no stage has.
+        DisagreementError: when ranks have come differently far.
         CheckpointError: when this step has been saved already. What the file system raises, on all ranks alike.
     Communication: what torch.distributed.checkpoint needs to share out the work; tensors go to files only.
     """
     team, target = team_of(group), Path(folder) / f"step-{progress.step:08d}"
     partial = target.with_name(target.name + _PARTIAL)
+    state = agreed(team, None, lambda: _to_save(stages, optimizer, progress, keep))
     _on_first(team, lambda: _make_room(target))
-    state = _state_of(stages, optimizer)
     state["progress"] = torch.tensor([progress.step, progress.samples, team.size])
     state |= {f"random.{team.rank}.{device}": numbers for device, numbers in _random_states().items()}
     save(state, storage_writer=FileSystemWriter(partial), process_group=group)
@@ -108,7 +110,7 @@ def load_checkpoint(
     Returns:
         None, with nothing changed, when there is no checkpoint.
     Raises:
-        CheckpointError: when it is one of another model, before anything is changed, on all ranks alike.
+        CheckpointError: when it is one of another model or optimizer, before anything is changed, on all ranks alike.
     Communication: each rank reads from files what it keeps.
     """
     team = team_of(group)
@@ -116,7 +118,7 @@ def load_checkpoint(
     if source is None:
         return None
     reader = FileSystemReader(source)
-    state, metadata = agreed(team, None, lambda: ({}, _to_fill(reader, stages, optimizer)))
+    state, slots, metadata = agreed(team, None, lambda: ({}, _to_fill(reader, stages, optimizer)))
     _check_all_asked_for(state, metadata, source, group)
     progress = torch.zeros(3, dtype=torch.int64)
     random = {
@@ -126,7 +128,9 @@ def load_checkpoint(
     }
     everything = {**state, "progress": progress, **random}
     load(everything, storage_reader=reader, process_group=group)
-    _set_options(everything, stages, optimizer)
+    for name, parameter, here in _named_groups(stages, optimizer):
+        optimizer.state[parameter] = slots[name]
+        here.update(everything[f"options.{name}"])
     step, samples, num_ranks = progress.tolist()
     if num_ranks == team.size:
         _set_random_states({key.rpartition(".")[2]: numbers for key, numbers in random.items()})
@@ -198,6 +202,15 @@ def _state_of(stages: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, An
     return state
 
 
+def _to_save(
+    stages: Sequence[nn.Module], optimizer: Optimizer, progress: Progress, keep: int | None
+) -> tuple[Mapping[str, str], dict[str, Any]]:
+    """Checks what is asked for; returns what all ranks must have in common, and this rank's part of the state."""
+    if keep is not None and keep < 1:
+        raise ArgumentError(f"keep={keep}: must be at least 1, or None, which keeps all")
+    return {"progress": str(progress)}, _state_of(stages, optimizer)
+
+
 def _without_parameters(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "params"}
 
@@ -208,13 +221,18 @@ def _named_groups(
     names = {parameter: name for stage in stages for name, parameter in stage.named_parameters()}
     for options in optimizer.param_groups:
         for parameter in options["params"]:
+            if parameter not in names:
+                raise ArgumentError(
+                    f"optimizer: has a parameter of shape {tuple(parameter.shape)} that is in none of the stages; make "
+                    "it after the model was made parallel"
+                )
             yield names[parameter], parameter, options
 
 
 def _to_fill(
     reader: FileSystemReader, stages: Sequence[nn.Module], optimizer: Optimizer
-) -> tuple[dict[str, Any], Metadata]:
-    """Returns what is to be filled, by name, and what the checkpoint has. Gives the optimizer the state it lacks."""
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], Metadata]:
+    """Returns what is to be filled, by name; of that, each parameter's optimizer state; and what the checkpoint has."""
     metadata = reader.read_metadata()
     kept = metadata.state_dict_metadata
     state = {key: value for key, value in _state_of(stages, optimizer).items() if key.startswith("model.")}
@@ -224,15 +242,21 @@ def _to_fill(
         if size != value.shape:
             told = "does not have it" if size is None else f"has {tuple(size)}"
             raise CheckpointError(f"{key.removeprefix('model.')} is {tuple(value.shape)}, but the checkpoint {told}")
-    slots: dict[str, list[str]] = {}
+    keys: dict[str, list[str]] = {}
     for key in kept:
-        slots.setdefault(key.rpartition(".")[0], []).append(key)
+        keys.setdefault(key.rpartition(".")[0], []).append(key)
+    slots: dict[str, dict[str, Tensor]] = {}
     for name, parameter, options in _named_groups(stages, optimizer):
-        fresh = optimizer.state[parameter] = {}
-        for key in slots.get(f"optimizer.{name}", []):
+        asked = _without_parameters(options)
+        saved = {key.rpartition(".")[2] for key in keys.get(f"options.{name}", [])}
+        if differing := ", ".join(sorted(saved ^ asked.keys())):
+            other = f"another optimizer than {type(optimizer).__name__}; only one has {differing}"
+            raise CheckpointError(f"when the checkpoint was saved, {name} was trained by {other if saved else 'none'}")
+        fresh = slots[name] = {}
+        for key in keys.get(f"optimizer.{name}", []):
             fresh[key.rpartition(".")[2]] = state[key] = _like(parameter, kept[key], options)
-        state[f"options.{name}"] = _without_parameters(options)
-    return state, metadata
+        state[f"options.{name}"] = asked
+    return state, slots, metadata
 
 
 def _like(parameter: nn.Parameter, kept: object, options: Mapping[str, Any]) -> Tensor:
@@ -244,11 +268,6 @@ def _like(parameter: nn.Parameter, kept: object, options: Mapping[str, Any]) -> 
         return torch.zeros_like(parameter.detach(), dtype=dtype)
     counts_there = options.get("fused") or options.get("capturable")
     return torch.zeros(kept.size, dtype=dtype, device=parameter.device if counts_there else "cpu")
-
-
-def _set_options(state: Mapping[str, Any], stages: Sequence[nn.Module], optimizer: Optimizer) -> None:
-    for name, _, options in _named_groups(stages, optimizer):
-        options.update(state[f"options.{name}"])
 
 
 def _check_all_asked_for(

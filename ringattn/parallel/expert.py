@@ -88,7 +88,16 @@ class MixtureOfExperts(nn.Module):
     It works on one process as it is. `spread_experts` gives each rank of an axis its share of the experts.
     """
 
-    def __init__(self, dim: int, hidden: int, *, num_experts: int, top_k: int, balance_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        balance_weight: float = 0.0,
+        num_micro_batches: int = 1,
+    ) -> None:
         """Makes the layer with all its experts.
 
         Args:
@@ -96,14 +105,19 @@ class MixtureOfExperts(nn.Module):
             hidden: width within an expert.
             num_experts: how many experts there are, on all ranks together.
             top_k: to how many of them each token goes.
-            balance_weight: what the load-balancing loss of a call is multiplied by, before its gradient joins in.
+            balance_weight: what the load-balancing loss of a step is multiplied by, before its gradient joins in.
+            num_micro_batches: how many calls a step has, each of which balances the load of its own tokens: the loss of
+                a step is the mean of theirs.
         Raises:
-            ArgumentError: when there are not so many experts.
+            ArgumentError: when there are not so many experts, or no micro-batches.
         """
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ArgumentError(f"top_k={top_k}: must be in 1..{num_experts}, the number of experts")
+        if num_micro_batches < 1:
+            raise ArgumentError(f"num_micro_batches={num_micro_batches}: must be at least 1")
         self.num_experts, self.balance_weight = num_experts, balance_weight
+        self.num_micro_batches = num_micro_batches
         self.router = Router(dim, num_experts, top_k)
         self.experts = Experts(dim, hidden, num_experts)
         self._axis: dist.ProcessGroup | None = None
@@ -117,7 +131,9 @@ class MixtureOfExperts(nn.Module):
         to be had from `mixed`, which also tells shapes and communication.
         """
         out, balance = self.mixed(x)
-        return out if self.balance_weight == 0 else attach_loss(out, self.balance_weight * balance)
+        if self.balance_weight == 0:
+            return out
+        return attach_loss(out, self.balance_weight / self.num_micro_batches * balance)
 
     def mixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the layer's output, and this rank's share of the load-balancing loss.
@@ -270,7 +286,8 @@ def mixture(config: DecoderConfig, *, num_micro_batches: int = 1) -> MixtureOfEx
         spec.hidden,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
-        balance_weight=spec.aux_loss_weight / num_micro_batches,
+        balance_weight=spec.aux_loss_weight,
+        num_micro_batches=num_micro_batches,
     )
 
 

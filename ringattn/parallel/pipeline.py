@@ -1,24 +1,14 @@
 """Pipeline parallelism: stages of layers on different ranks, and micro-batches that follow each other through them.
 
 The schedules are torch's. What is ours: how layers are cut into stages, what a micro-batch is, and that everything that
-describes one, its positions and its mask, travels with it as arguments.
-
-    name                      stages per rank   backward        source
-    gpipe                     1                 whole           Huang et al. 2019, arXiv:1811.06965
-    1f1b                      1                 whole           Narayanan et al. 2021, arXiv:2104.04473
-    interleaved-1f1b          2 or more         whole           the same
-    interleaved-zero-bubble   1 or more         in two parts    Qi et al. 2023, arXiv:2401.10241: ZB1P
-    zbv-zero-bubble           2, folded         in two parts    the same: ZB-V
-
-In two parts: first the gradient of a stage's input, for which the stage before waits; that of its weights later, when
-the rank would have nothing to do.
+describes one, its positions and its mask, travels with it as arguments. Evaluation goes forward only, and needs no
+schedule: all ranks take their turns at the same ticks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,141 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import (
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ringattn.comm.group import agreed, team_of
 from ringattn.errors import ArgumentError
 from ringattn.parallel.bubble import Action, Stopwatch, TimedStage
+from ringattn.parallel.course import KINDS, Course
 from ringattn.parallel.decoder import Decoder
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a schedule asks of its stages."""
-
-    schedule: type
-    fewest: int  # stages per rank
-    most: int | None
-    folded: bool = False  # stages go down the ranks and up again, and not round and round
-    in_parts: bool = False  # gradients of inputs first, those of weights later
-
-
-KINDS: Mapping[str, Kind] = {
-    "gpipe": Kind(ScheduleGPipe, 1, 1),
-    "1f1b": Kind(Schedule1F1B, 1, 1),
-    "interleaved-1f1b": Kind(ScheduleInterleaved1F1B, 2, None),
-    "interleaved-zero-bubble": Kind(ScheduleInterleavedZeroBubble, 1, None, in_parts=True),
-    "zbv-zero-bubble": Kind(ScheduleZBVZeroBubble, 2, 2, folded=True, in_parts=True),
-}
-
-
-@dataclass(frozen=True)
-class Course:
-    """Which layers form which stage, on which rank, and in what order micro-batches pass: integers only."""
-
-    schedule: str
-    num_ranks: int
-    num_micro_batches: int
-    layers: tuple[range, ...]  # of each stage
-
-    def stages_of(self, rank: int) -> tuple[int, ...]:
-        """Returns the stages of a rank, the first layers first."""
-        ranks = range(len(self.layers))
-        return tuple(stage for stage in ranks if self.rank_of(stage) == rank)
-
-    def rank_of(self, stage: int) -> int:
-        """Returns whose stage it is."""
-        turn, place = divmod(stage, self.num_ranks)
-        back = KINDS[self.schedule].folded and turn % 2 == 1
-        return self.num_ranks - 1 - place if back else place
-
-
-def plan_course(
-    schedule: str,
-    num_layers: int,
-    num_ranks: int,
-    num_micro_batches: int,
-    *,
-    stages_per_rank: int | None = None,
-    costs: Sequence[float] | None = None,
-) -> Course:
-    """Returns how layers and micro-batches go through a pipeline. Nothing is sent.
-
-    Args:
-        schedule: a name out of `KINDS`.
-        num_layers: of the whole model.
-        num_ranks: along the axis "pp".
-        num_micro_batches: in a step.
-        stages_per_rank: the fewest that the schedule can have if None.
-        costs: what each layer costs, in any unit; the dearest stage is made as cheap as it can be. None cuts by
-            numbers of layers, the first stages having one more where they do not divide.
-    Raises:
-        ArgumentError: when there is no such schedule, or it cannot run these numbers.
-    """
-    kind = KINDS.get(schedule)
-    if kind is None:
-        raise ArgumentError(f"schedule={schedule!r:.100}: must be one of {', '.join(KINDS)}")
-    per_rank = kind.fewest if stages_per_rank is None else stages_per_rank
-    if per_rank < kind.fewest or (kind.most is not None and per_rank > kind.most):
-        allowed = f"{kind.fewest}" if kind.most == kind.fewest else f"{kind.fewest} or more"
-        raise ArgumentError(f"stages_per_rank={per_rank}: {schedule} needs {allowed}")
-    num_stages = num_ranks * per_rank
-    if num_stages > num_layers:
-        raise ArgumentError(
-            f"pp={num_ranks} x stages_per_rank={per_rank} = {num_stages} stages, but the model has {num_layers} "
-            "layers: a stage has at least one"
-        )
-    _check_micro_batches(schedule, num_ranks, num_micro_batches)
-    if costs is None:
-        each, more = divmod(num_layers, num_stages)
-        sizes = [each + (stage < more) for stage in range(num_stages)]
-    else:
-        sizes = _even_sizes(costs, num_layers, num_stages)
-    ends = [sum(sizes[:stage]) for stage in range(num_stages + 1)]
-    return Course(schedule, num_ranks, num_micro_batches, tuple(range(*span) for span in pairwise(ends)))
-
-
-def _check_micro_batches(schedule: str, num_ranks: int, count: int) -> None:
-    fewest = num_ranks if schedule == "1f1b" else 1
-    if count < fewest:
-        raise ArgumentError(f"num_micro_batches={count}: {schedule} needs at least {fewest} on {num_ranks} ranks")
-    rounds = max(1, count // num_ranks)
-    if schedule.startswith("interleaved") and count % rounds:
-        raise ArgumentError(
-            f"num_micro_batches={count}: {schedule} on {num_ranks} ranks deals them in {rounds} rounds, which must "
-            f"divide their number; a multiple of {num_ranks} always will do"
-        )
-
-
-def _even_sizes(costs: Sequence[float], num_layers: int, num_stages: int) -> list[int]:
-    """Cuts a row of layers so that the dearest stage is as cheap as can be."""
-    if len(costs) != num_layers or min(costs) < 0:
-        raise ArgumentError(
-            f"costs={list(costs)!r:.100}: must be {num_layers} numbers of at least 0, one for each layer"
-        )
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    # best[n]: (the dearest of the stages so far, their sizes), when they have the first n layers.
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for stage in range(1, num_stages + 1):
-        ends = range(stage, num_layers - (num_stages - stage) + 1)
-        best = {
-            end: min(
-                (max(dearest, sums[end] - sums[start]), [*sizes, end - start])
-                for start, (dearest, sizes) in best.items()
-                if start < end
-            )
-            for end in ends
-        }
-    return best[num_layers][1]
+from ringattn.parallel.expert import MixtureOfExperts
+from ringattn.parallel.forward import forward_only
 
 
 def cut_stages(model: Decoder, course: Course, rank: int) -> list[Decoder]:
@@ -170,9 +35,21 @@ def cut_stages(model: Decoder, course: Course, rank: int) -> list[Decoder]:
         model: whole; on the meta device if it is too large to be made on each rank.
         course: from `plan_course`.
         rank: along the axis "pp".
+    Raises:
+        ArgumentError: when the model has another number of layers, or its experts balance their load in other
+            micro-batches than those of the course; on every rank alike.
     """
     if len(model.layers) != sum(map(len, course.layers)):
         raise ArgumentError(f"the model has {len(model.layers)} layers, the course {sum(map(len, course.layers))}")
+    for module in model.modules():
+        if not isinstance(module, MixtureOfExperts) or module.balance_weight == 0:
+            continue
+        if module.num_micro_batches != course.num_micro_batches:
+            raise ArgumentError(
+                f"the experts were made for num_micro_batches={module.num_micro_batches}, but the course has "
+                f"{course.num_micro_batches}, and each balances its load by itself: make them by "
+                f"partial(mixture, num_micro_batches={course.num_micro_batches})"
+            )
     stages = []
     for index in course.stages_of(rank):
         with torch.device("meta"):
@@ -263,10 +140,12 @@ class Pipeline:
             A scalar: this rank's share, for it has some of the tokens only.
         Raises:
             ArgumentError: when there are more or fewer, or shapes differ.
+            DisagreementError: when ranks along the axis have others.
         Communication: along the axis, (B, S, dim) for each micro-batch from each stage to the next, and as much back;
-            and the loss. Within stages, what their layers communicate.
+            and the loss. Within stages, what their layers communicate. The first step with micro-batches of a shape
+            compares notes.
         """
-        self._check(batches)
+        self._check(batches, self.course.num_micro_batches)
         if batches[0].tokens.shape != self._shape:
             self._prepare(batches[0].tokens)
         for runner in self._runners:
@@ -284,29 +163,79 @@ class Pipeline:
         )
         for stage in self.stages:
             _finish_gradients(stage)
-        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        return self._told_by_last(losses, batches[0].tokens.device)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Runs micro-batches forward only, and returns the sum of their losses, on every rank of the axis.
+
+        No gradient is made, none is touched, and nothing is kept of a micro-batch that has gone through. Whether
+        modules are in `eval` mode is the caller's business. All ranks of the mesh call it together.
+
+        Args:
+            batches: any number of them, all of one shape, which need not be that of a step's.
+        Returns:
+            A scalar: this rank's share, for it has some of the tokens only.
+        Raises:
+            ArgumentError, DisagreementError: as `step`.
+        Communication: along the axis, (B, S, dim) for each micro-batch from each stage to the next; and the loss.
+            Within stages, what their layers communicate. At each tick of `Course.tick_of` all ranks pass on what they
+            have made.
+        """
+        self._check(batches, None)
+        stages, losses = dict(zip(self._indices, self.stages, strict=True)), []
+
+        def turn(stage: int, index: int, came: Tensor | None) -> Tensor:
+            batch = batches[index]
+            out: Tensor = stages[stage](batch.tokens if came is None else came, **batch.arguments)
+            if stage == len(self.course.layers) - 1:
+                losses.append(self._loss(out, batch.target))
+            return out
+
+        tokens = batches[0].tokens
+        forward_only(turn, self.course, self.axis, len(batches), like=self._between(tokens), device=tokens.device)
+        for module in (module for stage in self.stages for module in stage.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()  # as after a backward: what stayed whole would be old after the next optimizer step
+        return self._told_by_last(losses, tokens.device)
+
+    def actions(self) -> list[Action]:
+        """Returns what this rank computed in the last step, and when, in seconds since its start."""
+        return self._watch.actions()
+
+    def _check(self, batches: Sequence[MicroBatch], count: int | None) -> None:
+        """Checks micro-batches, of which there are to be so many, or any number; all ranks of the axis do so."""
+        shapes = tuple(tuple(batch.tokens.shape) for batch in batches)
+        told = (self.course, self._dim, self._dtype, self._row_shards, count is None, shapes)
+
+        def prepare() -> tuple[Mapping[str, str], None]:
+            if not shapes or count not in (None, len(shapes)):
+                wanted = "at least one is needed" if count is None else f"the course is for {count}"
+                raise ArgumentError(f"{len(shapes)} micro-batches: {wanted}")
+            if len(set(shapes)) > 1:
+                raise ArgumentError(f"micro-batches of shapes {sorted(set(shapes))}: all must have the same shape")
+            if shapes[0][-1] % self._row_shards:
+                raise ArgumentError(
+                    f"row_shards={self._row_shards}: must divide the {shapes[0][-1]} rows of a micro-batch"
+                )
+            names = ("the course", "dim", "dtype", "row_shards", "what is run", "the shapes of micro-batches")
+            return dict(zip(names, map(str, told), strict=True)), None
+
+        agreed(team_of(self.axis), ("pipeline", *told), prepare)
+
+    def _told_by_last(self, losses: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Returns the sum of the losses that the last stage has, on every rank of the axis."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for each in losses:
             total += each.detach()
         last = self.course.rank_of(len(self.course.layers) - 1)
         dist.broadcast(total, group=self.axis.get_group(), group_src=last)
         return total
 
-    def actions(self) -> list[Action]:
-        """Returns what this rank computed in the last step, and when, in seconds since its start."""
-        return self._watch.actions()
-
-    def _check(self, batches: Sequence[MicroBatch]) -> None:
-        if len(batches) != self.course.num_micro_batches:
-            raise ArgumentError(f"{len(batches)} micro-batches: the course is for {self.course.num_micro_batches}")
-        shapes = {tuple(batch.tokens.shape) for batch in batches}
-        if len(shapes) > 1:
-            raise ArgumentError(f"micro-batches of shapes {sorted(shapes)}: all of a step must have the same shape")
-
     def _prepare(self, tokens: Tensor) -> None:
         """Tells torch what goes from stage to stage: to find out, it would run them, out of step with other ranks."""
         self._shape = tokens.shape
-        rows = tokens.shape[-1] // self._row_shards
-        hidden = self._like((*tokens.shape[:-1], rows, self._dim))
+        hidden = self._between(tokens)
         count = len(self.course.layers)
         self._runners = [
             TimedStage(
@@ -333,7 +262,9 @@ class Pipeline:
         with self._watch.timing("L", len(self.course.layers) - 1, 0):
             return self._loss(output, target)
 
-    def _like(self, shape: Sequence[int]) -> Tensor:
+    def _between(self, tokens: Tensor) -> Tensor:
+        """What goes from stage to stage: its shape and dtype."""
+        shape = (*tokens.shape[:-1], tokens.shape[-1] // self._row_shards, self._dim)
         return torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
 
 

@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ringattn.parallel.clip import clip_gradients
 from ringattn.parallel.context import attend_over, share_of
+from ringattn.parallel.course import plan_course
 from ringattn.parallel.decoder import Attend, Decoder
 from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
 from ringattn.parallel.mesh import axis_size, context_mesh
 from ringattn.parallel.parallelize import parallelize
-from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages, plan_course
+from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from tests.harness.cases import LAYOUT_CASES
+from tests.harness.compare import assert_close
 from tests.parallel.training import (
     LEARNING_RATE,
     MAX_NORM,
@@ -109,7 +111,13 @@ class Resumable:
             parallelize(stage, mesh, zero=mix.zero)
         tp, dim = axis_size(mesh, "tp"), mix.config.dim
         pipeline = Pipeline(stages, course, mesh["pp"], loss=loss, dim=dim, dtype=torch.float64, row_shards=tp)
-        return stages, pipeline.step
+
+        def evaluated_before(parts: list[MicroBatch]) -> Tensor:
+            evaluated, total = pipeline.evaluate(parts), pipeline.step(parts)
+            assert_close(evaluated, total, atol=1e-10, name="loss of the evaluation")
+            return total
+
+        return stages, evaluated_before
 
 
 def cut_batch(share: dict[str, Any], count: int, num_valid: Tensor, attend: Attend) -> list[MicroBatch]:

@@ -117,6 +117,8 @@ def test_from_two_ranks_to_four_to_one(pools: dict[int, RankPool], legs: list[Le
 
 
 def small() -> tuple[nn.Linear, torch.optim.Optimizer]:
+    """The same on every rank."""
+    torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     torch.autograd.backward(model(torch.ones(1, 3)).sum())
@@ -203,6 +205,59 @@ def test_another_model_raises(pool: RankPool, tmp_path: Path, layers: list[tuple
     for error in pool.expect_error(other_model, 2, tmp_path, layers):
         assert error.type_name == CheckpointError.__name__
         assert message in error.message
+
+
+def another_optimizer(group: dist.ProcessGroup, folder: Path) -> None:
+    """Loads what AdamW had saved into SGD, which raises; nothing of model or optimizer is changed."""
+    model, optimizer = small()
+    save_checkpoint(folder, [model], optimizer, Progress(1, 1), group=group)
+    model, _ = small()
+    nn.init.ones_(model.weight)
+    other = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
+    torch.autograd.backward(model(torch.ones(1, 3)).sum())
+    other.step()
+    momentum = other.state[model.weight]["momentum_buffer"].clone()
+    with pytest.raises(CheckpointError, match="trained by another optimizer than SGD; only one has amsgrad, betas"):
+        load_checkpoint(folder, [model], other, group=group)
+    assert torch.equal(model.weight, torch.ones(2, 3))
+    assert torch.equal(other.state[model.weight]["momentum_buffer"], momentum)
+
+
+def test_another_optimizer_raises_and_changes_nothing(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(another_optimizer, 2, tmp_path)
+
+
+def more_to_change(group: dist.ProcessGroup, folder: Path) -> None:
+    model, _ = small()
+    save_checkpoint(folder, [model], torch.optim.SGD([model.weight]), Progress(1, 1), group=group)
+    optimizer = torch.optim.SGD(model.parameters())
+    load_checkpoint(folder, [model], optimizer, group=group)
+
+
+def saved_wrongly(group: dist.ProcessGroup, folder: Path, how: str) -> None:
+    model, optimizer = small()
+    progress = Progress(1 + group.rank() if how == "progress" else 1, 1)
+    owner, _ = small()
+    stages = [owner] if how == "stages" else [model]
+    save_checkpoint(folder, stages, optimizer, progress, keep=0 if how == "keep" else None, group=group)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("keep", "keep=0: must be at least 1"),
+        ("progress", "disagree on progress"),
+        ("stages", "a parameter of shape (2, 3) that is in none of the stages"),
+    ],
+)
+def test_what_cannot_be_saved(pool: RankPool, tmp_path: Path, how: str, message: str) -> None:
+    assert all(message in error.message for error in pool.expect_error(saved_wrongly, 2, tmp_path, how))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_that_was_not_trained_raises(pool: RankPool, tmp_path: Path) -> None:
+    for error in pool.expect_error(more_to_change, 2, tmp_path):
+        assert "bias was trained by none" in error.message
 
 
 def test_saving_a_step_again_raises(pool: RankPool, tmp_path: Path) -> None:

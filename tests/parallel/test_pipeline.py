@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import ringattn
 from ringattn.attention.request import Masks
 from ringattn.errors import ArgumentError
-from ringattn.parallel.bubble import Move, bubble_formula, bubble_fraction, ideal_actions
+from ringattn.parallel.bubble import Move, bubble_formula, bubble_fraction, ideal_actions, ideal_bubble
+from ringattn.parallel.course import KINDS, Course, plan_course
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
 from ringattn.parallel.expert import MixtureOfExperts, mixture
-from ringattn.parallel.pipeline import KINDS, MicroBatch, Pipeline, cut_stages, plan_course
+from ringattn.parallel.forward import check_given
+from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 
@@ -74,10 +78,11 @@ def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
 
 
+@cache
 def whole_run(moe: MoESpec | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and all gradients on one process."""
+    """The loss of each micro-batch, and all gradients, on one process."""
     model = whole_model(moe)
-    total = torch.zeros((), dtype=torch.float64)
+    losses = []
     for index in range(BATCHES):
         tokens, labels = inputs(index)
         at = torch.arange(LENGTH)
@@ -86,8 +91,8 @@ def whole_run(moe: MoESpec | None) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model(tokens, positions=positions(index), mask=cast(Masks, dense), attend=attend_here)
         loss = loss_of(logits, labels)
         torch.autograd.backward(loss)
-        total += loss.detach()
-    return total, {name: cast(Tensor, p.grad) for name, p in model.named_parameters()}
+        losses.append(loss.detach())
+    return torch.stack(losses), {name: cast(Tensor, p.grad) for name, p in model.named_parameters()}
 
 
 def micro_batches(ring: DeviceMesh | None) -> list[MicroBatch]:
@@ -128,11 +133,11 @@ def _alone() -> dist.ProcessGroup:
 
 def check(stages: Sequence[Decoder], found: Tensor, moe: MoESpec | None, ring: DeviceMesh | None) -> None:
     """Compares a rank's loss and gradients with those of the whole model."""
-    expected, grads = whole_run(moe)
+    losses, grads = whole_run(moe)
     found = found.clone()
     if ring is not None:
         dist.all_reduce(found, group=ring.get_group())
-    assert_close(found, expected, atol=1e-10, name="loss")
+    assert_close(found, losses.sum(), atol=1e-10, name="loss")
     names = []
     for stage in stages:
         for name, parameter in stage.named_parameters():
@@ -155,6 +160,15 @@ def check_actions(pipeline: Pipeline) -> None:
     assert len(moves) == len(planned)
     assert {action.move for action in moves} == planned
     assert all(a.start_s <= a.stop_s <= b.start_s for a, b in pairwise(moves))
+    everyone: list[list[Move]] = [[]] * pipeline.axis.size()
+    dist.all_gather_object(everyone, [action.move for action in moves], group=pipeline.axis.get_group())
+    found = ideal_bubble(dict(enumerate(everyone)), len(pipeline.course.layers))
+    assert found == pytest.approx(formula(pipeline.course))
+
+
+def formula(course: Course) -> float:
+    waited = 1 / 3 if KINDS[course.schedule].in_parts else 1.0
+    return bubble_formula(course.num_ranks, course.num_micro_batches, len(course.stages_of(0)), waited=waited)
 
 
 def pipelined(group: dist.ProcessGroup, schedule: str, shape: tuple[int, int], moe: MoESpec | None) -> None:
@@ -169,11 +183,31 @@ def pipelined(group: dist.ProcessGroup, schedule: str, shape: tuple[int, int], m
     if ring is None:
         _alone()
     batches = micro_batches(ring)
+    check_evaluation(pipeline, batches[:3], moe, ring)
     check(stages, pipeline.step(batches), moe, ring)
+    check_evaluation(pipeline, batches, moe, ring)
     for stage in stages:  # a second step goes like the first
         stage.zero_grad()
     check(stages, pipeline.step(batches), moe, ring)
     check_actions(pipeline)
+
+
+def check_evaluation(
+    pipeline: Pipeline, batches: Sequence[MicroBatch], moe: MoESpec | None, ring: DeviceMesh | None
+) -> None:
+    """Compares the loss of a forward with that of the whole model, and gradients with what they were."""
+    before = [grad.clone() for grad in local_gradients(pipeline)]
+    found = pipeline.evaluate(batches).clone()
+    if ring is not None:
+        dist.all_reduce(found, group=ring.get_group())
+    assert_close(found, whole_run(moe)[0][: len(batches)].sum(), atol=1e-10, name="loss of the evaluation")
+    assert all(torch.equal(was, now) for was, now in zip(before, local_gradients(pipeline), strict=True))
+
+
+def local_gradients(pipeline: Pipeline) -> list[Tensor]:
+    """The gradients that there are, as far as they are on this rank."""
+    found = [parameter.grad for stage in pipeline.stages for parameter in stage.parameters()]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found if grad is not None]
 
 
 @pytest.mark.parametrize("schedule", list(KINDS))
@@ -239,6 +273,31 @@ def test_layers_are_cut_evenly_or_by_cost() -> None:
     assert [sum((1, 1, 1, 1, 4)[i] for i in part) for part in weighted.layers] == [2, 2, 4]
 
 
+@pytest.mark.parametrize(("schedule", "num_layers"), [("gpipe", 3), ("interleaved-1f1b", 12), ("zbv-zero-bubble", 8)])
+def test_a_rank_has_one_turn_at_a_tick_and_the_stage_before_had_its_own(schedule: str, num_layers: int) -> None:
+    per_rank = {"gpipe": 1, "interleaved-1f1b": 3, "zbv-zero-bubble": 2}[schedule]
+    course = plan_course(schedule, num_layers, num_layers // per_rank, 4, stages_per_rank=per_rank)
+    turns = [(stage, index) for stage in range(num_layers) for index in range(7)]
+    assert len({(course.rank_of(stage), course.tick_of(stage, index)) for stage, index in turns}) == len(turns)
+    for stage, index in turns:
+        assert stage == 0 or course.tick_of(stage, index) == course.tick_of(stage - 1, index) + 1
+    assert max(course.tick_of(*turn) for turn in turns) < {1: 7 + 3, 3: 3 * 8 + 4, 2: 2 * 7 + 8}[per_rank]
+
+
+def test_experts_that_balance_other_micro_batches_are_refused() -> None:
+    model = whole_model(MOE)  # made for BATCHES
+    with pytest.raises(ArgumentError, match=f"made for num_micro_batches={BATCHES}, but the course has 2"):
+        cut_stages(model, plan_course("gpipe", CONFIG.num_layers, 2, 2), 0)
+
+
+def test_what_goes_between_stages_must_be_as_told() -> None:
+    told = torch.empty(1, 4, 8, device="meta")
+    check_given(torch.empty(1, 4, 8), told, 0)
+    for gave in (torch.empty(1, 2, 8), torch.empty(1, 4, 8, dtype=torch.bfloat16)):
+        with pytest.raises(ArgumentError, match="dim, dtype and row_shards must be those of the model"):
+            check_given(gave, told, 1)
+
+
 def test_stages_go_round_or_fold() -> None:
     assert [plan_course("interleaved-1f1b", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 2), (1, 3)]
     assert [plan_course("zbv-zero-bubble", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 3), (1, 2)]
@@ -258,6 +317,23 @@ def wrong_batches(group: dist.ProcessGroup, count: int, shapes: list[tuple[int, 
 def test_micro_batches_that_do_not_fit(pool: RankPool, shapes: list[tuple[int, int]], message: str) -> None:
     pool.run(nothing, 2)
     assert all(message in error.message for error in pool.expect_error(wrong_batches, 2, 2, shapes))
+
+
+def told_differently(group: dist.ProcessGroup, evaluating: bool) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",))
+    course = plan_course("gpipe", CONFIG.num_layers, 2, 2)
+    stages = cut_stages(whole_model(None), course, group.rank())
+    pipeline = Pipeline(stages, course, mesh, loss=loss_of, dim=CONFIG.dim, dtype=torch.float64)
+    batches = [MicroBatch(torch.zeros(1, 4 + group.rank(), dtype=torch.int64), {}, None)] * 2
+    pipeline.evaluate(batches) if evaluating else pipeline.step(batches)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_ranks_that_have_other_micro_batches(pool: RankPool, evaluating: bool) -> None:
+    pool.run(nothing, 2)
+    for error in pool.expect_error(told_differently, 2, evaluating):
+        assert error.type_name == "DisagreementError"
+        assert "disagree on the shapes of micro-batches" in error.message
 
 
 # ---- bubbles
@@ -285,6 +361,44 @@ def test_the_formula_is_what_ideal_actions_give(num_ranks: int, count: int) -> N
     window = max(action.stop_s for each in actions.values() for action in each)
     for each in actions.values():
         assert bubble_fraction(each, window) == pytest.approx(bubble_formula(num_ranks, count))
+
+
+def planned_by_torch(course: Course) -> dict[int, list[Move]]:
+    """What torch has each rank of a course compute, one after the other."""
+    kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    stages = [
+        Mock(group_size=course.num_ranks, group_rank=0, num_stages=len(course.layers), stage_index=index, submod=None)
+        for index in course.stages_of(0)
+    ]
+    planned = KINDS[course.schedule].schedule(stages, course.num_micro_batches, loss_fn=Mock()).pipeline_order
+    return {
+        rank: [
+            Move(kinds[each.computation_type.name], each.stage_index, each.microbatch_index)
+            for each in actions
+            if each is not None and each.computation_type.name in kinds
+        ]
+        for rank, actions in planned.items()
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("schedule", "per_rank"),
+    [
+        ("interleaved-1f1b", 2),
+        ("interleaved-1f1b", 3),
+        ("interleaved-zero-bubble", 1),
+        ("interleaved-zero-bubble", 2),
+        ("interleaved-zero-bubble", 3),
+        ("zbv-zero-bubble", 2),
+    ],
+)
+def test_the_formula_is_what_torch_plans(schedule: str, per_rank: int, num_ranks: int) -> None:
+    enough = 2 * num_ranks - 1 if KINDS[schedule].folded else num_ranks
+    for count in (1, enough, 2 * num_ranks, 3 * num_ranks):
+        course = plan_course(schedule, num_ranks * per_rank, num_ranks, count, stages_per_rank=per_rank)
+        idle, least = ideal_bubble(planned_by_torch(course), len(course.layers)), formula(course)
+        assert idle > least + 0.01 if count == 1 else idle == pytest.approx(least)
 
 
 def test_an_order_that_never_ends_raises() -> None:

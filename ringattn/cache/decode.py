@@ -72,8 +72,8 @@ def decode_attention(
             with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
             otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
             is raised by the next `extend`, `agree` or `save_cache`, and results since are void.
-    Communication: one all-gather (on CPUs one all-to-all, in which every rank gets the same); each rank sends
-        (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
+    Communication: one all-gather (on CPUs made of one message from each rank to each other, all at once); each rank
+        sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
@@ -106,7 +106,7 @@ def decode_attention_by_heads(
 
     Returns:
         (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
-    Communication: one all-to-all; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
+    Communication: one all-to-all, as above; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
     """
     options = Options("decode_attention_by_heads", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)

@@ -71,7 +71,8 @@ def decode_attention(
             that the cache held is as it was, so is the extension, and a call that is the same on all ranks may follow
             with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
             otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
-            is raised by the next `extend`, `agree` or `save_cache`, and results since are void.
+            is raised by what next builds on the cache's state (`extend`, `truncate`, `free`, `prefill_attention`,
+            `save_cache`, ...), before it changes anything, and results since are void.
     Communication: one all-gather (on CPUs made of one message from each rank to each other, all at once); each rank
         sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.

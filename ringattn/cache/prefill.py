@@ -70,12 +70,14 @@ def prefill_attention(
         (1, S_local, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
     Raises:
         ArgumentError, MaskError, BackendError: when something is not allowed. DisagreementError when the ranks do not
-            ask for the same. On every rank, on the first call with an extension, after which they are not compared.
+            ask for the same. On every rank, on the first call with an extension, after which they are not compared;
+            on CUDA also what decoding has found before.
     Communication: what is fewer bytes over all ranks: each key and value that some query of a rank sees, to
         that rank, H_kv (D + Dv) elements a row; or each query to each rank that holds keys which it sees, H D elements,
         and back H (Dv + 1) in the accumulation dtype. One all-gather of a few hundred bytes for each extension.
     Source: Yang et al. 2024, arXiv:2411.01783.
     """
+    cache.agreement.settle()
     mask = causal() if mask is None else mask
     options = Options("prefill_attention", mask, scale, softcap, backend)
     kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)

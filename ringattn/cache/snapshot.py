@@ -43,7 +43,7 @@ def save_cache(cache: DistributedKVCache, folder: str | Path) -> None:
         folder: made if it is not there. One snapshot replaces another.
     Raises:
         SnapshotError: when files cannot be written; on every rank. An earlier snapshot in the folder may be lost.
-        DisagreementError: on CUDA, when the ranks have disagreed since the last `extend`; nothing is written then.
+        DisagreementError: on CUDA, when the ranks have disagreed in what was decoded last; nothing is written then.
     Communication: a name of 16 bytes, and two all-gathers of a few hundred bytes.
     """
     cache.agreement.settle()

@@ -205,7 +205,19 @@ def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
     told = "disagree on what they ask now"
     if deferred:
         ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
-        for later in (lambda: cache.extend([sequence], 1), cache.agree):
+        for later in (
+            cache.agree,
+            lambda: cache.extend([sequence], 1),
+            lambda: cache.fork(sequence),
+            lambda: cache.truncate(sequence, PROMPT),
+            lambda: cache.evict(sequence, sinks=1, window=1),
+            lambda: cache.free(sequence),
+            lambda: cache.remember(sequence, [1, 2]),
+            lambda: cache.start([1, 2]),
+            lambda: ringattn.prefill_attention(q, k, v, cache, 0, extension),
+            lambda: ringattn.save_cache(cache, "never written"),
+            lambda: ringattn.reshard(cache, num_pages=40, group=group, over=group),
+        ):
             with pytest.raises(DisagreementError, match=told):
                 later()
             assert cache.pages.is_last(extension)

@@ -227,7 +227,7 @@ def _prepared(
         return {"q": str(tuple(q.shape)), "the kernel": kernel.name}
 
     tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
-    key = hashed((options, tensors, cache.form))
+    key = hashed((options, tensors, cache.form, getattr(extension, "layout", None)))
     call = (q, k, v, sink, cache, layer, extension, options)
     found = prepared(*call, key=key, check=check, select=select_paged, alike=alike)
     # A mask that does not fit raises before anything is written.

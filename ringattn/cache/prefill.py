@@ -171,9 +171,10 @@ def _signature(
     q: Tensor, sink: Tensor | None, cache: DistributedKVCache, extension: Extension, options: Options
 ) -> Hashable | None:
     """Returns what decides a call: the same on every rank, so without this one's number of rows."""
-    heads = q.shape[2] if isinstance(q, Tensor) and q.ndim == 4 else None
+    looks = [(x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, sink)]
+    shapes = q.shape[2:] if isinstance(q, Tensor) else None, getattr(sink, "shape", None)
     place = (extension.sequences, extension.versions, extension.starts, extension.layout)
-    return hashed((options, heads, getattr(sink, "shape", None), cache.form, place))
+    return hashed((options, *looks, shapes, cache.form, place))
 
 
 def _check_rows(q: Tensor, cache: DistributedKVCache, extension: Extension) -> None:

@@ -187,6 +187,21 @@ def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> No
         assert message in error.message
 
 
+def decode_a_prefill(group: dist.ProcessGroup) -> None:
+    """Tensors of a known signature, with an extension that is shared out: each rank's share is as many tokens."""
+    t = new_tensors(torch.float32)
+    cache, sequence = filled(group, t, torch.float32)
+    q, k, v = (x[:, PROMPT:] for x in t[:3])
+    ringattn.decode_attention(q, k, v, cache, 0, cache.extend([sequence], NEW))
+    shared = cache.extend([sequence], contiguous(NEW * group.size(), group.size()))
+    ringattn.decode_attention(q, k, v, cache, 0, shared)
+
+
+def test_a_known_signature_with_an_extension_of_another_kind_is_refused(pool: RankPool) -> None:
+    for error in pool.expect_error(decode_a_prefill, 2):
+        assert "made by a layout" in error.message
+
+
 def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
     """One rank asks for another scale, both being known to all: only the marks tell."""
     t = new_tensors(torch.float32)

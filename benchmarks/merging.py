@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.measure import progress
 from benchmarks.session import Session
+from ringattn.cache.agreement import agreement_on
 from ringattn.cache.decode import meeting_by_heads, meeting_for_all
 from ringattn.comm.collectives import Meeting
 from ringattn.comm.group import team_of
@@ -21,7 +22,8 @@ from ringattn.comm.packet import Field
 from ringattn.kernels import Call, Spec
 from ringattn.kernels.paged import select_paged
 
-GATHER, BY_HEADS, TREE = "packed all-gather", "packed all-to-all", "three all-reduces"
+GATHER, BY_HEADS = "packed all-gather", "packed all-to-all"
+TREE, TREE_TOGETHER = "three all-reduces", "three all-reduces, two at once"
 IN_A_ROW = 10
 
 
@@ -31,15 +33,39 @@ def fields_of(heads: int, head_dim: int) -> list[Field]:
     return [out, Field((1, heads, 1), torch.float32), Field((2,), torch.int32)]
 
 
-def tree(out: Tensor, lse: Tensor) -> Tensor:
-    """The largest lse of all ranks, then the sums of the numerators and of the denominators."""
-    top = lse.clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    weight = torch.exp(lse - top)
-    numerator = out * weight.transpose(1, 2).unsqueeze(-1)
-    dist.all_reduce(numerator)
-    dist.all_reduce(weight)
-    return numerator / weight.transpose(1, 2).unsqueeze(-1)
+class Tree:
+    """Tree Attention's merge: the largest lse of all ranks, then the sums of the numerators and of the denominators.
+
+    In memory that is kept, and without the checks of torch.distributed's functions, as the package's own collectives.
+
+    Args:
+        out, lse: of this rank.
+        together: the two sums are under way at once.
+    """
+
+    def __init__(self, out: Tensor, lse: Tensor, together: bool) -> None:
+        assert dist.group.WORLD is not None
+        self._group, self._together = dist.group.WORLD, together
+        self._out, self._lse, self._numerator = out, lse, torch.empty_like(out)
+        self._top, self._weight = torch.empty_like(lse), torch.empty_like(lse)
+        self._by_row = self._weight.transpose(1, 2).unsqueeze(-1)
+        self._max, self._sum = dist.AllreduceOptions(), dist.AllreduceOptions()
+        self._max.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        self._sum.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
+
+    def __call__(self) -> Tensor:
+        """Returns the output over the keys of all ranks."""
+        self._top.copy_(self._lse)
+        self._group.allreduce([self._top], self._max).wait()
+        torch.sub(self._lse, self._top, out=self._weight).exp_()
+        torch.mul(self._out, self._by_row, out=self._numerator)
+        numerators = self._group.allreduce([self._numerator], self._sum)
+        if not self._together:
+            numerators.wait()
+        denominators = self._group.allreduce([self._weight], self._sum)
+        numerators.wait()
+        denominators.wait()
+        return self._numerator / self._by_row
 
 
 def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Tensor]]:
@@ -50,25 +76,29 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     generator = torch.Generator().manual_seed(here.rank)
     out = torch.randn(1, 1, heads, head_dim, generator=generator).to(here.device)
     lse = torch.randn(1, heads, 1, generator=generator).to(here.device)
-    mark = torch.zeros(2, dtype=torch.int32, device=here.device)
+    agreement = agreement_on(here.device)
     team = team_of(None)
     meetings = [made(fields_of(heads, head_dim), team, here.device) for made in (meeting_for_all, meeting_by_heads)]
     dims = (heads, heads, head_dim, head_dim)
     kernel = select_paged(None, Call(here.device.type, torch.float32, *dims, False, Spec(1.0, None)))
 
     for meeting in meetings:
-        for place, x in zip(meeting.local, (out, lse, mark), strict=True):
+        for place, x in zip(meeting.local, (out, lse), strict=False):
             place.copy_(x)  # where a kernel puts them
 
     def ours(meeting: Meeting) -> Tensor:
-        meeting.local[2].copy_(mark)
+        agreement.tell(meeting.local[2], 0, 0)
         meeting.hold()
         outs, lses, marks = meeting.parts
-        assert marks.tolist().count([0, 0]) == here.world_size
+        agreement.compare(marks)
         return kernel.merge(outs, lses, meeting.first, None)
 
     gather, by_heads = (partial(ours, meeting) for meeting in meetings)
-    found: dict[str, Callable[[], Tensor]] = {GATHER: gather, TREE: lambda: tree(out, lse)}
+    found: dict[str, Callable[[], Tensor]] = {
+        GATHER: gather,
+        TREE: Tree(out, lse, together=False),
+        TREE_TOGETHER: Tree(out, lse, together=True),
+    }
     return found if heads % here.world_size else {**found, BY_HEADS: by_heads}
 
 

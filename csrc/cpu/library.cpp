@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -295,6 +296,13 @@ void weigh(const float* lses, int64_t pitch, const std::vector<int64_t>& place, 
   for (size_t i = 0; i < place.size(); ++i) weights[i] /= sum;
 }
 
+template <size_t N>
+std::array<int64_t, N> strides(const Tensor& x) {
+  std::array<int64_t, N> found;
+  for (size_t i = 0; i < N; ++i) found[i] = x.stride(i);
+  return found;
+}
+
 // Row by row, the parts in their order: what a row gets does not depend on which rows there are beside it.
 void merge(const Tensor& outs, const Tensor& lses, int64_t first, const std::optional<Tensor>& sink, Tensor out) {
   using torch::headeronly::ScalarType;
@@ -319,14 +327,18 @@ void merge(const Tensor& outs, const Tensor& lses, int64_t first, const std::opt
   const float* all = static_cast<const float*>(outs.const_data_ptr());
   const float* all_lse = static_cast<const float*>(lses.const_data_ptr());
   float* result = static_cast<float*>(out.mutable_data_ptr());
+  // Each stride is a call into torch, which costs more than a row of a few heads.
+  const auto pitch = strides<5>(outs);
+  const auto lse_pitch = strides<4>(lses);
+  const auto out_pitch = strides<4>(out);
   for (int64_t n = 0; n < batch * rows * heads; ++n) {
     const int64_t head = n % heads, row = n / heads % rows, b = n / heads / rows;
-    weigh(all_lse + b * lses.stride(1) + head * lses.stride(2) + row * lses.stride(3), lses.stride(0), place,
+    weigh(all_lse + b * lse_pitch[1] + head * lse_pitch[2] + row * lse_pitch[3], lse_pitch[0], place,
           sinks ? sinks + head : nullptr, weights.data());
-    const float* from = all + b * outs.stride(1) + row * outs.stride(2) + head * outs.stride(3);
-    float* to = result + b * out.stride(0) + row * out.stride(1) + head * out.stride(2);
+    const float* from = all + b * pitch[1] + row * pitch[2] + head * pitch[3];
+    float* to = result + b * out_pitch[0] + row * out_pitch[1] + head * out_pitch[2];
     for (int64_t i = 0; i < parts; ++i) {
-      const float* part = from + place[i] * outs.stride(0);
+      const float* part = from + place[i] * pitch[0];
       const float weight = weights[i];
       if (i == 0) {
         for (int64_t e = 0; e < dim; ++e) to[e] = weight * part[e];

@@ -17,7 +17,7 @@ from torch import Tensor
 from ringattn.cache.agreement import MARK, Agreement
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
-from ringattn.cache.request import Options, hashed, prepared
+from ringattn.cache.request import CacheCall, Options, hashed, prepared
 from ringattn.comm.collectives import Meeting, dealing, gathering
 from ringattn.comm.group import Team
 from ringattn.comm.packet import Field, Packet
@@ -71,17 +71,19 @@ def decode_attention(
             that the cache held is as it was, so is the extension, and a call that is the same on all ranks may follow
             with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
             otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
-            is raised by the next `extend`, `agree` or `save_cache`, and results since are void.
-    Communication: one all-gather (on CPUs one all-to-all, in which every rank gets the same); each rank sends
-        (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
+            is raised by what next builds on the cache's state (`extend`, `truncate`, `free`, `prefill_attention`,
+            `save_cache`, ...), before it changes anything, and results since are void.
+    Communication: one all-gather (on CPUs made of one message from each rank to each other, all at once); each rank
+        sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
     """
     options = Options("decode_attention", mask, scale, softcap, backend)
-    kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
+    call = CacheCall(q, k, v, sink, cache, layer, extension, options)
+    kernel, spec = _prepared(call)
     meeting = cache.meeting(_key(q, options), lambda: meeting_for_all(_fields(q, cache), cache.team, q.device))
-    _attend(q, cache, layer, extension, options, kernel, spec, meeting)
+    _attend(call, kernel, spec, meeting)
     return _merged(meeting, cache.agreement, kernel, sink).to(q.dtype)
 
 
@@ -106,12 +108,13 @@ def decode_attention_by_heads(
 
     Returns:
         (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
-    Communication: one all-to-all; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
+    Communication: one all-to-all, as above; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
     """
     options = Options("decode_attention_by_heads", mask, scale, softcap, backend)
-    kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
+    call = CacheCall(q, k, v, sink, cache, layer, extension, options)
+    kernel, spec = _prepared(call)
     meeting = cache.meeting(_key(q, options), lambda: meeting_by_heads(_fields(q, cache), cache.team, q.device))
-    _attend(q, cache, layer, extension, options, kernel, spec, meeting)
+    _attend(call, kernel, spec, meeting)
     own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
     return _merged(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
@@ -171,27 +174,19 @@ def _mark(layer: int, sequences: tuple[int, ...], mask: str | None, scale: float
     return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
-def _attend(
-    q: Tensor,
-    cache: DistributedKVCache,
-    layer: int,
-    extension: Extension,
-    options: Options,
-    kernel: PagedKernel,
-    spec: Spec,
-    meeting: Meeting,
-) -> None:
+def _attend(call: CacheCall, kernel: PagedKernel, spec: Spec, meeting: Meeting) -> None:
     """Attends to what this rank holds, and writes down what it was asked for: before and now."""
+    q, cache, extension, options = call.q, call.cache, call.extension, call.options
     out, lse, mark = meeting.local
     out.zero_()
     lse.fill_(-torch.inf)
     digest = None if options.mask is None else options.mask.digest
-    now = _mark(layer, extension.sequences, digest, options.scale, options.softcap)
+    now = _mark(call.layer, extension.sequences, digest, options.scale, options.softcap)
     cache.agreement.tell(mark, cache.pages.short_digest, now)
     tables = cache.page_tables(extension)
     sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
-        kernel.forward(q, *cache.pools(layer), tables, sight, spec, out, lse)
+        kernel.forward(q, *cache.pools(call.layer), tables, sight, spec, out, lse)
 
 
 @lru_cache(maxsize=64)
@@ -203,17 +198,9 @@ def _sight(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device: 
     return Sight(first, stop)
 
 
-def _prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    cache: DistributedKVCache,
-    layer: int,
-    extension: Extension,
-    options: Options,
-) -> tuple[PagedKernel, Spec]:
+def _prepared(call: CacheCall) -> tuple[PagedKernel, Spec]:
     """Checks a call, writes the new keys and values, and returns what runs it."""
+    q, k, v, sink, cache, layer, extension, options = call
 
     def check() -> None:
         if extension.layout is not None:
@@ -226,9 +213,8 @@ def _prepared(
         return {"q": str(tuple(q.shape)), "the kernel": kernel.name}
 
     tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
-    key = hashed((options, tensors, cache.form))
-    call = (q, k, v, sink, cache, layer, extension, options)
-    found = prepared(*call, key=key, check=check, select=select_paged, alike=alike)
+    key = hashed((options, tensors, cache.form, getattr(extension, "layout", None)))
+    found = prepared(call, key=key, check=check, select=select_paged, alike=alike)
     # A mask that does not fit raises before anything is written.
     _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     cache.write(layer, extension, k, v)

@@ -54,7 +54,9 @@ class DistributedKVCache:
 
     Every rank makes the same calls in the same order. Which rank keeps which token, and whether there is room, is
     decided on every rank alike, without communication: see pages.Pages. What the ranks were asked for is compared
-    when the cache is made, when tokens are added by a layout, and in every attention to the cache.
+    when the cache is made, when tokens are added by a layout, and in every attention to the cache. On CUDA, where
+    no attention waits for the host, whatever builds on the cache's state first raises what attention has found since:
+    DisagreementError, once, and before anything is changed. That waits for the device, if anything was decoded.
 
     Pools are allocated once, and never filled: a CPU commits memory as pages are first written, lowest first.
     Nothing is ever concatenated.
@@ -151,7 +153,7 @@ class DistributedKVCache:
             OutOfPagesError: when there is no room; SequenceError when there is no such sequence; LayoutError when the
                 layout is for other ranks. Nothing has changed then.
             DisagreementError: with a layout, when the ranks' calls, now or before, were not the same. With a number
-                that is found by the attention that follows; on CUDA, by the next call of this.
+                that is found by the attention that follows; on CUDA, by what comes after that.
         Communication: none for a number; one all-gather of a few hundred bytes for a layout.
         """
         self.agreement.settle()
@@ -190,10 +192,12 @@ class DistributedKVCache:
 
     def fork(self, sequence: int) -> int:
         """Returns a new sequence of the same tokens. They share pages; one that either writes to is copied then."""
+        self.agreement.settle()
         return self.pages.fork(sequence)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forgets a sequence's tokens from position `length` on, such as speculated ones that were refused."""
+        self.agreement.settle()
         self.pages.truncate(sequence, length)
         self._prefixes.keep(sequence, length)
 
@@ -202,6 +206,7 @@ class DistributedKVCache:
 
         Source: Xiao et al. 2023, arXiv:2309.17453.
         """
+        self.agreement.settle()
         evicts = self.length(sequence) - window > sinks
         self.pages.evict(sequence, sinks, window)
         if evicts:
@@ -209,6 +214,7 @@ class DistributedKVCache:
 
     def free(self, sequence: int) -> None:
         """Forgets a sequence. Pages that no other one shares are free."""
+        self.agreement.settle()
         self.pages.free(sequence)
         self._prefixes.keep(sequence, 0)
 
@@ -221,6 +227,7 @@ class DistributedKVCache:
         Raises:
             ArgumentError: when there are more of them than the sequence has, or some of its are not held any more.
         """
+        self.agreement.settle()
         length = self.length(sequence)
         held = sum(self.pages.table(sequence, rank).num_tokens for rank in range(self.team.size))
         if len(tokens) > length or held < length:
@@ -238,6 +245,7 @@ class DistributedKVCache:
             (sequence, num_tokens): num_tokens are there already, in whole pages' worth, and fewer than len(tokens): a
             model needs at least one new token to go on from. 0 if nothing is known of them.
         """
+        self.agreement.settle()
         found = self._prefixes.longest(tokens[: max(len(tokens) - 1, 0)])
         if found is None:
             return Match(self.new(), 0)

@@ -17,7 +17,7 @@ from ringattn.attention.blocks import Blocks
 from ringattn.attention.executor import Job, run_forward
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
-from ringattn.cache.request import Options, hashed, prepared
+from ringattn.cache.request import CacheCall, Options, hashed, prepared
 from ringattn.comm.all_to_all import Trade
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
@@ -70,15 +70,17 @@ def prefill_attention(
         (1, S_local, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
     Raises:
         ArgumentError, MaskError, BackendError: when something is not allowed. DisagreementError when the ranks do not
-            ask for the same. On every rank, on the first call with an extension, after which they are not compared.
+            ask for the same. On every rank, on the first call with an extension, after which they are not compared;
+            on CUDA also what decoding has found before.
     Communication: what is fewer bytes over all ranks: each key and value that some query of a rank sees, to
         that rank, H_kv (D + Dv) elements a row; or each query to each rank that holds keys which it sees, H D elements,
         and back H (Dv + 1) in the accumulation dtype. One all-gather of a few hundred bytes for each extension.
     Source: Yang et al. 2024, arXiv:2411.01783.
     """
+    cache.agreement.settle()
     mask = causal() if mask is None else mask
     options = Options("prefill_attention", mask, scale, softcap, backend)
-    kernel, spec = _prepared(q, k, v, sink, cache, layer, extension, options)
+    kernel, spec = _prepared(CacheCall(q, k, v, sink, cache, layer, extension, options))
     layout, kv_layout = _layouts(cache, extension)
     mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
     cache.write(layer, extension, k, v)
@@ -138,17 +140,9 @@ def _shifted(layout: Layout, start: int) -> Layout:
     return Layout(start + layout.seq_len, ranges, f"{layout} from {start}", whole=False)
 
 
-def _prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    cache: DistributedKVCache,
-    layer: int,
-    extension: Extension,
-    options: Options,
-) -> tuple[BlockKernel, Spec]:
+def _prepared(call: CacheCall) -> tuple[BlockKernel, Spec]:
     """Checks a call, and returns what runs it."""
+    q, cache, extension = call.q, call.cache, call.extension
 
     def check() -> None:
         if extension.layout is None or len(extension.sequences) != 1:
@@ -158,20 +152,18 @@ def _prepared(
     def alike(_: BlockKernel) -> Mapping[str, str]:
         return {}
 
-    key = _signature(q, sink, cache, extension, options)
-    call = (q, k, v, sink, cache, layer, extension, options)
-    found = prepared(*call, key=key, check=check, select=select, alike=alike)
+    found = prepared(call, key=_signature(call), check=check, select=select, alike=alike)
     _check_rows(q, cache, extension)
     return found
 
 
-def _signature(
-    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, extension: Extension, options: Options
-) -> Hashable | None:
+def _signature(call: CacheCall) -> Hashable | None:
     """Returns what decides a call: the same on every rank, so without this one's number of rows."""
-    heads = q.shape[2] if isinstance(q, Tensor) and q.ndim == 4 else None
+    q, sink, extension = call.q, call.sink, call.extension
+    looks = [(x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, sink)]
+    shapes = q.shape[2:] if isinstance(q, Tensor) else None, getattr(sink, "shape", None)
     place = (extension.sequences, extension.versions, extension.starts, extension.layout)
-    return hashed((options, heads, getattr(sink, "shape", None), cache.form, place))
+    return hashed((call.options, *looks, shapes, call.cache.form, place))
 
 
 def _check_rows(q: Tensor, cache: DistributedKVCache, extension: Extension) -> None:

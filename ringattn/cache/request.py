@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -30,15 +30,21 @@ class Options:
     backend: str | None
 
 
+class CacheCall(NamedTuple):
+    """What is asked of a cache: the arguments of decoding and of prefill."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None
+    cache: DistributedKVCache
+    layer: int
+    extension: Extension
+    options: Options
+
+
 def prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    cache: DistributedKVCache,
-    layer: int,
-    extension: Extension,
-    options: Options,
+    call: CacheCall,
     *,
     key: Hashable,
     check: Callable[[], None],
@@ -48,12 +54,14 @@ def prepared(
     """Checks a call, compares notes with the other ranks, and returns what runs it.
 
     Args:
-        q, k, v, sink, cache, layer, extension, options: of the call.
+        call: what is asked for.
         key: its signature, the same on every rank; see `agreed`.
         check: raises unless queries and extension suit the operation and each other.
         select: finds the kernel in the operation's table.
         alike: what all ranks of the operation must have in common besides options, heads and the cache's form.
     """
+
+    q, k, v, sink, cache, layer, extension, options = call
 
     def prepare() -> tuple[Mapping[str, str], tuple[Kernel, Spec]]:
         cache.check(layer, extension)
@@ -64,8 +72,8 @@ def prepared(
         form = cache.form
         cache.check_new("k", k, extension, form.head_dim)
         cache.check_new("v", v, extension, form.v_head_dim)
-        call = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
-        kernel = select(options.backend, call)
+        asked = Call(q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec)
+        kernel = select(options.backend, asked)
         digest = None if options.mask is None else options.mask.digest
         sink_shape = None if sink is None else tuple(sink.shape)
         told = {"the call": f"{options} {digest} heads={q.shape[2]} sink={sink_shape} {form}"}

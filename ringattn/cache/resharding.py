@@ -12,7 +12,7 @@ from ringattn.cache.kv_cache import DistributedKVCache, Form, Group
 from ringattn.cache.pages import Move, Pages
 from ringattn.comm.group import resolve, team_of
 from ringattn.comm.messages import Message, launch
-from ringattn.errors import ArgumentError
+from ringattn.errors import ArgumentError, DisagreementError
 
 
 class _Note(NamedTuple):
@@ -23,6 +23,7 @@ class _Note(NamedTuple):
     held: tuple[Form, Pages] | None
     digest: int | None
     num_pages: int
+    unsettled: str | None  # what the ranks of its cache were found to disagree on
 
 
 def reshard(
@@ -48,7 +49,8 @@ def reshard(
         The new cache; None on ranks that are not in `group`.
     Raises:
         ArgumentError: when nobody has a cache, or two ranks have different ones; OutOfPagesError when it does not
-            fit. On every rank; the old cache is as it was.
+            fit; DisagreementError, on CUDA, when the old one's ranks have disagreed in what was decoded last. On every
+            rank; the old cache is as it was.
     Communication: each page in use that changes its rank, once.
     """
     all_ranks = resolve(over)
@@ -57,7 +59,7 @@ def reshard(
     held = (cache.form, cache.pages) if cache is not None and before == 0 else None
     digest = None if cache is None else cache.pages.digest
     notes: list[Any] = [None] * all_ranks.size()
-    own = _Note(before, None if team is None else team.rank, held, digest, num_pages)
+    own = _Note(before, None if team is None else team.rank, held, digest, num_pages, _unsettled(cache))
     dist.all_gather_object(notes, own, group=all_ranks)
     form, old = _held(notes)
     world = sum(note.after is not None for note in notes)
@@ -69,7 +71,20 @@ def reshard(
     return made
 
 
+def _unsettled(cache: DistributedKVCache | None) -> str | None:
+    """Returns what is still to be raised: on all ranks then, those that have no cache among them."""
+    try:
+        if cache is not None:
+            cache.agreement.settle()
+    except DisagreementError as error:
+        return str(error)
+    return None
+
+
 def _held(notes: list[_Note]) -> tuple[Form, Pages]:
+    for note in notes:
+        if note.unsettled is not None:
+            raise DisagreementError(note.unsettled)
     holders = [note for note in notes if note.before is not None]
     found = [note.held for note in notes if note.held is not None]
     if len(found) != 1 or len({note.digest for note in holders}) != 1:

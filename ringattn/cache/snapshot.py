@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 from ringattn.cache.kv_cache import DistributedKVCache, Form, Group
 from ringattn.cache.pages import Move, Pages
 from ringattn.cache.tables import Table
+from ringattn.cache.tensor_files import read_tensors, write_tensors
 from ringattn.comm.group import Team, agreed, resolve, team_of
 from ringattn.errors import RingAttnError, SnapshotError
 
@@ -43,7 +43,7 @@ def save_cache(cache: DistributedKVCache, folder: str | Path) -> None:
         folder: made if it is not there. One snapshot replaces another.
     Raises:
         SnapshotError: when files cannot be written; on every rank. An earlier snapshot in the folder may be lost.
-        DisagreementError: on CUDA, when the ranks have disagreed since the last `extend`; nothing is written then.
+        DisagreementError: on CUDA, when the ranks have disagreed in what was decoded last; nothing is written then.
     Communication: a name of 16 bytes, and two all-gathers of a few hundred bytes.
     """
     cache.agreement.settle()
@@ -106,14 +106,6 @@ def _file(folder: Path, rank: int, layer: int) -> Path:
     return folder / f"rank-{rank:05d}-layer-{layer:05d}.safetensors"
 
 
-def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    part = file.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": _FORMAT, **metadata})
-    os.replace(part, file)
-
-
 def _save_rank(cache: DistributedKVCache, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if cache.team.rank == 0:
@@ -125,7 +117,7 @@ def _save_rank(cache: DistributedKVCache, folder: Path, name: str) -> None:
         for what, pool in zip("kv", cache.storage(layer), strict=True):
             tensors[what] = pool[used].cpu()
             tensors[f"{what}_checksums"] = torch.tensor([_checksum(page) for page in tensors[what]], dtype=torch.int64)
-        _write(_file(folder, rank, layer), tensors, {"snapshot": name})
+        write_tensors(_file(folder, rank, layer), tensors, {"format": _FORMAT, "snapshot": name})
 
 
 def _checksum(page: Tensor) -> int:
@@ -149,7 +141,7 @@ def _save_index(cache: DistributedKVCache, folder: Path, name: str) -> None:
         "lengths": lengths,
         "tables": _digest(tensors),
     }
-    _write(folder / _INDEX, tensors, {"snapshot": name, "cache": json.dumps(told)})
+    write_tensors(folder / _INDEX, tensors, {"format": _FORMAT, "snapshot": name, "cache": json.dumps(told)})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -162,14 +154,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def _load(
     folder: Path, num_pages: int, device: torch.device, team: Team
 ) -> tuple[Mapping[str, str], DistributedKVCache]:
-    from safetensors import safe_open
-
     if not (folder / _INDEX).is_file():
         raise SnapshotError(f"folder={str(folder)!r}: there is no {_INDEX} in it, so there is no snapshot")
-    with safe_open(folder / _INDEX, framework="pt") as file:
-        metadata = file.metadata() or {}
-        names: list[str] = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
+    metadata, tensors = read_tensors(folder / _INDEX)
     if metadata.get("format") != _FORMAT:
         raise SnapshotError(f"{_INDEX} has format {metadata.get('format')!r}, not {_FORMAT!r}")
     told = json.loads(metadata["cache"])
@@ -203,20 +190,18 @@ def _tables(told: Mapping[str, Any], tensors: Mapping[str, Tensor], page_size: i
 def _load_pages(
     cache: DistributedKVCache, layer: int, path: Path, name: str, saved: list[int], moves: list[Move]
 ) -> None:
-    from safetensors import safe_open
-
     if not path.is_file():
         raise SnapshotError(f"{path.name} is missing from the snapshot")
     row_of = {page: row for row, page in enumerate(saved)}
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("snapshot") != name:
-            raise SnapshotError(f"{path.name} belongs to another snapshot")
-        for what, pool in zip("kv", cache.storage(layer), strict=True):
-            whole, checksums = file.get_tensor(what), file.get_tensor(f"{what}_checksums").tolist()
-            if whole.shape != (len(saved), *pool.shape[1:]) or whole.dtype != pool.dtype:
-                raise SnapshotError(f"{path.name} holds {tuple(whole.shape)} {whole.dtype}: not what the index says")
-            for move in moves:
-                row = row_of[move.from_page]
-                if _checksum(whole[row]) != checksums[row]:
-                    raise SnapshotError(f"{path.name} is corrupt: page {row} of {what} is not what was saved")
-                pool[move.to_page] = whole[row].to(pool.device)
+    metadata, tensors = read_tensors(path)
+    if metadata.get("snapshot") != name:
+        raise SnapshotError(f"{path.name} belongs to another snapshot")
+    for what, pool in zip("kv", cache.storage(layer), strict=True):
+        whole, checksums = tensors[what], tensors[f"{what}_checksums"].tolist()
+        if whole.shape != (len(saved), *pool.shape[1:]) or whole.dtype != pool.dtype:
+            raise SnapshotError(f"{path.name} holds {tuple(whole.shape)} {whole.dtype}: not what the index says")
+        for move in moves:
+            row = row_of[move.from_page]
+            if _checksum(whole[row]) != checksums[row]:
+                raise SnapshotError(f"{path.name} is corrupt: page {row} of {what} is not what was saved")
+            pool[move.to_page] = whole[row].to(pool.device)

@@ -1,15 +1,24 @@
-"""One packet from each rank to all others, or one to each, as a single collective, in memory that is kept."""
+"""One packet from each rank to all others, or one to each, as a single collective, in memory that is kept.
+
+On CPUs a collective is one message from each rank to each other, all posted together. That is what gloo's all-to-all
+does, too, but in a thread of its own: to hand over to it and back takes longer than the messages. Its all-gather passes
+packets on from rank to rank, W - 1 hops in a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.packet import Field, Packet, size_of, stacked
+
+# What tells these messages from those of exchanges, and of the caller.
+_TAG = 0x6D656574
 
 
 @dataclass(frozen=True)
@@ -49,18 +58,9 @@ def gathering(fields: Sequence[Field], group: dist.ProcessGroup, device: torch.d
         local = tuple(x[rank] for x in parts)
         return Meeting(local, parts, 0, lambda: dist.all_gather_into_tensor(buffer, mine, group=group))
     mine, coming = buffer[:count], buffer[count:]
-    # gloo's all-gather passes packets on from rank to rank, W - 1 hops in a row. These go straight to every reader, and
-    # are copied only where there are several.
-    leaving = mine if size <= 2 else torch.empty_like(coming)
     counts = _but(rank, [count] * size)
-
-    def hold() -> None:
-        if size > 2:
-            leaving.view(-1, count).copy_(mine)
-        if size > 1:
-            dist.all_to_all_single(coming, leaving, counts, counts, group=group)
-
-    return Meeting(tuple(x[0] for x in parts), parts, rank, hold)
+    trade = _swapping(torch.split(coming, counts), [mine] * size, group)
+    return Meeting(tuple(x[0] for x in parts), parts, rank, trade)
 
 
 def dealing(
@@ -90,14 +90,41 @@ def dealing(
         for place, x in zip(Packet(flat, each).tensors, share, strict=True)
         if x.numel()
     ]
+    to, given = [place for place, _ in copies], [x for _, x in copies]
+    if device.type == "cpu":
+        trade = _swapping(torch.split(coming, coming_counts), places, group)
+    else:
+        trade = partial(dist.all_to_all_single, coming, leaving, coming_counts, leaving_counts, group=group)
 
     def hold() -> None:
-        for place, x in copies:
-            place.copy_(x)
+        torch._foreach_copy_(to, given)
         if size > 1:
-            dist.all_to_all_single(coming, leaving, coming_counts, leaving_counts, group=group)
+            trade()
 
     return Meeting(local, stacked(buffer, fields[rank]), rank, hold)
+
+
+def _swapping(coming: Sequence[Tensor], leaving: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
+    """Returns an all-to-all of one message from each rank to each other, for CPUs.
+
+    The group is called by itself: what torch.distributed's functions check each time is so from the beginning here.
+
+    Args:
+        coming, leaving: by rank; this rank's own are left alone.
+        group: of the ranks.
+    """
+    others = [peer for peer in range(group.size()) if peer != group.rank()]
+    receives, sends = (
+        [([messages[peer]], peer, _TAG) for peer in others if messages[peer].numel()] for messages in (coming, leaving)
+    )
+
+    def trade() -> None:
+        # Receives first: a peer does not send before it has been told of them.
+        works = [group.recv(*each) for each in receives] + [group.send(*each) for each in sends]
+        for work in works:
+            work.wait()
+
+    return trade
 
 
 def _but(rank: int, counts: Sequence[int]) -> list[int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringattn
 from ringattn import DistributedKVCache, contiguous, zigzag
@@ -23,41 +22,25 @@ from tests.harness.ranks import RankPool
 
 PROMPT, NEW = 37, 3
 
+Sent = list[tuple[str, int, int]]  # what was handed to a process group: its name, whom it is for, its bytes
 
-@contextlib.contextmanager
-def counted() -> Iterator[list[tuple[str, int]]]:
-    """Within it, every message of any kind leaves its name, and its bytes to other ranks."""
-    sent: list[tuple[str, int]] = []
-    names = ("all_gather_into_tensor", "all_to_all_single", "all_gather_object", "all_reduce", "batch_isend_irecv")
-    originals = {name: getattr(dist, name) for name in names}
 
-    def trade(
-        output: Tensor,
-        x: Tensor,
-        into: list[int] | None = None,
-        counts: list[int] | None = None,
-        *,
-        group: dist.ProcessGroup,
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it, everything that is handed to a process group is entered in `sent`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: Sent = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        own = x.nbytes // group.size() if counts is None else counts[group.rank()]
-        sent.append(("all_to_all", x.nbytes - own))
-        return originals["all_to_all_single"](output, x, into, counts, group=group)
-
-    def other(name: str) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            sent.append((name, -1))
-            return originals[name](*args, **kwargs)
-
-        return called
-
-    try:
-        for name in names:
-            setattr(dist, name, other(name))
-        dist.all_to_all_single = trade  # type: ignore[assignment]
-        yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        namespace, name = func.name().split("::")
+        if name == "send":
+            self.sent.append((name, args[2], sum(x.nbytes for x in args[0])))
+        elif namespace in ("c10d", "_c10d_functional") and name != "recv_":
+            self.sent.append((name, -1, -1))
+        return func(*args, **(kwargs or {}))
 
 
 def filled(group: dist.ProcessGroup, t: Tensors, dtype: torch.dtype, layers: int = 2) -> tuple[DistributedKVCache, int]:
@@ -79,17 +62,16 @@ def new_tensors(dtype: torch.dtype, kv_heads: int = 2) -> Tensors:
     return tensors(5, 1, PROMPT + NEW, PROMPT + NEW, 4, kv_heads, 8, 6, dtype)
 
 
-def decode_once(group: dist.ProcessGroup, dtype: torch.dtype, by_heads: bool) -> tuple[Tensor, list[tuple[str, int]]]:
+def decode_once(group: dist.ProcessGroup, dtype: torch.dtype, by_heads: bool) -> tuple[Tensor, Sent]:
     t = new_tensors(dtype)
     cache, sequence = filled(group, t, dtype)
     attend = ringattn.decode_attention_by_heads if by_heads else ringattn.decode_attention
     q, k, v = (x[:, PROMPT:] for x in t[:3])
-    with contextlib.ExitStack() as stack:
-        extension = cache.extend([sequence], NEW)
-        attend(q, k, v, cache, 0, extension)  # the first call of a signature compares notes
-        sent = stack.enter_context(counted())
+    extension = cache.extend([sequence], NEW)
+    attend(q, k, v, cache, 0, extension)  # the first call of a signature compares notes
+    with Counted() as counted:
         out = attend(q, k, v, cache, 1, extension)
-    return out, sent
+    return out, counted.sent
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -98,14 +80,16 @@ def test_one_collective_of_the_bytes_in_the_docs(pool: RankPool, world_size: int
     size = 8 if dtype == torch.float64 else 4
     row = NEW * (6 + 1) * size
     results = pool.run(decode_once, world_size, dtype, False)
-    others = world_size - 1
-    for out, sent in results:
+    own = [contiguous(4, world_size).num_tokens(rank) for rank in range(world_size)]
+    others = [[peer for peer in range(world_size) if peer != rank] for rank in range(world_size)]
+    for rank, (out, sent) in enumerate(results):
         assert torch.equal(out, results[0][0])  # to the bit, on every rank
-        assert sent == ([("all_to_all", others * (4 * row + 8))] if others else [])
+        assert sent == [("send", peer, 4 * row + 8) for peer in others[rank]]  # one to each, and nothing else
+        assert sum(num_bytes for *_, num_bytes in sent) == (world_size - 1) * (NEW * 4 * (6 + 1) * size + 8)
     heads = []
     for rank, (out, sent) in enumerate(pool.run(decode_once, world_size, dtype, True)):
-        own = contiguous(4, world_size).num_tokens(rank)
-        assert sent == ([("all_to_all", (4 - own) * row + 8 * others)] if others else [])
+        assert sent == [("send", peer, own[peer] * row + 8) for peer in others[rank]]
+        assert sum(num_bytes for *_, num_bytes in sent) == (4 - own[rank]) * row + 8 * (world_size - 1)
         heads.append(out)
     assert torch.equal(torch.cat(heads, 2), results[0][0])
 
@@ -203,6 +187,21 @@ def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> No
         assert message in error.message
 
 
+def decode_a_prefill(group: dist.ProcessGroup) -> None:
+    """Tensors of a known signature, with an extension that is shared out: each rank's share is as many tokens."""
+    t = new_tensors(torch.float32)
+    cache, sequence = filled(group, t, torch.float32)
+    q, k, v = (x[:, PROMPT:] for x in t[:3])
+    ringattn.decode_attention(q, k, v, cache, 0, cache.extend([sequence], NEW))
+    shared = cache.extend([sequence], contiguous(NEW * group.size(), group.size()))
+    ringattn.decode_attention(q, k, v, cache, 0, shared)
+
+
+def test_a_known_signature_with_an_extension_of_another_kind_is_refused(pool: RankPool) -> None:
+    for error in pool.expect_error(decode_a_prefill, 2):
+        assert "made by a layout" in error.message
+
+
 def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
     """One rank asks for another scale, both being known to all: only the marks tell."""
     t = new_tensors(torch.float32)
@@ -221,7 +220,19 @@ def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
     told = "disagree on what they ask now"
     if deferred:
         ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
-        for later in (lambda: cache.extend([sequence], 1), cache.agree):
+        for later in (
+            cache.agree,
+            lambda: cache.extend([sequence], 1),
+            lambda: cache.fork(sequence),
+            lambda: cache.truncate(sequence, PROMPT),
+            lambda: cache.evict(sequence, sinks=1, window=1),
+            lambda: cache.free(sequence),
+            lambda: cache.remember(sequence, [1, 2]),
+            lambda: cache.start([1, 2]),
+            lambda: ringattn.prefill_attention(q, k, v, cache, 0, extension),
+            lambda: ringattn.save_cache(cache, "never written"),
+            lambda: ringattn.reshard(cache, num_pages=40, group=group, over=group),
+        ):
             with pytest.raises(DisagreementError, match=told):
                 later()
             assert cache.pages.is_last(extension)

@@ -125,6 +125,9 @@ def make_wrong(group: dist.ProcessGroup, wrong: str) -> None:
         q = torch.ones(1, 5, 4, 8)
     if wrong == "documents":
         options["mask"] = documents([0, 3])
+    if wrong.startswith("later"):
+        ringattn.prefill_attention(q, k, k, cache, 0, extension, **options)
+        q = q.double() if wrong == "later, another dtype" else q[..., :4]
     before = [p.clone().view(torch.int32) for p in cache.pools(0)]
     try:
         ringattn.prefill_attention(q, k, k, cache, 0, extension, **options)
@@ -136,6 +139,8 @@ WRONG = {
     "two sequences": ("ArgumentError", "takes one of one sequence"),
     "a number": ("ArgumentError", "made by a layout"),
     "a row too many on one rank": ("ArgumentError", "on rank 0 of 3: q has (sequences, rows) = (1, 5)"),
+    "later, another dtype": ("ArgumentError", "q is torch.float64"),
+    "later, another dim": ("ArgumentError", "q has head_dim 4"),
     "documents": (MaskError.__name__, "cu_seqlens ends at 3"),
 }
 

@@ -98,13 +98,13 @@ _TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
 # of the stages: with 5, a step of keys and values is on its way while the last one is computed.
 _PAGED: dict[tuple[str, int], tuple[PagedConfig, PagedConfig, PagedConfig]] = {
     ("sm_80", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
-    ("sm_80", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 2)),
+    ("sm_80", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 1)),
     ("sm_90", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
     ("sm_90", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 2)),
     ("sm_100", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
     ("sm_100", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 2)),
-    ("gfx942", 2): (PagedConfig(64, 64, 8, 2, 2), PagedConfig(64, 32, 8, 2, 2), PagedConfig(32, 32, 8, 2, 2)),
-    ("gfx942", 4): (PagedConfig(32, 32, 8, 2, 2), PagedConfig(16, 16, 8, 2, 2), PagedConfig(32, 16, 8, 2, 2)),
+    ("gfx942", 2): (PagedConfig(64, 64, 8, 2, 2), PagedConfig(64, 32, 8, 2, 2), PagedConfig(32, 32, 8, 2, 1)),
+    ("gfx942", 4): (PagedConfig(32, 32, 8, 2, 2), PagedConfig(16, 16, 8, 2, 2), PagedConfig(32, 16, 8, 2, 1)),
 }
 INTERPRETER = "interpreter"
 

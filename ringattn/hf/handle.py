@@ -25,6 +25,7 @@ from ringattn.hf.calls import Context
 from ringattn.hf.generation import Passes
 from ringattn.hf.loss import loss_of
 from ringattn.hf.memory import Savings
+from ringattn.hf.merging import own_rows, text_model
 from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
 from ringattn.hf.positions import embeddings_that_count, rotaries_that_grow, with_last, without_last
 from ringattn.hf.requests import check_arguments
@@ -52,7 +53,8 @@ class Handle:
         self.group = group_or_mesh
         self.team = team_of(group_or_mesh)
         self._pretrained: PreTrainedModel = pretrained(model)
-        facts = facts_of(self._pretrained)
+        self._text = text_model(self._pretrained)
+        facts = facts_of(self._pretrained, merges=self._text is not None)
         self.sharding = Sharding(facts, self.team, group_or_mesh, layout, exchange, backend)
         self._savings = Savings(model, tile_mlp=tile_mlp, chunk_loss=chunk_loss)
         self._context: Context | None = None
@@ -132,6 +134,9 @@ class Handle:
         check_arguments(module, kwargs)
         if kwargs.get(BATCH) is None and self._context is not None:
             kwargs = {**kwargs, BATCH: self._context}
+        told = kwargs.get(BATCH)
+        if module is self._text and isinstance(told, Batch) and told.merges:
+            args, kwargs = (), own_rows(self._text, args, kwargs, self.sharding, told)
         self._in_progress = kwargs.get(BATCH)
         return args, kwargs
 

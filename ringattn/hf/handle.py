@@ -109,7 +109,8 @@ class Handle:
         Labels are shifted, and counted, before they are sharded. Padding and packed documents are read from the whole
         sequence: from attention_mask, cu_seq_lens_q/k, or else position_ids that restart. What is no (B, S, ...)
         tensor passes unchanged. The loss of the model is then this rank's share: its sum over the labels of all
-        ranks. So gradients are to be summed over the group, not averaged.
+        ranks. So gradients are to be summed over the group, not averaged. A model that merges images into its text is
+        given the whole of both, and its text model this rank's rows.
 
         Args:
             batch: such as {"input_ids": (B, S), "labels": (B, S)}; the same on every rank.

@@ -33,7 +33,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel | None:
     Raises:
         ArgumentError: when a model merges, and has no such part.
     """
-    if model.config.is_encoder_decoder or not _reads_more(model):
+    if model.config.is_encoder_decoder or not _merges(model):
         return None
     found = list(_text_models(model))
     if len(found) != 1:
@@ -42,6 +42,12 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel | None:
             f"which is given the merged sequence; found {[type(part).__name__ for part in found]}. Run it unpatched"
         )
     return found[0]
+
+
+def _merges(model: PreTrainedModel) -> bool:
+    """Older versions say of some text models that they read images, as the family they are of does."""
+    config, parameters = model.config, inspect.signature(type(model).forward).parameters
+    return _reads_more(model) and (config.get_text_config() is not config or "pixel_values" in parameters)
 
 
 def _reads_more(model: PreTrainedModel) -> bool:

@@ -160,7 +160,11 @@ def two_towers(group: dist.ProcessGroup) -> None:
     [
         (something_beside, "LlamaModel is given cross_states, of shape (2, 4, 16)", "run this model, or this batch"),
         (another_length, "LlamaModel is given 16 rows for a sequence of 13", "as many placeholders"),
-        (both_ways, "or_mask", "Run this model, or this batch, unpatched"),
+        (
+            both_ways,
+            "unions (images whose tokens see each other both ways)",
+            "Run this model, or this batch, unpatched",
+        ),
         (two_towers, "CLIPTextModel is given no inputs_embeds", "run it unpatched"),
         (no_text_model, "reads image, text, and must have one text model inside", "Run it unpatched"),
     ],

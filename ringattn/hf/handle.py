@@ -76,6 +76,7 @@ class Handle:
                 config._attn_implementation_internal = NAME
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(self._tell, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._check))
         self._hooks += Passes(self, self._pretrained).hooks()
         for module in embeddings_that_count(self._pretrained):
             encodes = any(module is part for part in self._pretrained.get_encoder().modules())
@@ -140,6 +141,14 @@ class Handle:
             args, kwargs = (), own_rows(self._text, args, kwargs, self.sharding, told)
         self._in_progress = kwargs.get(BATCH)
         return args, kwargs
+
+    def _check(self, module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
+        """After a forward pass: refuses what was made of one rank's rows for the whole sequence."""
+        if isinstance(self._in_progress, Batch) and getattr(output, "pooler_output", None) is not None:
+            raise ArgumentError(
+                f"{type(module).__name__} makes a pooler_output of a whole sequence, and each rank has a part of it: "
+                "run it unpatched"
+            )
 
     def _place(self, encodes: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before positions are embedded that a model would count itself: tells them."""

@@ -75,6 +75,8 @@ class Batch:
         num_tokens: of the sequence as it was given. Where it has fewer than ranks, `rows` has padding behind it, so
             that each rank has a position.
         last: the largest of the whole sequence's position_ids, a scalar; None if it has none.
+        merges: whether the model is given the whole sequence, and merges more than text into it, before the rows of a
+            rank are cut out; see `merging`.
     """
 
     group: Group
@@ -84,6 +86,7 @@ class Batch:
     backend: str | None = None
     encoder: Rows | None = None
     last: Tensor | None = None
+    merges: bool = False
 
     def attend(self, call: Call) -> Tensor:
         """Attention over the whole sequence; see `Context`."""

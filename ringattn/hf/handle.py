@@ -25,6 +25,7 @@ from ringattn.hf.calls import Context
 from ringattn.hf.generation import Passes
 from ringattn.hf.loss import loss_of
 from ringattn.hf.memory import Savings
+from ringattn.hf.merging import own_rows, text_model
 from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
 from ringattn.hf.positions import embeddings_that_count, rotaries_that_grow, with_last, without_last
 from ringattn.hf.requests import check_arguments
@@ -52,7 +53,8 @@ class Handle:
         self.group = group_or_mesh
         self.team = team_of(group_or_mesh)
         self._pretrained: PreTrainedModel = pretrained(model)
-        facts = facts_of(self._pretrained)
+        self._text = text_model(self._pretrained)
+        facts = facts_of(self._pretrained, merges=self._text is not None)
         self.sharding = Sharding(facts, self.team, group_or_mesh, layout, exchange, backend)
         self._savings = Savings(model, tile_mlp=tile_mlp, chunk_loss=chunk_loss)
         self._context: Context | None = None
@@ -74,6 +76,7 @@ class Handle:
                 config._attn_implementation_internal = NAME
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(self._tell, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._check))
         self._hooks += Passes(self, self._pretrained).hooks()
         for module in embeddings_that_count(self._pretrained):
             encodes = any(module is part for part in self._pretrained.get_encoder().modules())
@@ -107,7 +110,8 @@ class Handle:
         Labels are shifted, and counted, before they are sharded. Padding and packed documents are read from the whole
         sequence: from attention_mask, cu_seq_lens_q/k, or else position_ids that restart. What is no (B, S, ...)
         tensor passes unchanged. The loss of the model is then this rank's share: its sum over the labels of all
-        ranks. So gradients are to be summed over the group, not averaged.
+        ranks. So gradients are to be summed over the group, not averaged. A model that merges images into its text is
+        given the whole of both, and its text model this rank's rows.
 
         Args:
             batch: such as {"input_ids": (B, S), "labels": (B, S)}; the same on every rank.
@@ -132,8 +136,19 @@ class Handle:
         check_arguments(module, kwargs)
         if kwargs.get(BATCH) is None and self._context is not None:
             kwargs = {**kwargs, BATCH: self._context}
+        told = kwargs.get(BATCH)
+        if module is self._text and isinstance(told, Batch) and told.merges:
+            args, kwargs = (), own_rows(self._text, args, kwargs, self.sharding, told)
         self._in_progress = kwargs.get(BATCH)
         return args, kwargs
+
+    def _check(self, module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
+        """After a forward pass: refuses what was made of one rank's rows for the whole sequence."""
+        if isinstance(self._in_progress, Batch) and getattr(output, "pooler_output", None) is not None:
+            raise ArgumentError(
+                f"{type(module).__name__} makes a pooler_output of a whole sequence, and each rank has a part of it: "
+                "run it unpatched"
+            )
 
     def _place(self, encodes: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before positions are embedded that a model would count itself: tells them."""

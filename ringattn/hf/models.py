@@ -32,6 +32,7 @@ class Facts:
         pattern: what most of its layers ask for.
         positions: the position_ids of tokens for which none are given.
         decoder_ids: makes the decoder's tokens of labels; None if it is no encoder-decoder.
+        merges: it merges more than text into its sequence, and so must see all of it.
     """
 
     predicts_next: bool
@@ -39,9 +40,10 @@ class Facts:
     pattern: Pattern
     positions: Callable[[Tensor], Tensor]
     decoder_ids: Callable[[Tensor], Tensor] | None
+    merges: bool = False
 
 
-def facts_of(model: PreTrainedModel) -> Facts:
+def facts_of(model: PreTrainedModel, *, merges: bool = False) -> Facts:
     """Returns what sharding must know of a model."""
     causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
     source = inspect.getsource(type(model).forward)
@@ -55,6 +57,7 @@ def facts_of(model: PreTrainedModel) -> Facts:
         pattern=CAUSAL if causal else BIDIRECTIONAL,
         positions=positions_of(model),
         decoder_ids=decoder_ids,
+        merges=merges,
     )
 
 

@@ -86,7 +86,8 @@ def pattern_of(mask_function: Callable[..., Any]) -> Pattern:
             return BIDIRECTIONAL
     raise MaskError(
         f"the model asks for attention by the mask function {name!r}, which has no counterpart here; causal, "
-        "bidirectional, sliding windows and chunks have one. Run this model, or this batch, unpatched"
+        "bidirectional, sliding windows and chunks have one, and unions (images whose tokens see each other both ways) "
+        "have none. Run this model, or this batch, unpatched"
     )
 
 

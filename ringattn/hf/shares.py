@@ -27,6 +27,7 @@ BATCH = "ringattn"  # the name of the Batch among a model's arguments
 
 # What goes to the encoder of an encoder-decoder.
 _SOURCE = ("input_ids", "inputs_embeds", "attention_mask")
+_LABELS = ("labels", "shift_labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +71,19 @@ class Sharding:
             if "decoder_input_ids" not in whole and "labels" in whole:
                 whole["decoder_input_ids"] = self.facts.decoder_ids(whole["labels"])
             tokens, encoder = self._read(source)
-            share = {name: self._cut(name, value, tokens.shape, encoder.layout) for name, value in source.items()}
+            share = {name: self.cut(name, value, tokens.shape, encoder.layout) for name, value in source.items()}
+        merges, padding = self.facts.merges, whole.get("attention_mask")
         tokens, rows = self._read(whole, "" if encoder is None else "decoder_")
         self._add_labels(whole)
-        if encoder is None and whole.get("position_ids") is None:
+        if encoder is None and not merges and whole.get("position_ids") is None:
             whole["position_ids"] = self.facts.positions(tokens)
         whole.setdefault("use_cache", False)  # what a rank has seen is of no use to a later call
-        share |= {name: self._cut(name, value, tokens.shape, rows.layout) for name, value in whole.items()}
+        if merges:
+            share = whole | ({} if padding is None else {"attention_mask": padding})  # some count positions by it
+            whole = {name: whole[name] for name in _LABELS if name in whole}
+        share |= {name: self.cut(name, value, tokens.shape, rows.layout) for name, value in whole.items()}
         last = None if whole.get("position_ids") is None else whole["position_ids"].max()
-        share[BATCH] = Batch(self.group, rows, tokens.shape[1], self.exchange, self.backend, encoder, last)
+        share[BATCH] = Batch(self.group, rows, tokens.shape[1], self.exchange, self.backend, encoder, last, merges)
         return share
 
     def _read(self, whole: dict[str, Any], prefix: str = "") -> tuple[Tensor, Rows]:
@@ -131,21 +136,27 @@ class Sharding:
             whole["shift_labels"] = targets
             whole.pop("labels", None)
 
-    def _cut(self, name: str, value: Any, sizes: torch.Size, layout: Layout) -> Any:
+    def cut(self, name: str, value: Any, sizes: torch.Size, layout: Layout) -> Any:
         """Cuts out this rank's rows of a tensor along the sequence; anything else as it is."""
-        if not isinstance(value, Tensor):
+        dim = dim_of_rows(name, value, sizes)
+        if dim is None:
             return value
-        batch, length = sizes[:2]
-        dim = 2 if name == "position_ids" and value.ndim == 3 else 1  # a position for each of three axes
-        if value.ndim <= dim or value.shape[dim] != length or value.shape[dim - 1] not in (1, batch):
-            return value
-        missing = layout.seq_len - length
+        missing = layout.seq_len - sizes[1]
         if missing:
             more = list(value.shape)
             more[dim] = missing
-            fill = IGNORED_LABEL if name in ("labels", "shift_labels") else 0
+            fill = IGNORED_LABEL if name in _LABELS else 0
             value = torch.cat([value, value.new_full(more, fill)], dim)
         return shard(value, layout, self.group, dim)
+
+
+def dim_of_rows(name: str, value: Any, sizes: torch.Size) -> int | None:
+    """Returns along which dim a value of a batch of these sizes has the sequence; None if along none."""
+    if not isinstance(value, Tensor):
+        return None
+    dim = 2 if name == "position_ids" and value.ndim == 3 else 1  # a position for each of several axes
+    of_the_batch = value.ndim > dim and value.shape[dim] == sizes[1] and value.shape[dim - 1] in (1, sizes[0])
+    return dim if of_the_batch else None
 
 
 def _spans(padding: Any, tokens: Tensor) -> tuple[Span, ...]:
@@ -180,6 +191,8 @@ def _documents(whole: dict[str, Any], tokens: Tensor, *, restarts: bool) -> tupl
             )
         return (first,)
     positions = whole.get("position_ids")
+    if positions is not None and positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]  # the tokens', before those of time, height and width
     if positions is None or positions.ndim != 2 or not restarts:
         return ()
     return documents_of_positions(positions)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import Trainer
 
 from ringattn.errors import ArgumentError
-from ringattn.hf.handle import Handle, batch_of, patch
+from ringattn.hf.handle import Handle, patch
 from ringattn.hf.parallelism import RingParallelism
 
 # The mixin stands before a Trainer, whose methods it calls.
@@ -105,10 +105,10 @@ class RingMixin(_Base):
         share = self._share
         if share is None or loss is None:
             return loss, logits, labels
-        rows = batch_of(share).rows.layout.num_tokens(self.ring.team.rank)
+        sizes = share["labels"].shape
 
         def whole(x: Tensor) -> Tensor:
-            return self.ring.unshard(x, share) if x.ndim > 1 and x.shape[1] == rows else x
+            return self.ring.unshard(x, share) if x.shape[:2] == sizes else x  # not what is of images, say
 
         return self.ring.reduce(loss) / self.get_cp_size(), tree_map_only(Tensor, whole, logits), labels
 

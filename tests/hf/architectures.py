@@ -1,12 +1,8 @@
-"""The architectures that are tested: a tiny model of each, and what its layers ask for.
-
-`python -m tests.hf.architectures` writes the table in the manual.
-"""
+"""The architectures that are tested: a tiny model of each, and what its layers ask for. `images` has those that see."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,16 +195,3 @@ def architecture(model: str) -> Architecture:
         options = {"max_position_embeddings": 8, "rope_parameters": ROTARIES[model]}
         return Architecture("LlamaForCausalLM", "LlamaConfig", f"{model} rotary embeddings", options)
     return next(entry for entry in ARCHITECTURES if entry.model == model)
-
-
-PAGE = Path(__file__).parents[2] / "docs" / "hf_architectures.md"
-
-
-def table() -> str:
-    """Returns the table of architectures in the manual."""
-    rows = [f"| `{entry.model}` | {entry.asks_for} |" for entry in sorted(ARCHITECTURES, key=str)]
-    return "\n".join(["| model | its layers ask for |", "|---|---|", *rows, ""])
-
-
-if __name__ == "__main__":
-    PAGE.write_text(table(), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch.distributed as dist
 
@@ -9,9 +11,9 @@ from tests.harness.ranks import RankPool
 
 
 def _import(group: dist.ProcessGroup) -> None:
-    pass
+    import_module("tests.hf.programs")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported(pool: RankPool) -> None:
-    pool.run(_import, 4, timeout_s=600.0)
+    pool.run(_import, 2, timeout_s=600.0)  # the least time is allowed to tests of two ranks, which raise

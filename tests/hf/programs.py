@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,17 +86,32 @@ def one_process(
     model: PreTrainedModel, batch: dict[str, Tensor], documents: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits, loss and gradients of the whole batch; or of these documents, each by itself."""
+    logits, loss = forward(model, batch, documents)
+    torch.autograd.backward(loss)
+    return logits.detach(), loss.detach(), gradients(model)
+
+
+def forward(model: PreTrainedModel, batch: dict[str, Tensor], documents: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """The same without the gradients."""
     with exact_in(model.dtype):
         if documents:
             ids, positions = (torch.split(batch[name], list(documents), 1) for name in ("input_ids", "position_ids"))
             parts = [model(input_ids=i, position_ids=p).logits for i, p in zip(ids, positions, strict=True)]
             logits = torch.cat(parts, 1)
-            loss = model.loss_function(logits, batch["labels"], model.config.vocab_size)
-        else:
-            out = model(**batch, use_cache=False)  # with a cache, transformers does not see that a batch is packed
-            logits, loss = out.logits, out.loss
-    loss.backward()
-    return logits.detach(), loss.detach(), gradients(model)
+            return logits, model.loss_function(logits, batch["labels"], model.config.vocab_size)
+        out = model(**batch, use_cache=False)  # with a cache, transformers does not see that a batch is packed
+        return out.logits, out.loss
+
+
+@cache
+def reference(name: str, kind: Kind) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What one process makes of a kind of batch: computed once for all layouts, exchanges and numbers of ranks."""
+    return one_process(architecture(name).build(), kind.batch(), alone(name, kind))
+
+
+def alone(name: str, kind: Kind) -> tuple[int, ...]:
+    """The documents that one process must run each by itself."""
+    return () if architecture(name).packs else kind.documents
 
 
 def sharded(
@@ -117,18 +133,20 @@ def sharded(
 
 
 def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str, kind: Kind) -> None:
-    """The patched model's logits, loss and gradients are those of the unpatched one; and again when it is unpatched."""
-    entry = architecture(name)
-    model, batch = entry.build(), kind.batch()
-    alone = () if entry.packs else kind.documents
-    logits, loss, grads = one_process(model, batch, alone)
+    """The patched model's logits, loss and gradients are those of the unpatched one; and again when it is unpatched.
+
+    What the ranks have made together is compared on one of them.
+    """
+    model, batch = architecture(name).build(), kind.batch()
     with rhf.patch(model, group, layout=layout, exchange=exchange) as handle:
         ours = sharded(model, handle, told(kind, batch), group)
+    if group.rank():
+        return
+    logits, loss, grads = reference(name, kind)
     valid = batch["attention_mask"].bool() if kind.padding else torch.ones(kind.sizes, dtype=torch.bool)
     assert_close(ours[0][valid], logits[valid], atol=1e-10, name="logits")
     assert_close(ours[1], loss, atol=1e-10, name="loss")
     for parameter, grad in ours[2].items():
         expected = grads.get(parameter, torch.zeros_like(grad))
         assert_close(grad, expected, atol=1e-10, name=f"gradient of {parameter}")
-    again, _, _ = one_process(model, batch, alone)
-    assert torch.equal(again, logits)
+    assert torch.equal(forward(model, batch, alone(name, kind))[0], logits)

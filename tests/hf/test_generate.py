@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.harness.compare import assert_within_rule
 from tests.harness.ranks import RankPool
+from tests.hf.architectures import ROTARIES
 from tests.hf.generating import DECODERS, WAYS, alone, together
 
 ALL = list(WAYS)
@@ -62,10 +63,23 @@ def test_what_layers_ask_for(pool: RankPool, name: str) -> None:
     check(pool, 2, name, ["padded_conversation", "in_chunks"], 5, "zigzag")
 
 
+# Below `shard_from` new tokens every rank computes all of them: from 1 on never, from 1,000 on always, from 8 on both.
 @pytest.mark.long
-@pytest.mark.parametrize(("shard_from", "layout"), [(1, "striped"), (8, "contiguous"), (1000, "zigzag")])
+@pytest.mark.parametrize(
+    ("world_size", "shard_from", "layout"),
+    [
+        (1, 8, "contiguous"),
+        (2, 1, "striped"),
+        (2, 8, "contiguous"),
+        (3, 8, "zigzag"),
+        (3, 1000, "contiguous"),
+        (4, 1, "striped"),
+        (4, 1000, "zigzag"),
+    ],
+)
 @pytest.mark.parametrize("name", [*DECODERS, "dynamic"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_model(pool: RankPool, world_size: int, name: str, shard_from: int, layout: str) -> None:
     ways = [way for way in ALL if way != "assisted" or name == "LlamaForCausalLM"]
-    check(pool, world_size, name, ways, shard_from, layout)
+    # Each way by itself where, in one process too, a model remembers the longest sequence of those before.
+    for part in [[way] for way in ways] if name in ROTARIES else [ways]:
+        check(pool, world_size, name, part, shard_from, layout)

@@ -164,6 +164,11 @@ def pooler(group: dist.ProcessGroup) -> None:
     rhf.patch(made("BertModel", "BertConfig", intermediate_size=8), group)
 
 
+def pooled_at_the_end(group: dist.ProcessGroup) -> None:
+    with rhf.patch(made("CLIPTextModel", "CLIPTextConfig", intermediate_size=8), group) as handle:
+        handle.model(**handle.shard({"input_ids": PLAIN.batch()["input_ids"]}))
+
+
 REFUSALS: dict[Callable[[dist.ProcessGroup], None], tuple[str, str]] = {
     attention_dropout: ("LlamaAttention asks for attention dropout of 0.1", "set the config's attention dropout to 0"),
     attention_weights: ("LlamaForCausalLM asks for output_attentions", "ask for them from the unpatched model"),
@@ -192,6 +197,7 @@ REFUSALS: dict[Callable[[dist.ProcessGroup], None], tuple[str, str]] = {
     state_space: ("MambaForCausalLM", "run it unpatched"),
     linear_attention: ("layers of the kinds ['linear_attention']", "run it unpatched"),
     classification: ("makes one result of a whole sequence", "what handle.unshard returns"),
+    pooled_at_the_end: ("CLIPTextModel makes a pooler_output", "run it unpatched"),
     pooler: ("BertPooler takes the first row of a sequence", "add_pooling_layer=False"),
 }
 

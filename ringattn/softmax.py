@@ -11,6 +11,8 @@ Derived in docs/maths.md; Milakov and Gimelshein 2018, arXiv:1805.02867.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,33 @@ def empty_state(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
     out = torch.zeros(batch, rows, heads, v_dim, dtype=dtype, device=q.device)
     lse = torch.full((batch, heads, rows), -torch.inf, dtype=dtype, device=q.device)
     return out, lse
+
+
+class Attending(NamedTuple):
+    """Queries q (B, S, H, D), and the state (out, lse) of what they have attended to so far."""
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def to_nothing(cls, q: Tensor, v_dim: int, out: Tensor | None = None, lse: Tensor | None = None) -> Attending:
+        """Returns queries that have attended to nothing, as `empty_state`.
+
+        Args:
+            q: (B, S, H, D), any floating dtype.
+            v_dim: Dv, the values' head dim.
+            out: where the state is to be, (B, S, H, Dv) in the accumulation dtype; None is memory of its own.
+            lse: the same, (B, H, S).
+        """
+        if out is None or lse is None:
+            empty_out, empty_lse = empty_state(q, v_dim)
+        return cls(q, empty_out if out is None else out.zero_(), empty_lse if lse is None else lse.fill_(-torch.inf))
+
+    def of(self, heads: range) -> Attending:
+        """Returns some of the heads."""
+        run = slice(heads.start, heads.stop)
+        return Attending(self.q[:, :, run], self.out[:, :, run], self.lse[:, run])
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from ringattn.geometry.plan import Payload, Plan, Program, Visit
 from ringattn.geometry.sizes import Sizes
 from ringattn.geometry.spread import Spread
 from ringattn.kernels import BlockKernel, Spec
-from ringattn.softmax import add_sink_, empty_state
+from ringattn.softmax import Attending, add_sink_
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,8 @@ class Job:
         return forward, backward if any(self.wanted) else 0
 
 
-def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of this rank's queries over all keys and the sink, in the accumulation dtype."""
-    out, lse = empty_state(q, v.shape[3])
+def run_forward(job: Job, team: Team, parts: Sequence[Attending], k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+    """Lets this rank's queries, in the plan's parts, attend to all keys and the sink: updates their states."""
     program = job.plan.forward
     blocks = Blocks(program, team, job.plan.rank, [x.transpose(1, 2) for x in (k, v)])
     for step in program.steps:
@@ -71,20 +71,30 @@ def run_forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Ten
             keys, values = (x.transpose(1, 2) for x in blocks.carried(visit.piece))
             with record_function(f"ringattn: attend to block {visit.piece.block}"):
                 for run in job.head_runs:
-                    heads, kv = (slice(r.start, r.stop) for r in run)
-                    state = out[:, :, heads], lse[:, heads]
-                    kernel_inputs = q[:, :, heads], keys[:, :, kv], values[:, :, kv]
-                    job.kernel.forward(*kernel_inputs, visit.tiles, job.spec, *state)
+                    kv = slice(run.kv_heads.start, run.kv_heads.stop)
+                    q, out, lse = parts[visit.part].of(run.heads)
+                    job.kernel.forward(q, keys[:, :, kv], values[:, :, kv], visit.tiles, job.spec, out, lse)
         blocks.end(step)
     if sink is not None:
-        add_sink_(out, lse, sink)
-    return out, lse
+        for part in parts:
+            add_sink_(part.out, part.lse, sink)
 
 
-def run_backward(job: Job, team: Team, queries: Queries, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns this rank's dq, dk, dv in the accumulation dtype, every rank's share of them summed up."""
+def run_backward(
+    job: Job, team: Team, parts: Sequence[Queries], places: Sequence[Tensor | None], k: Tensor, v: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Returns the dq of each part, and dk, dv in the accumulation dtype, every rank's share of them summed up.
+
+    Args:
+        job: what to run.
+        team: the ranks of its plan.
+        parts: queries as in the forward; in one part if they travel.
+        places: where a part's dq is to be, or None; not looked at if queries travel.
+        k: keys.
+        v: values.
+    """
     program = job.backward
-    side = side_of(program.carried, queries, k, v)
+    side = side_of(program.carried, parts, places, k, v)
     blocks = Blocks(program, team, job.plan.rank, side.own(), side.sums())
     for step in program.steps:
         blocks.begin(step)
@@ -101,5 +111,6 @@ def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:
     """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
     came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
     for run in job.head_runs:
-        (q, dout, lse, delta), k, v = side.inputs(came, run)
-        job.kernel.backward(dout, q, k, v, lse, delta, visit.tiles, job.spec, *side.outputs(sums, run))
+        (q, dout, lse, delta), k, v = side.inputs(came, visit.part, run)
+        outputs = side.outputs(sums, visit.part, run)
+        job.kernel.backward(dout, q, k, v, lse, delta, visit.tiles, job.spec, *outputs)

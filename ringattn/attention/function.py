@@ -15,7 +15,7 @@ from ringattn.attention.sides import Queries
 from ringattn.attention.spreading import spread_backward, spread_forward
 from ringattn.comm.group import Team
 from ringattn.geometry.plan import Payload
-from ringattn.softmax import sink_gradient
+from ringattn.softmax import Attending, sink_gradient
 
 
 class Saved(NamedTuple):
@@ -37,7 +37,9 @@ def forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor 
     q, k, v = (_with_whole_rows(x) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         if job.spread is None:
-            out, lse = run_forward(job, team, q, k, v, sink)
+            queries = Attending.to_nothing(q, v.shape[3])
+            run_forward(job, team, [queries], k, v, sink)
+            _, out, lse = queries
         else:
             out, lse = spread_forward(job, job.spread, team, q, k, v, sink)
     return out.to(q.dtype), lse
@@ -74,7 +76,7 @@ def backward(
         if job.spread is not None and any(job.wanted):
             dq, dk, dv = spread_backward(job, job.spread, team, queries, k, v)
         elif any(job.wanted):
-            dq, dk, dv = run_backward(job, team, queries, k, v)
+            (dq,), dk, dv = run_backward(job, team, [queries], [None], k, v)
         dsink = sink_gradient(sink, lse, delta) if sink is not None and needed[3] else None
     return (
         _as_input(dq, q) if needed[0] and dq is not None else None,

@@ -21,6 +21,7 @@ from torch.fx.node import has_side_effect
 from ringattn.attention import function
 from ringattn.attention.choosing import settled
 from ringattn.attention.executor import Job
+from ringattn.attention.ordering import keep_order
 from ringattn.attention.request import Asked, Masks, Request, check_number, prepare, team_for
 from ringattn.comm.group import agreed, named, recalled, team_named
 from ringattn.errors import ArgumentError, ArgumentTypeError
@@ -171,6 +172,7 @@ def _(
     stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     _read(call)  # a mask that cannot be read again is refused before anything runs
+    keep_order(*_OPERATORS)
     # Slices, so that tensors of wrong shapes get as far as the checks that all ranks make together.
     out = q.new_empty((*q.shape[:3], *v.shape[3:]))
     lse = q.new_empty((*q.shape[:1], *q.shape[2:3], *q.shape[1:2]), dtype=accumulation_dtype(q.dtype))
@@ -240,6 +242,8 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 attention.register_autograd(_backward, setup_context=_setup_context)
 
+_OPERATORS = (torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default)
+
 # A rank that does not use its result must still do its part for the others.
-for _operator in (torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default):
+for _operator in _OPERATORS:
     has_side_effect(_operator)

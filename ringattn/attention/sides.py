@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,30 +38,36 @@ class Side(Protocol):
         """Returns what the sums of a block's gradients look like."""
         ...
 
-    def inputs(self, came: tuple[Tensor, ...], run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
         """Returns the queries, keys and values of a visit, given the tensors of its piece."""
         ...
 
-    def outputs(self, sums: tuple[Tensor, ...], run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
         """Returns where its dq, dk, dv are added, given the sums of its piece."""
         ...
 
-    def gradients(self, home: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk, dv, given the sums of this rank's block."""
+    def gradients(self, home: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Returns the dq of each part, dk, dv, given the sums of this rank's block."""
         ...
 
 
-def side_of(carried: Payload, queries: Queries, k: Tensor, v: Tensor) -> Side:
+def side_of(carried: Payload, parts: Sequence[Queries], places: Sequence[Tensor | None], k: Tensor, v: Tensor) -> Side:
     """Returns the way of a backward in which `carried` travels."""
-    return QueriesTravel(queries, k, v) if carried is Payload.Q else KeysTravel(queries, k, v)
+    if carried is Payload.KV:
+        return KeysTravel(parts, places, k, v)
+    (queries,) = parts
+    return QueriesTravel(queries, k, v)
 
 
 class KeysTravel:
-    """Keys and values come, and their gradients go along; queries and theirs stay."""
+    """Keys and values come, and their gradients go along; queries and theirs stay, in as many parts as there are."""
 
-    def __init__(self, queries: Queries, k: Tensor, v: Tensor) -> None:
-        self._queries, self._k, self._v = queries, k, v
-        self._dq = _zeros(queries.q, queries.lse.dtype)
+    def __init__(self, parts: Sequence[Queries], places: Sequence[Tensor | None], k: Tensor, v: Tensor) -> None:
+        self._parts, self._k, self._v = parts, k, v
+        self._dq = [
+            _zeros(queries.q, queries.lse.dtype) if place is None else place.zero_()
+            for queries, place in zip(parts, places, strict=True)
+        ]
 
     def own(self) -> list[Tensor]:
         """See Side."""
@@ -68,19 +75,19 @@ class KeysTravel:
 
     def sums(self) -> list[Field]:
         """See Side."""
-        return [Field(tuple(x.shape), self._dq.dtype) for x in self.own()]
+        return [Field(tuple(x.shape), self._dq[0].dtype) for x in self.own()]
 
-    def inputs(self, came: tuple[Tensor, ...], run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
         """See Side."""
         k, v = (_heads(_turned(x), run.kv_heads) for x in came)
-        return self._queries.of(run.heads), k, v
+        return self._parts[part].of(run.heads), k, v
 
-    def outputs(self, sums: tuple[Tensor, ...], run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
         """See Side."""
         dk, dv = (_heads(_turned(x), run.kv_heads) for x in sums)
-        return _heads(self._dq, run.heads), dk, dv
+        return _heads(self._dq[part], run.heads), dk, dv
 
-    def gradients(self, home: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, home: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
         """See Side."""
         dk, dv = map(_turned, home)
         return self._dq, dk, dv
@@ -102,21 +109,21 @@ class QueriesTravel:
         """See Side."""
         return [Field(tuple(_turned(self._queries.q).shape), self._dk.dtype)]
 
-    def inputs(self, came: tuple[Tensor, ...], run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
         """See Side."""
         q, dout, lse, delta = came
         queries = Queries(_turned(q), _turned(dout), lse, delta)
         return queries.of(run.heads), _heads(self._k, run.kv_heads), _heads(self._v, run.kv_heads)
 
-    def outputs(self, sums: tuple[Tensor, ...], run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
         """See Side."""
         (dq,) = sums
         return _heads(_turned(dq), run.heads), _heads(self._dk, run.kv_heads), _heads(self._dv, run.kv_heads)
 
-    def gradients(self, home: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, home: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
         """See Side."""
         (dq,) = home
-        return _turned(dq), self._dk, self._dv
+        return [_turned(dq)], self._dk, self._dv
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """Spreading heads: an all-to-all there, the plan for fewer heads of more rows, an all-to-all back; stage by stage.
 
 The next stage's heads are on their way while one is computed, and so are the results of the one before.
+
+Keys of all ranks are put together. Queries stay in parts as the plan has them: where a part is one rank's, the kernel
+reads them where they are, and its results arise where they leave from, or where they are to be.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from ringattn.comm.all_to_all import Trade
 from ringattn.comm.group import Team
 from ringattn.comm.packet import Field, Packet
 from ringattn.geometry.heads import Share
+from ringattn.geometry.plan import Payload
 from ringattn.geometry.spread import Spread, Union
-from ringattn.softmax import accumulation_dtype
+from ringattn.softmax import Attending, accumulation_dtype
 
 _ROWS = 2  # the dim of rows of tensors on their way
 
 
-class _Part(NamedTuple):
+class _Load(NamedTuple):
     """A tensor on its way, (B, H, rows, ...), with the rows and heads of queries or of keys.
 
     As a place for what comes back: that is copied into it, or added to it, being sent in its dtype.
@@ -44,17 +48,23 @@ def spread_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of this rank's queries, out in the dtype of q, lse in the accumulation dtype."""
     paths = _Paths(spread, team)
-    there = [_Part(q.transpose(1, 2), False), _Part(k.transpose(1, 2), True), _Part(v.transpose(1, 2), True)]
+    there = [_Load(_turned(q), False), _Load(_turned(k), True), _Load(_turned(v), True)]
+    wide = accumulation_dtype(q.dtype)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulation_dtype(q.dtype), device=q.device)
-    home = [_Part(out.transpose(1, 2), False), _Part(lse, False)]
-    for stage, came in paths.stages(there, home):
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
+    home = [_Load(_turned(out), False), _Load(lse, False)]
+    for stage, (q_here, (k_here,), (v_here,)) in paths.stages(there, home):
         share = spread.stages[stage][spread.place]
-        q_here, k_here, v_here = (x.transpose(1, 2) for x in came)
         sink_here = None if sink is None else sink[share.heads.start : share.heads.stop]
         inner = replace(job, head_runs=share.runs())
-        out_here, lse_here = run_forward(inner, paths.inner, q_here, k_here, v_here, sink_here)
-        paths.give(stage, [out_here.transpose(1, 2), lse_here])
+        queries = [
+            Attending.to_nothing(_turned(x), v.shape[3], out_place, lse_place)
+            for x, out_place, lse_place in zip(
+                q_here, map(_turned_place, paths.places(stage, 0, wide)), paths.places(stage, 1, wide), strict=True
+            )
+        ]
+        run_forward(inner, paths.inner, queries, _turned(k_here), _turned(v_here), sink_here)
+        paths.give(stage, [[_turned(part.out) for part in queries], [part.lse for part in queries]])
     return out, lse
 
 
@@ -64,22 +74,31 @@ def spread_backward(
     """Returns this rank's dq, dk, dv, None where they are not wanted."""
     paths = _Paths(spread, team)
     q, dout, lse, delta = queries
-    there = [_Part(x, False) for x in (q.transpose(1, 2), dout.transpose(1, 2), lse, delta)]
-    there += [_Part(x.transpose(1, 2), True) for x in (k, v)]
+    there = [_Load(x, False) for x in (_turned(q), _turned(dout), lse, delta)]
+    there += [_Load(_turned(x), True) for x in (k, v)]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if job.wanted[0] else None
     # Sums over ranks are made in the accumulation dtype, and rounded once.
     adds = spread.replicates
     dtype = lse.dtype if adds else k.dtype
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) if job.wanted[1] else None for x in (k, v))
-    home = [_Part(dq.transpose(1, 2), False)] if dq is not None else []
-    home += [_Part(x.transpose(1, 2), True, adds) for x in (dk, dv) if x is not None]
-    for stage, came in paths.stages(there, home):
-        q_here, dout_here, lse_here, delta_here, k_here, v_here = came
+    home = [_Load(_turned(dq), False)] if dq is not None else []
+    home += [_Load(_turned(x), True, adds) for x in (dk, dv) if x is not None]
+    stays = job.backward.carried is Payload.KV
+    rows = [part.total for part in spread.q_rows]
+    for stage, (*of_queries, (k_here,), (v_here,)) in paths.stages(there, home):
         inner = replace(job, head_runs=spread.stages[stage][spread.place].runs())
-        here = Queries(q_here.transpose(1, 2), dout_here.transpose(1, 2), lse_here, delta_here)
-        gradients = run_backward(inner, paths.inner, here, k_here.transpose(1, 2), v_here.transpose(1, 2))
-        wanted = [x for x, goes in zip(gradients, (job.wanted[0], job.wanted[1], job.wanted[1]), strict=True) if goes]
-        paths.give(stage, [x.transpose(1, 2) for x in wanted])
+        if not stays:
+            of_queries = [[_joined(parts)] for parts in of_queries]
+        places = paths.places(stage, 0, lse.dtype) if dq is not None and stays else [None] * len(of_queries[0])
+        parts = [Queries(_turned(q_), _turned(do_), *rest) for q_, do_, *rest in zip(*of_queries, strict=True)]
+        dq_here, dk_here, dv_here = run_backward(
+            inner, paths.inner, parts, [_turned_place(x) for x in places], _turned(k_here), _turned(v_here)
+        )
+        results = [[_turned(x) for x in dq_here]] if dq is not None else []
+        if not stays:
+            results = [list(torch.split(x, rows, _ROWS)) for (x,) in results]
+        results += [[_turned(x)] for x in (dk_here, dv_here) if job.wanted[1]]
+        paths.give(stage, results)
     return dq, dk, dv
 
 
@@ -89,41 +108,57 @@ class _Paths:
     def __init__(self, spread: Spread, team: Team) -> None:
         self._spread, self._axis = spread, team.axes[-1]
         self.inner = Team(team.axes[:-1])
-        self._home: Sequence[_Part] = ()
+        self._home: Sequence[_Load] = ()
+        self._leaving: list[Packet | None] = []
+        self._placed: set[int] = set()
         self._returning: tuple[int, Trade] | None = None
 
-    def stages(self, there: Sequence[_Part], home: Sequence[_Part]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yields each stage and its tensors, (B, share's heads, rows of all ranks, ...); `home` takes what is given."""
+    def stages(self, there: Sequence[_Load], home: Sequence[_Load]) -> Iterator[tuple[int, list[list[Tensor]]]]:
+        """Yields each stage and its tensors, (B, share's heads, rows, ...), each in parts; `home` takes what is given.
+
+        Those of queries are in the parts of the plan, those of keys in one.
+        """
         self._home = home
         coming = self._send(0, there)
         for stage in range(len(self._spread.stages)):
             came = self._unite(stage, there, coming.wait())
             if stage + 1 < len(self._spread.stages):
                 coming = self._send(stage + 1, there)
+            self._leaving, self._placed = [], set()
             yield stage, came
             del came
         self._collect()
 
-    def give(self, stage: int, results: Sequence[Tensor]) -> None:
-        """Sends the stage's results, in the order of `home`, to the ranks whose rows they are."""
+    def places(self, stage: int, index: int, dtype: torch.dtype) -> list[Tensor | None]:
+        """Returns where the results for `home[index]` are to arise, one for each part; None where they are copied.
+
+        Whoever asks makes them there.
+        """
+        load = self._home[index]
+        if load.x.dtype is not dtype or not all(part.in_place for part in self._unions(load)):
+            return [None] * len(self._unions(load))
+        self._placed.add(index)
+        return list(self._targets(stage, index))
+
+    def give(self, stage: int, results: Sequence[Sequence[Tensor]]) -> None:
+        """Sends the stage's results, in parts, in the order of `home`, to the ranks whose rows they are."""
         self._collect()
         shares, place = self._spread.stages[stage], self._spread.place
-        parts: list[Packet | None] = []
-        for peer in range(len(shares)):
-            if peer == place:
-                parts.append(None)
-                continue
-            packet = Packet.empty(self._fields(self._home, shares[place], peer), results[0].device)
-            for result, part, into in zip(results, self._home, packet.tensors, strict=True):
-                for rows, held in self._rows(part).places[peer]:
-                    into[:, :, rows].copy_(result[:, :, held])
-            parts.append(packet)
+        self._copy_out(stage, results, [peer for peer in range(len(shares)) if peer != place])
         came = [self._fields(self._home, share, place) for share in shares]
-        trade = Trade(self._axis, parts, came)
-        for result, part in zip(results, self._home, strict=True):
-            for rows, held in self._rows(part).places[place]:
-                _put(part, shares[place], result[:, :, held], rows)
-        self._returning = stage, trade
+        trade = Trade(self._axis, self._outgoing(stage), came)
+        self._copy_out(stage, results, [place])
+        self._returning, self._leaving = (stage, trade), []
+
+    def _copy_out(self, stage: int, results: Sequence[Sequence[Tensor]], peers: Sequence[int]) -> None:
+        """Puts results where they leave from, or belong, unless they have arisen there."""
+        for index, (load, parts) in enumerate(zip(self._home, results, strict=True)):
+            targets = self._targets(stage, index)
+            chosen = [member for member in self._members(load) if member[1] in peers and index not in self._placed]
+            for part, peer, places in chosen:
+                adds = load.adds and peer == self._spread.place
+                for rows, held in places:
+                    _put(targets[peer][:, :, rows], parts[part][:, :, held], adds)
 
     def _collect(self) -> None:
         """Puts what was returned last into its place, in the order of ranks."""
@@ -132,53 +167,96 @@ class _Paths:
         stage, trade = self._returning
         self._returning = None
         for peer, packet in trade.wait().items():
-            for part, x in zip(self._home, packet.tensors, strict=True):
-                _put(part, self._spread.stages[stage][peer], x, slice(None))
+            for load, x in zip(self._home, packet.tensors, strict=True):
+                _put(load.x[:, load.heads(self._spread.stages[stage][peer])], x, load.adds)
 
-    def _send(self, stage: int, there: Sequence[_Part]) -> Trade:
+    def _targets(self, stage: int, index: int) -> list[Tensor]:
+        """Each rank's rows of this rank's heads: where they leave from; of this rank, where they are to be."""
+        load, share = self._home[index], self._spread.stages[stage][self._spread.place]
+        own = load.x[:, load.heads(share)]
+        return [own if packet is None else packet.tensors[index] for packet in self._outgoing(stage)]
+
+    def _outgoing(self, stage: int) -> list[Packet | None]:
+        """The packets in which the stage's results leave."""
+        if not self._leaving:
+            shares, place, device = self._spread.stages[stage], self._spread.place, self._home[0].x.device
+            self._leaving = [
+                None if peer == place else Packet.empty(self._fields(self._home, shares[place], peer), device)
+                for peer in range(len(shares))
+            ]
+        return self._leaving
+
+    def _send(self, stage: int, there: Sequence[_Load]) -> Trade:
         shares, place = self._spread.stages[stage], self._spread.place
-        parts: list[Packet | None] = []
+        packets: list[Packet | None] = []
         for peer, share in enumerate(shares):
             if peer == place:
-                parts.append(None)
+                packets.append(None)
                 continue
             packet = Packet.empty(self._fields(there, share, place), there[0].x.device)
-            for part, into in zip(there, packet.tensors, strict=True):
-                into.copy_(part.x[:, part.heads(share)])
-            parts.append(packet)
-        return Trade(self._axis, parts, [self._fields(there, shares[place], peer) for peer in range(len(shares))])
+            for load, into in zip(there, packet.tensors, strict=True):
+                into.copy_(load.x[:, load.heads(share)])
+            packets.append(packet)
+        return Trade(self._axis, packets, [self._fields(there, shares[place], peer) for peer in range(len(shares))])
 
-    def _unite(self, stage: int, there: Sequence[_Part], came: dict[int, Packet]) -> list[Tensor]:
-        """Puts everybody's rows of this rank's heads together."""
-        place = self._spread.place
-        share = self._spread.stages[stage][place]
+    def _unite(self, stage: int, there: Sequence[_Load], came: dict[int, Packet]) -> list[list[Tensor]]:
+        """Puts everybody's rows of this rank's heads together, part by part."""
+        share = self._spread.stages[stage][self._spread.place]
         found = []
-        for index, part in enumerate(there):
-            own, union = part.x[:, part.heads(share)], self._rows(part)
-            whole = own.new_empty((*own.shape[:_ROWS], union.total, *own.shape[_ROWS + 1 :]))
-            for peer, places in enumerate(union.places):
-                x = own if peer == place else came[peer].tensors[index]
+        for index, load in enumerate(there):
+            own = load.x[:, load.heads(share)]
+            parts = []
+            for part in self._unions(load):
+                shape = (*own.shape[:_ROWS], part.total, *own.shape[_ROWS + 1 :])
+                parts.append(None if part.in_place else own.new_empty(shape))
+            for number, peer, places in self._members(load):
+                x = own if peer == self._spread.place else came[peer].tensors[index]
+                whole = parts[number]
+                if whole is None:
+                    parts[number] = x
+                    continue
                 for rows, held in places:
                     whole[:, :, held] = x[:, :, rows]
-            found.append(whole)
+            found.append([x for x in parts if x is not None])
         return found
 
-    def _rows(self, part: _Part) -> Union:
-        return self._spread.kv_rows if part.of_keys else self._spread.q_rows
+    def _unions(self, load: _Load) -> tuple[Union, ...]:
+        return (self._spread.kv_rows,) if load.of_keys else self._spread.q_rows
 
-    def _fields(self, parts: Sequence[_Part], share: Share, rows_of: int) -> list[Field]:
+    def _members(self, load: _Load) -> Iterator[tuple[int, int, tuple[tuple[slice, slice], ...]]]:
+        """Yields each rank's part, its place on the axis, and where its rows are in the part."""
+        peer = 0
+        for number, part in enumerate(self._unions(load)):
+            for places in part.places:
+                yield number, peer, places
+                peer += 1
+
+    def _fields(self, loads: Sequence[_Load], share: Share, rows_of: int) -> list[Field]:
         """What goes between two ranks: heads of `share`, rows of the rank at place `rows_of`."""
         fields = []
-        for part in parts:
-            heads, rows = part.heads(share), self._rows(part).num_rows[rows_of]
-            shape = (part.x.shape[0], heads.stop - heads.start, rows, *part.x.shape[_ROWS + 1 :])
-            fields.append(Field(shape, part.x.dtype))
+        for load in loads:
+            heads = load.heads(share)
+            rows = [rows for part in self._unions(load) for rows in part.num_rows][rows_of]
+            shape = (load.x.shape[0], heads.stop - heads.start, rows, *load.x.shape[_ROWS + 1 :])
+            fields.append(Field(shape, load.x.dtype))
         return fields
 
 
-def _put(part: _Part, share: Share, x: Tensor, rows: slice) -> None:
-    target = part.x[:, part.heads(share), rows]
-    if part.adds:
+def _put(target: Tensor, x: Tensor, adds: bool) -> None:
+    if adds:
         target += x
     else:
         target.copy_(x)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """(B, rows, H, D) as (B, H, rows, D), or back."""
+    return x.transpose(1, 2)
+
+
+def _turned_place(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _turned(x)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), _ROWS)

@@ -29,7 +29,7 @@ from ringattn.geometry.rows import Rows, count
 from ringattn.geometry.sizes import Payload, Sizes
 from ringattn.geometry.travel import Travel
 from ringattn.kernels import BlockKernel, Spec, select
-from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_
+from ringattn.softmax import Attending, accumulation_dtype, add_sink_, empty_state, merge_
 
 
 @torch.no_grad()
@@ -95,7 +95,9 @@ def prefill_attention(
         plan = build_plan(Gather(team.size), (mask,), layout, kv_layout, team.rank)
         heads = whole(q.shape[2], keys.shape[2]).runs()
         job = Job(plan, None, kernel, spec, heads, False, (False, False))
-        out, _ = run_forward(job, team, q, keys, values, sink)
+        queries = Attending.to_nothing(q, values.shape[3])
+        run_forward(job, team, [queries], keys, values, sink)
+        out = queries.out
     return out.to(q.dtype)
 
 

@@ -16,9 +16,12 @@ messages can be confused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import accumulate, pairwise
 
+from ringattn.geometry.masks import Q_START
 from ringattn.geometry.sizes import Payload, Sizes
 from ringattn.geometry.tiles import Tiles
 
@@ -54,10 +57,11 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Visit:
-    """Tiles to compute; the rows on the travelling side are numbered in the piece."""
+    """Tiles to compute; the rows on the travelling side are numbered in the piece, the others in a part of theirs."""
 
     piece: Piece
     tiles: Tiles
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,21 @@ class Program:
         )
         return replace(self, steps=steps)
 
+    def in_parts(self, num_rows: Sequence[int]) -> Program:
+        """Returns the program for queries that lie in parts of so many rows; if they travel, it stays as it is."""
+        if self.carried is Payload.Q:
+            return self
+        ends = [0, *accumulate(num_rows)]
+        parts = [(number, range(*ends)) for number, ends in enumerate(pairwise(ends))]
+
+        def cut(visits: tuple[Visit, ...]) -> Iterator[Visit]:
+            for visit in visits:
+                for number, rows in parts:
+                    if tiles := visit.tiles.within((rows,), Q_START):
+                        yield replace(visit, tiles=tiles, part=number)
+
+        return replace(self, steps=tuple(replace(step, visits=tuple(cut(step.visits))) for step in self.steps))
+
     def describe(self, name: str) -> str:
         """Returns a table of the steps for people to read."""
         lines = []
@@ -158,6 +177,10 @@ class Plan:
     forward: Program
     backward: Program
     work: tuple[int, ...] = field(repr=False)  # (query, key) pairs of every rank, over the batch rows' masks
+
+    def in_parts(self, num_rows: Sequence[int]) -> Plan:
+        """Returns the plan for queries that lie in parts of so many rows, unless they travel."""
+        return replace(self, forward=self.forward.in_parts(num_rows), backward=self.backward.in_parts(num_rows))
 
     @property
     def imbalance(self) -> float:

@@ -3,7 +3,8 @@
 After the exchange a rank holds its share of the heads for the rows of all ranks of the axis. Those rows are put into
 ascending order, so that the layout which they make together has as few ranges as may be: all of a sequence's rows
 are one range again, however they were laid out. Whatever is done next, a ring or nothing, is planned on
-that layout.
+that layout. Queries may also stay in several parts, one after the other in the layout: those of a rank alone need not
+be copied.
 
 Source: Jacobs et al. 2023, arXiv:2309.14509; with a ring Fang and Zhao 2024, arXiv:2405.07719.
 """
@@ -35,6 +36,12 @@ class Union:
         """How many rows there are."""
         return sum(self.num_rows)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether these are the rows of one rank, in its own order."""
+        alone = len(self.places) == 1
+        return alone and all(held.step == 1 and held.start == rows.start for rows, held in self.places[0])
+
 
 @lru_cache(maxsize=64)
 def united(layout: Layout, num_groups: int) -> tuple[Layout, tuple[Union, ...]]:
@@ -52,6 +59,24 @@ def united(layout: Layout, num_groups: int) -> tuple[Layout, tuple[Union, ...]]:
         ranges.append(held)
         unions.append(union)
     return Layout(layout.seq_len, tuple(ranges), f"{layout} in {num_groups} groups"), tuple(unions)
+
+
+@lru_cache(maxsize=64)
+def united_in_parts(layout: Layout, num_groups: int, num_parts: int) -> tuple[Layout, tuple[tuple[Union, ...], ...]]:
+    """Returns the same of groups whose rows stay in parts: those of the first ranks, then those of the next.
+
+    Args:
+        layout: of num_groups x W ranks.
+        num_groups: of consecutive ranks.
+        num_parts: of each group; a divisor of W.
+    Returns:
+        the layout of the groups, and the parts of each, in the order of its rows.
+    """
+    parts, unions = united(layout, num_groups * num_parts)
+    groups = [slice(first, first + num_parts) for first in range(0, num_groups * num_parts, num_parts)]
+    ranges = tuple(tuple(run for part in parts.rank_ranges[group] for run in part) for group in groups)
+    held = Layout(layout.seq_len, ranges, f"{layout} in {num_groups} groups of {num_parts} parts")
+    return held, tuple(unions[group] for group in groups)
 
 
 def _unite(members: list[tuple[range, ...]]) -> tuple[tuple[range, ...], Union]:
@@ -105,12 +130,13 @@ class Spread:
     Args:
         place: this rank's, on the axis.
         stages: which heads each rank computes in each stage, [stage][rank].
-        q_rows, kv_rows: the rows of all ranks of the axis.
+        q_rows: the rows of all ranks of the axis, in parts.
+        kv_rows: those of keys.
     """
 
     place: int
     stages: tuple[tuple[Share, ...], ...]
-    q_rows: Union
+    q_rows: tuple[Union, ...]
     kv_rows: Union
 
     @property
@@ -128,14 +154,15 @@ class Spread:
         b, item, wide = sizes.batch, sizes.itemsize, sizes.sum_itemsize
         both = sizes.head_dim + sizes.v_head_dim
         kv_item = wide if self.replicates else item
-        q_own, kv_own = self.q_rows.num_rows[self.place], self.kv_rows.num_rows[self.place]
+        q_rows = [rows for part in self.q_rows for rows in part.num_rows]
+        q_own, kv_own = q_rows[self.place], self.kv_rows.num_rows[self.place]
         forward = backward = 0
         for stage in self.stages:
             mine = stage[self.place]
             for peer, theirs in enumerate(stage):
                 if peer == self.place:
                     continue
-                q_there = b * self.q_rows.num_rows[peer] * len(mine.heads)
+                q_there = b * q_rows[peer] * len(mine.heads)
                 kv_there = b * self.kv_rows.num_rows[peer] * len(mine.kv_heads)
                 q_out, kv_out = b * q_own * len(theirs.heads), b * kv_own * len(theirs.kv_heads)
                 forward += q_out * sizes.head_dim * item + kv_out * both * item

@@ -22,6 +22,9 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
+from ringattn.attention import function
+from ringattn.attention.executor import Job
+from ringattn.comm.group import Team
 from ringattn.geometry.layout import layout_of
 from ringattn.geometry.masks import mask_of
 from tests.attention.problem import FLAT_WAYS, MESH_WAYS, RING, Problem, Way, mesh_of, share_of
@@ -139,6 +142,33 @@ def plain(group: dist.ProcessGroup, backend: str) -> None:
 
 def test_inductor(pool: RankPool) -> None:
     pool.run(plain, 2, "inductor")
+
+
+def branches(group: dist.ProcessGroup) -> None:
+    """Two calls of which neither needs the other, the second freeing more memory than the first: called in order."""
+    sizes = []
+    forward = function.forward
+
+    def noted(job: Job, team: Team, q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(q.shape[1])
+        return forward(job, team, q, *others)
+
+    def both(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        wide = y @ up
+        first = ringattn.ring_attention(x, x, x, group)
+        return first, ringattn.ring_attention(wide, wide, wide, group) @ down
+
+    shapes = (1, 512, 2, 16), (1, 64, 2, 4), (4, 16), (16, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, "forward", noted)
+        patch.setattr(torch.compiler.config, "force_disable_caches", True)
+        with torch.no_grad(), graphs(1):
+            compiled(both, "inductor")(*(torch.randn(shape) for shape in shapes))
+    assert sizes == [512, 64]
+
+
+def test_calls_in_parallel_branches_keep_their_order(pool: RankPool) -> None:
+    pool.run(branches, 1)
 
 
 @pytest.mark.long

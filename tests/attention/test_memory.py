@@ -58,10 +58,11 @@ def test_stages_bound_what_a_gather_holds(pool: RankPool) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_stages_bound_what_spreading_heads_holds(pool: RankPool, backward: bool) -> None:
-    """q, k, v and out of all ranks' rows, in several copies: less with every stage.
+    """q, k, v and out, k and v of both ranks' rows put together: less with every stage.
 
     Of two stages, both are there at a time: one is computed, the other on its way.
     """
     peaks = [max(pool.run(peak_of, 2, "ulysses", stages, backward)) for stages in (1, 2, 4)]
-    assert peaks[1] <= peaks[0] - 0.2 * BLOCK
-    assert peaks[2] <= peaks[0] - 2 * BLOCK
+    most = (13.2, 10.7, 8.4) if backward else (5.6, 5.1, 3.8)
+    for found, blocks in zip(peaks, most, strict=True):
+        assert found <= blocks * BLOCK

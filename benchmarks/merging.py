@@ -15,22 +15,14 @@ from torch import Tensor
 from benchmarks.measure import progress
 from benchmarks.session import Session
 from ringattn.cache.agreement import agreement_on
-from ringattn.cache.decode import meeting_by_heads, meeting_for_all
-from ringattn.comm.collectives import Meeting
-from ringattn.comm.group import team_of
-from ringattn.comm.packet import Field
+from ringattn.cache.decode import fields_of, meeting_by_heads, meeting_for_all
+from ringattn.comm.collectives import Meeting, room_for
 from ringattn.kernels import Call, Spec
 from ringattn.kernels.paged import select_paged
 
 GATHER, BY_HEADS = "packed all-gather", "packed all-to-all"
 TREE, TREE_TOGETHER = "three all-reduces", "three all-reduces, two at once"
 IN_A_ROW = 10
-
-
-def fields_of(heads: int, head_dim: int) -> list[Field]:
-    """An output and a log-sum-exp for each head of one token, and a mark, as decode_attention sends them."""
-    out = Field((1, 1, heads, head_dim), torch.float32)
-    return [out, Field((1, heads, 1), torch.float32), Field((2,), torch.int32)]
 
 
 class Tree:
@@ -77,20 +69,24 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     out = torch.randn(1, 1, heads, head_dim, generator=generator).to(here.device)
     lse = torch.randn(1, heads, 1, generator=generator).to(here.device)
     agreement = agreement_on(here.device)
-    team = team_of(None)
-    meetings = [made(fields_of(heads, head_dim), team, here.device) for made in (meeting_for_all, meeting_by_heads)]
+    group = dist.group.WORLD
+    assert group is not None
+    fields = fields_of(torch.Size((1, 1, heads)), head_dim, torch.float32)
+    meetings = [
+        made(fields, room_for(fields, group), group, here.device) for made in (meeting_for_all, meeting_by_heads)
+    ]
     dims = (heads, heads, head_dim, head_dim)
     kernel = select_paged(None, Call(here.device.type, torch.float32, *dims, False, Spec(1.0, None)))
 
     for meeting in meetings:
-        for place, x in zip(meeting.local, (out, lse), strict=False):
+        for place, x in zip(meeting.local[1:], (out, lse), strict=True):
             place.copy_(x)  # where a kernel puts them
 
     def ours(meeting: Meeting) -> Tensor:
-        agreement.tell(meeting.local[2], 0, 0)
+        agreement.tell(meeting.local[0].view(torch.int32), 0, 0)
         meeting.hold()
-        outs, lses, marks = meeting.parts
-        agreement.compare(marks)
+        marks, outs, lses = meeting.parts
+        agreement.compare(marks.view(torch.int32))
         return kernel.merge(outs, lses, meeting.first, None)
 
     gather, by_heads = (partial(ours, meeting) for meeting in meetings)

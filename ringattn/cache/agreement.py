@@ -10,9 +10,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ringattn.comm.packet import Field
 from ringattn.errors import DisagreementError
 
-MARK = 2  # int32 numbers of a mark
+_NUMBERS = 2  # int32 numbers of a mark
+
+
+def mark_field(dtype: torch.dtype) -> Field:
+    """Returns the 8 bytes of a mark, to be viewed as int32, in the dtype of what they travel with: to be put first.
+
+    There they are found whatever a rank that disagrees has sent, and however much of it.
+    """
+    return Field((4 * _NUMBERS // dtype.itemsize,), dtype)
 
 
 class Agreement(Protocol):
@@ -48,7 +57,7 @@ class Immediate:
         """See Agreement.compare."""
         first, *others = marks.tolist()
         if any(other != first for other in others):
-            raise _disagreement([len({mark[i] for mark in (first, *others)}) > 1 for i in range(MARK)])
+            raise _disagreement([len({mark[i] for mark in (first, *others)}) > 1 for i in range(_NUMBERS)])
 
     def settle(self) -> None:
         """See Agreement.settle: there is nothing."""
@@ -62,7 +71,7 @@ class Deferred:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._differ = torch.zeros(MARK, dtype=torch.int32, device=device)
+        self._differ = torch.zeros(_NUMBERS, dtype=torch.int32, device=device)
         self._used = False
 
     def tell(self, mark: Tensor, before: int, now: int) -> None:
@@ -95,6 +104,6 @@ def _disagreement(differ: list[bool]) -> DisagreementError:
     before, now = differ
     told = [
         *(["what they have asked of the cache so far (new, extend, fork, truncate, evict, free, note)"] * before),
-        *(["what they ask now: the layer, sequences, mask, scale or softcap"] * now),
+        *(["what they ask now: the operation, layer, sequences, new tokens, heads, mask, scale or softcap"] * now),
     ]
     return DisagreementError(f"the ranks of the group disagree on {', and on '.join(told)}")

@@ -7,19 +7,19 @@ is exchanged, and merged in the order of ranks. So what all ranks have computed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.cache.agreement import MARK, Agreement
+from ringattn.cache.agreement import Agreement, mark_field
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
 from ringattn.cache.request import CacheCall, Options, hashed, prepared
-from ringattn.comm.collectives import Meeting, dealing, gathering
-from ringattn.comm.group import Team
+from ringattn.comm.collectives import Meeting, dealing, gathering, room_for
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
@@ -72,7 +72,8 @@ def decode_attention(
             with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
             otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
             is raised by what next builds on the cache's state (`extend`, `truncate`, `free`, `prefill_attention`,
-            `save_cache`, ...), before it changes anything, and results since are void.
+            `save_cache`, ...), before it changes anything, and results since are void; ranks whose queries differ in
+            number are found by NCCL's timeout only.
     Communication: one all-gather (on CPUs made of one message from each rank to each other, all at once); each rank
         sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
         On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
@@ -82,7 +83,7 @@ def decode_attention(
     options = Options("decode_attention", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
     kernel, spec = _prepared(call)
-    meeting = cache.meeting(_key(q, options), lambda: meeting_for_all(_fields(q, cache), cache.team, q.device))
+    meeting = _meeting(call, meeting_for_all)
     _attend(call, kernel, spec, meeting)
     return _merged(meeting, cache.agreement, kernel, sink).to(q.dtype)
 
@@ -113,29 +114,30 @@ def decode_attention_by_heads(
     options = Options("decode_attention_by_heads", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
     kernel, spec = _prepared(call)
-    meeting = cache.meeting(_key(q, options), lambda: meeting_by_heads(_fields(q, cache), cache.team, q.device))
+    meeting = _meeting(call, meeting_by_heads)
     _attend(call, kernel, spec, meeting)
     own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
     return _merged(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
 
-def meeting_for_all(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
+def meeting_for_all(fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device) -> Meeting:
     """Returns where partial results of all heads are merged on every rank.
 
     Args:
-        fields: an output (B, T, H, Dv), its log-sum-exp (B, H, T), and a mark.
-        team: ranks of one group.
+        fields: from `fields_of`.
+        room: from `room_for`.
+        group: of the ranks.
         device: of the tensors.
     """
-    return gathering(fields, team.axes[0].group, device)
+    return gathering(fields, room, group, device)
 
 
-def meeting_by_heads(fields: Sequence[Field], team: Team, device: torch.device) -> Meeting:
+def meeting_by_heads(fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device) -> Meeting:
     """Returns where partial results are merged for each rank's heads; see `meeting_for_all`."""
     local = Packet.empty(fields, device).tensors
-    out, lse, mark = local
-    parts = [_heads_of(rank, out.shape[2], team.size) for rank in range(team.size)]
-    return dealing(local, [(out[:, :, part], lse[:, part], mark) for part in parts], team.axes[0].group, device)
+    mark, out, lse = local
+    parts = [_heads_of(rank, out.shape[2], group.size()) for rank in range(group.size())]
+    return dealing(local, [(mark, out[:, :, part], lse[:, part]) for part in parts], room, group, device)
 
 
 def _heads_of(rank: int, heads: int, size: int) -> slice:
@@ -143,46 +145,55 @@ def _heads_of(rank: int, heads: int, size: int) -> slice:
     return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
 
 
-def _key(q: Tensor, options: Options) -> Hashable:
-    """What decides how a meeting's tensors look, in a given cache."""
-    return options.operation, q.shape, q.device
+@lru_cache(maxsize=64)
+def fields_of(rows: torch.Size, v_head_dim: int, dtype: torch.dtype) -> tuple[Field, Field, Field]:
+    """What a rank tells another: a mark of what was asked for, an output and a log-sum-exp for each row.
+
+    Args:
+        rows: (B, T, H).
+        v_head_dim: of the output.
+        dtype: of both.
+    """
+    batch, tokens, heads = rows
+    return mark_field(dtype), Field((batch, tokens, heads, v_head_dim), dtype), Field((batch, heads, tokens), dtype)
 
 
-def _fields(q: Tensor, cache: DistributedKVCache) -> list[Field]:
-    """What a rank tells another: an output and a log-sum-exp for each row, and a mark of what was asked for."""
-    batch, tokens, heads = q.shape[:3]
-    dtype = accumulation_dtype(q.dtype)
-    return [
-        Field((batch, tokens, heads, cache.form.v_head_dim), dtype),
-        Field((batch, heads, tokens), dtype),
-        Field((MARK,), torch.int32),
-    ]
+def _meeting(call: CacheCall, make: Callable[..., Meeting]) -> Meeting:
+    """Returns the meeting of a call: in steps that are alike, the same for all layers."""
+    q, cache, group = call.q, call.cache, call.cache.team.axes[0].group
+    fields = fields_of(q.shape[:3], cache.form.v_head_dim, accumulation_dtype(q.dtype))
+    room = room_for(fields, group)
+    key = call.options.operation, q.shape, q.device, room
+    return cache.meeting(key, lambda: make(fields, room, group, q.device))
 
 
 def _merged(meeting: Meeting, agreement: Agreement, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
     """Merges what all ranks have found, if they were asked for the same."""
     meeting.hold()
-    outs, lses, marks = meeting.parts
-    agreement.compare(marks)
+    marks, outs, lses = meeting.parts
+    agreement.compare(marks.view(torch.int32))
     return kernel.merge(outs, lses, meeting.first, sink)
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _mark(layer: int, sequences: tuple[int, ...], mask: str | None, scale: float | None, softcap: float | None) -> int:
+def _mark(
+    layer: int, sequences: tuple[int, ...], rows: torch.Size, mask: str | None, options: tuple[object, ...]
+) -> int:
     """Returns 32 bits that tell apart calls: the same for a layer in every step."""
-    asked = repr((layer, sequences, mask, scale, softcap)).encode()
+    asked = repr((layer, sequences, tuple(rows), mask, options)).encode()
     return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
 def _attend(call: CacheCall, kernel: PagedKernel, spec: Spec, meeting: Meeting) -> None:
     """Attends to what this rank holds, and writes down what it was asked for: before and now."""
     q, cache, extension, options = call.q, call.cache, call.extension, call.options
-    out, lse, mark = meeting.local
+    mark, out, lse = meeting.local
     out.zero_()
     lse.fill_(-torch.inf)
     digest = None if options.mask is None else options.mask.digest
-    now = _mark(call.layer, extension.sequences, digest, options.scale, options.softcap)
-    cache.agreement.tell(mark, cache.pages.short_digest, now)
+    rest = (options.operation, options.scale, options.softcap)
+    now = _mark(call.layer, extension.sequences, q.shape[:3], digest, rest)
+    cache.agreement.tell(mark.view(torch.int32), cache.pages.short_digest, now)
     tables = cache.page_tables(extension)
     sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():

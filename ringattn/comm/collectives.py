@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from ringattn.comm.packet import Field, Packet, size_of, stacked
 
 # What tells these messages from those of exchanges, and of the caller.
 _TAG = 0x6D656574
+# Bytes of the largest packet that ranks of a group have met with. All make the same calls, so all have the same.
+_ROOM: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,36 +44,52 @@ class Meeting:
     hold: Callable[[], None]
 
 
-def gathering(fields: Sequence[Field], group: dist.ProcessGroup, device: torch.device) -> Meeting:
+def room_for(fields: Sequence[Field], group: dist.ProcessGroup) -> int:
+    """Returns how many bytes a message of these fields may have: as many as the largest of the group so far.
+
+    A rank that went another way sends another of the messages that there have been. There is room for all of them, for
+    gloo ends the process of a rank that gets more than it has asked for; that it is another one is told by what comes
+    first in each.
+    """
+    room = _ROOM[group] = max(size_of(fields), _ROOM.get(group, 0))
+    return room
+
+
+def gathering(fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device) -> Meeting:
     """Returns a meeting in which every rank has the same for all others.
 
     Args:
         fields: of what each rank has.
+        room: as `room_for` has it.
         group: of the ranks.
         device: of the tensors.
     Communication: one collective each time, in which each rank sends its packet to each other.
     """
     size, rank, count = group.size(), group.rank(), size_of(fields)
-    buffer = torch.empty(size * count, dtype=torch.uint8, device=device)
-    parts = stacked(buffer, fields)
     if device.type != "cpu" and size > 1:
-        mine = buffer[rank * count : (rank + 1) * count]
-        local = tuple(x[rank] for x in parts)
-        return Meeting(local, parts, 0, lambda: dist.all_gather_into_tensor(buffer, mine, group=group))
-    mine, coming = buffer[:count], buffer[count:]
-    counts = _but(rank, [count] * size)
-    trade = _swapping(torch.split(coming, counts), [mine] * size, group)
+        gathered = torch.empty(size, count, dtype=torch.uint8, device=device)
+        parts = stacked(gathered, fields)
+        gather = partial(dist.all_gather_into_tensor, gathered.view(-1), gathered[rank], group=group)
+        return Meeting(tuple(x[rank] for x in parts), parts, 0, gather)
+    buffer = _rows(size, room)
+    parts = stacked(buffer, fields)
+    trade = _swapping(buffer, [buffer[0, :count]] * size, group)
     return Meeting(tuple(x[0] for x in parts), parts, rank, trade)
 
 
 def dealing(
-    local: tuple[Tensor, ...], shares: Sequence[Sequence[Tensor]], group: dist.ProcessGroup, device: torch.device
+    local: tuple[Tensor, ...],
+    shares: Sequence[Sequence[Tensor]],
+    room: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
 ) -> Meeting:
     """Returns a meeting in which every rank has something else for each.
 
     Args:
         local: what is filled in.
         shares: what goes to each rank: views of `local`; what goes to one rank is alike on all ranks.
+        room: as `room_for` has it.
         group: of the ranks.
         device: of the tensors.
     Communication: one all-to-all each time; each rank sends every share but its own.
@@ -78,12 +97,11 @@ def dealing(
     size, rank = group.size(), group.rank()
     fields = [[Field(tuple(x.shape), x.dtype) for x in share] for share in shares]
     leaving_counts, count = _but(rank, [size_of(each) for each in fields]), size_of(fields[rank])
-    buffer = torch.empty(size * count, dtype=torch.uint8, device=device)
-    mine, coming = buffer[:count], buffer[count:]
-    coming_counts = _but(rank, [count] * size)
+    on_cpu = device.type == "cpu"
+    buffer = _rows(size, room) if on_cpu else torch.empty(size, count, dtype=torch.uint8, device=device)
     leaving = torch.empty(sum(leaving_counts), dtype=torch.uint8, device=device)
     places = list(torch.split(leaving, leaving_counts))
-    places[rank] = mine
+    places[rank] = buffer[0, :count]
     copies = [
         (place, x)
         for flat, each, share in zip(places, fields, shares, strict=True)
@@ -91,10 +109,11 @@ def dealing(
         if x.numel()
     ]
     to, given = [place for place, _ in copies], [x for _, x in copies]
-    if device.type == "cpu":
-        trade = _swapping(torch.split(coming, coming_counts), places, group)
+    if on_cpu:
+        trade = _swapping(buffer, places, group)
     else:
-        trade = partial(dist.all_to_all_single, coming, leaving, coming_counts, leaving_counts, group=group)
+        counts = _but(rank, [count] * size)
+        trade = partial(dist.all_to_all_single, buffer[1:].view(-1), leaving, counts, leaving_counts, group=group)
 
     def hold() -> None:
         torch._foreach_copy_(to, given)
@@ -104,19 +123,24 @@ def dealing(
     return Meeting(local, stacked(buffer, fields[rank]), rank, hold)
 
 
-def _swapping(coming: Sequence[Tensor], leaving: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
+def _rows(size: int, room: int) -> Tensor:
+    """Makes a row for the packet of each rank, this one's own first, in which tensors of any dtype are aligned."""
+    return torch.empty(size, -(-room // 8) * 8, dtype=torch.uint8)
+
+
+def _swapping(rows: Tensor, leaving: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
     """Returns an all-to-all of one message from each rank to each other, for CPUs.
 
     The group is called by itself: what torch.distributed's functions check each time is so from the beginning here.
 
     Args:
-        coming, leaving: by rank; this rank's own are left alone.
+        rows: where messages go, (ranks, bytes), but to the first; they may be shorter than a row.
+        leaving: by rank; this rank's own is left alone.
         group: of the ranks.
     """
     others = [peer for peer in range(group.size()) if peer != group.rank()]
-    receives, sends = (
-        [([messages[peer]], peer, _TAG) for peer in others if messages[peer].numel()] for messages in (coming, leaving)
-    )
+    receives = [([row], peer, _TAG) for row, peer in zip(rows[1:], others, strict=True)]
+    sends = [([leaving[peer]], peer, _TAG) for peer in others]
 
     def trade() -> None:
         # Receives first: a peer does not send before it has been told of them.

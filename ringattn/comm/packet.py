@@ -47,13 +47,14 @@ class Packet:
 
 
 def stacked(buffer: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
-    """Returns the tensors of packets that lie one after the other, all with these fields: views (packets, *shape).
+    """Returns the tensors of several packets, all with these fields: views (packets, *shape).
 
     Args:
-        buffer: uint8, one-dimensional: whole packets, whose size is a multiple of each itemsize.
-        fields: of every packet.
+        buffer: uint8, (packets, bytes): a packet at the beginning of each row, which is as long as a multiple of each
+            itemsize.
+        fields: of every packet. Of those as wide as each other, the first comes first, as in a `Packet`.
     """
-    return _views(buffer.view(-1, size_of(fields)), fields)
+    return _views(buffer[:, : size_of(fields)], fields)
 
 
 def size_of(fields: Sequence[Field]) -> int:

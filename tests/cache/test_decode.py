@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -280,3 +281,38 @@ def extend_differently(group: dist.ProcessGroup) -> None:
 
 def test_another_number_of_tokens_is_found_by_the_next_attention(pool: RankPool) -> None:
     pool.run(extend_differently, 2)
+
+
+def ask_for_another_known_call(group: dist.ProcessGroup) -> None:
+    """All ranks know all calls; messages of another size than was expected are told apart from it by their mark."""
+    t = new_tensors(torch.float32)
+    attend: list[Callable[..., Tensor]] = [ringattn.decode_attention, ringattn.decode_attention_by_heads]
+    news = [[x[:, PROMPT : PROMPT + count] for x in t[:3]] for count in (1, NEW)]
+    last = group.rank() == group.size() - 1
+    for which in (0, 1):
+        # Each cache decodes one token before the ranks have met with larger messages, or after.
+        caches = [filled(group, t, torch.float32) for _ in range(2)]
+        expected = {}
+        for number, new in enumerate(news):
+            for cache, sequence in caches[:: 1 - 2 * number]:
+                extension = cache.extend([sequence], new[0].shape[1])
+                expected[number] = [each(*new, cache, 0, extension) for each in attend]
+                cache.truncate(sequence, PROMPT)
+        for cache, sequence in caches:
+            for turn in ((which, 1 - which), (1 - which, which)):
+                new = news[turn[last]]
+                extension = cache.extend([sequence], new[0].shape[1])
+                with pytest.raises(DisagreementError, match=r"so far.*new tokens"):
+                    attend[which](*new, cache, 0, extension)
+                cache.truncate(sequence, PROMPT)
+                # What the ranks have asked before differs for good; so a cache that is new goes on.
+                cache, sequence = filled(group, t, torch.float32)
+            extension = cache.extend([sequence], NEW)
+            with pytest.raises(DisagreementError, match="what they ask now: the operation"):
+                attend[last](*news[1], cache, 0, extension)
+            assert torch.equal(attend[which](*news[1], cache, 0, extension), expected[1][which])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_messages_of_other_sizes_are_told(pool: RankPool, world_size: int) -> None:
+    pool.run(ask_for_another_known_call, world_size)

@@ -64,6 +64,15 @@ class Blocks:
             if piece in self._packets:
                 self._spare.append(self._packets.pop(piece).buffer)
 
+    def finish(self) -> None:
+        """Waits for what came and nobody needed: half a block goes as far as the other half must.
+
+        A message cannot be forgotten: gloo would hang over one whose buffer is gone.
+        """
+        while self._coming:
+            _, (_, flight) = self._coming.popitem()
+            flight.wait()
+
     def carried(self, piece: Piece) -> tuple[Tensor, ...]:
         """Returns the tensors of a piece, (B, H, rows, ...), once it is here."""
         self._await(piece)

@@ -75,6 +75,7 @@ def run_forward(job: Job, team: Team, parts: Sequence[Attending], k: Tensor, v: 
                     q, out, lse = parts[visit.part].of(run.heads)
                     job.kernel.forward(q, keys[:, :, kv], values[:, :, kv], visit.tiles, job.spec, out, lse)
         blocks.end(step)
+    blocks.finish()
     if sink is not None:
         for part in parts:
             add_sink_(part.out, part.lse, sink)
@@ -104,7 +105,9 @@ def run_backward(
         if not job.sums_wanted:
             blocks.forget_sums()
         blocks.end(step)
-    return side.gradients(blocks.home_sums())
+    home = blocks.home_sums()
+    blocks.finish()
+    return side.gradients(home)
 
 
 def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:

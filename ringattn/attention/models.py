@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,8 @@ def measure_compute(
 ) -> Compute:
     """What a rank computes in a second, measured now by small runs of the kernel that would be taken.
 
-    All ranks of the group call it together, and get what the slowest of them has.
+    All ranks of the group call it together, and compute at once: those that share cores, caches or memory slow each
+    other down, as in a call. They get what the slowest of them has.
 
     Args:
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
@@ -97,16 +99,7 @@ def measure_compute(
     """
     found = resolve(group)
     on = torch.device(device) if device is not None else _device_of(found)
-    own = _measured(found, on, dtype, head_dim, backend)
-    heard: list[Compute] = [own] * found.size()
-    if found.size() > 1:
-        dist.all_gather_object(heard, own, group=found)
-    return Compute(
-        min(c.flops_per_s for c in heard),
-        min(c.backward_flops_per_s for c in heard),
-        min(c.copy_bytes_per_s for c in heard),
-        max(c.visit_s for c in heard),
-    )
+    return _measured(found, on, dtype, head_dim, backend)
 
 
 def _measured(
@@ -127,26 +120,20 @@ def _measured(
     def backward(num_rows: int) -> None:
         kernel.backward(dout, q, k, v, lse, delta, _square(num_rows), spec, dq, dk, dv)
 
-    visit_s = _fastest(group, device, lambda: forward(1))
-    sizes = Sizes(1, heads, heads, head_dim, head_dim, dtype.itemsize, sums.itemsize)
-    rates = []
-    for phase, work in ((Phase.FORWARD, forward), (Phase.BACKWARD, backward)):
-        seconds = _fastest(group, device, lambda work=work: work(rows))  # type: ignore[misc]
-        rates.append(rows * rows * flops_per_pair(sizes, phase) / seconds)
     copied = torch.empty_like(dq)
-    copy_s = _fastest(group, device, lambda: copied.copy_(dq))
-    return Compute(rates[0], rates[1], dq.nbytes / copy_s, visit_s)
+    works = (partial(forward, 1), partial(forward, rows), partial(backward, rows), partial(copied.copy_, dq))
+    visit_s, forward_s, backward_s, copy_s = _fastest(group, [_seconds(group, device, work) for work in works])
+    sizes = Sizes(1, heads, heads, head_dim, head_dim, dtype.itemsize, sums.itemsize)
+    flops = [rows * rows * flops_per_pair(sizes, phase) for phase in (Phase.FORWARD, Phase.BACKWARD)]
+    return Compute(flops[0] / forward_s, flops[1] / backward_s, dq.nbytes / copy_s, visit_s)
 
 
 def _square(num_rows: int) -> Tiles:
     return Tiles.of(Tile(0, num_rows, 0, num_rows, -num_rows, num_rows))
 
 
-def _fastest(group: dist.ProcessGroup, device: torch.device, work: Callable[[], object]) -> float:
-    """Returns the seconds of the fastest of a few runs, the first not counting.
-
-    All ranks begin a run together: those that share cores, caches or memory slow each other down, as in a call.
-    """
+def _seconds(group: dist.ProcessGroup, device: torch.device, work: Callable[[], object]) -> list[float]:
+    """Returns the seconds of a few runs, the first not counting. All ranks begin a run together."""
     seconds = []
     for _ in range(4):
         if group.size() > 1:
@@ -158,7 +145,18 @@ def _fastest(group: dist.ProcessGroup, device: torch.device, work: Callable[[], 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return max(min(seconds[1:]), 1e-9)
+    return seconds[1:]
+
+
+def _fastest(group: dist.ProcessGroup, own: list[list[float]]) -> list[float]:
+    """Returns the seconds of the fastest run of each work, a run being as fast as its slowest rank.
+
+    Where ranks share a core, each may have it to itself in one of its runs: the others are slower then.
+    """
+    heard = [own] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(heard, own, group=group)
+    return [max(min(map(max, zip(*runs, strict=True))), 1e-9) for runs in zip(*heard, strict=True)]
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

@@ -200,6 +200,7 @@ def _ask_around(
             kernel.forward(asked, keys, values, visit.tiles, spec, answer.tensors[0], answer.tensors[1])
             answers[visit.piece.block] = answer
         blocks.end(step)
+    blocks.finish()
     given = travel.rows_given(team.rank)
     fields = [_answer(q, values.shape[3], count(given.get(peer, ()))) for peer in range(team.size)]
     found = Trade(team.axes[0], answers, fields).wait()

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
+from ringattn.comm.messages import Flight
+
 T = TypeVar("T")
 
 GROUP_TIMEOUT_S = 60.0  # a deadlock inside a collective raises after this long
@@ -269,30 +271,45 @@ def _join_groups(rank: int, size: int, folder: str) -> dict[int, dist.ProcessGro
     return {w: dist.new_group(list(range(w)), timeout=timeout, backend="gloo") for w in range(1, size + 1)}
 
 
+def _watch_flights() -> list[str]:
+    """Enters every message that is let go of while it is under way: gloo hangs over it, later and elsewhere."""
+    dropped: list[str] = []
+
+    def let_go(flight: Flight) -> None:
+        if flight._work is not None:
+            dropped.append(str(flight._message))
+
+    Flight.__del__ = let_go  # type: ignore[attr-defined]
+    return dropped
+
+
 def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     """Answer requests until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and decides
     torch.set_num_threads(1)
     with _stack_file(folder, rank).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
-        groups = _join_groups(rank, size, folder)
+        groups, dropped = _join_groups(rank, size, folder), _watch_flights()
         connection.send_bytes(pickle.dumps(_Returned(None)))
         with contextlib.suppress(EOFError):
             while True:
-                connection.send_bytes(_answer(rank, groups, connection.recv_bytes()))
+                connection.send_bytes(_answer(rank, groups, dropped, connection.recv_bytes()))
         faulthandler.unregister(signal.SIGUSR1)
     dist.destroy_process_group()
 
 
-def _answer(rank: int, groups: dict[int, dist.ProcessGroup], request: bytes) -> bytes:
+def _answer(rank: int, groups: dict[int, dist.ProcessGroup], dropped: list[str], request: bytes) -> bytes:
     """Run one request; the reply is bytes, so that a result that cannot be pickled is an error too."""
     try:
         fn, world_size, args = pickle.loads(request)
         num_groups = _world.group_count
+        dropped.clear()
         value = fn(groups[world_size], *args)
         if world_size < len(groups) and _world.group_count != num_groups:
             # torch names groups by their number: the next one would be another here than on the ranks left out.
             raise RuntimeError("made a group that not all ranks of the pool know of: DeviceMesh.from_group makes none")
+        if dropped:
+            raise RuntimeError(f"let go of messages under way: {dropped}")
         return pickle.dumps(_Returned(value))
     except BaseException as error:  # pytest's own outcomes and SystemExit are not Exceptions
         mro_names = tuple(kind.__name__ for kind in type(error).__mro__)

@@ -159,9 +159,13 @@ def branches(group: dist.ProcessGroup) -> None:
         return first, ringattn.ring_attention(wide, wide, wide, group) @ down
 
     shapes = (1, 512, 2, 16), (1, 64, 2, 4), (4, 16), (16, 1)
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.compiler.config.patch(  # type: ignore[attr-defined]
+            force_disable_caches=True
+        ),
+    ):
         patch.setattr(function, "forward", noted)
-        patch.setattr(torch.compiler.config, "force_disable_caches", True)
         with torch.no_grad(), graphs(1):
             compiled(both, "inductor")(*(torch.randn(shape) for shape in shapes))
     assert sizes == [512, 64]

@@ -1,4 +1,4 @@
-"""The courses of micro-batches through the stages of a pipeline: integers only.
+"""The courses of micro-batches through the stages of a pipeline: which torch schedules run, and who does what when.
 
     name                      stages per rank   backward        source
     gpipe                     1                 whole           Huang et al. 2019, arXiv:1811.06965
@@ -50,7 +50,7 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Course:
-    """Which layers form which stage, on which rank, and in what order micro-batches pass: integers only."""
+    """Which layers form which stage, on which rank, and in what order micro-batches pass. Nothing of tensors."""
 
     schedule: str
     num_ranks: int

@@ -87,6 +87,7 @@ class Blocks:
         self._await(piece)
         if piece in self._packets:
             return self._packets[piece].tensors
+        assert piece.block == self._home.block, "a piece that never came"
         return self._own.only(piece.rows)
 
     def sums(self, piece: Piece) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.profiler import record_function
 
+from ringattn.attention.parts import Parts
 from ringattn.comm.group import Team
 from ringattn.comm.messages import Flight, Message, launch
 from ringattn.comm.packet import Field, Packet, size_of
@@ -27,17 +28,25 @@ class Blocks:
         program: whose steps are run.
         team: the ranks that the program numbers.
         rank: this one's number.
-        own: this rank's block, tensors (B, H, rows, ...).
+        own: this rank's block, (B, H, rows, ...), in the parts that the program visits.
         sums: shapes and dtype of the gradients' sums of a block, (B, H, rows, ...); none are kept if there are none.
+        places: where the sums of each part of the own block are to be; None is memory of their own.
     """
 
     def __init__(
-        self, program: Program, team: Team, rank: int, own: Sequence[Tensor], sums: Sequence[Field] = ()
+        self,
+        program: Program,
+        team: Team,
+        rank: int,
+        own: Parts,
+        sums: Sequence[Field] = (),
+        places: Sequence[tuple[Tensor, ...] | None] = (),
     ) -> None:
         self._program, self._team = program, team
         self._home = Piece(rank)
-        self._own, self._sum_fields = tuple(own), tuple(sums)
-        self._device = own[0].device
+        self._own, self._sum_fields, self._places = own, tuple(sums), places
+        self._device = own.parts[0][0].device
+        self._own_sums: Parts | None = None
         self._packets: dict[Piece, Packet] = {}
         self._sums: dict[Piece, Packet] = {}
         self._coming: dict[Transfer, tuple[Packet, Flight]] = {}
@@ -76,24 +85,28 @@ class Blocks:
     def carried(self, piece: Piece) -> tuple[Tensor, ...]:
         """Returns the tensors of a piece, (B, H, rows, ...), once it is here."""
         self._await(piece)
-        if piece == self._home and piece not in self._packets:
-            return self._own
-        return self._packets[piece].tensors
+        if piece in self._packets:
+            return self._packets[piece].tensors
+        assert piece.block == self._home.block, "a piece that never came"
+        return self._own.only(piece.rows)
 
     def sums(self, piece: Piece) -> tuple[Tensor, ...]:
         """Returns the sums so far of a piece's gradients, (B, H, rows, ...), once they are here; or zeros.
 
         What others send home of this rank's own block is added apart, when the program says so.
         """
+        if piece.block == self._home.block:
+            return self._home_sums().only(piece.rows)
         return self._sum_of(piece).tensors
 
     def forget_sums(self) -> None:
         """Lets go of all sums: nobody wants them."""
         self._sums.clear()
+        self._own_sums = None
 
-    def home_sums(self) -> tuple[Tensor, ...]:
-        """Returns the sums of this rank's own block."""
-        return self.sums(self._home)
+    def home_sums(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Returns the sums of each part of this rank's own block."""
+        return self._home_sums().parts
 
     def _post(
         self, axis: int, outgoing: list[tuple[Transfer, Packet]], incoming: list[tuple[Transfer, Packet]]
@@ -115,9 +128,9 @@ class Blocks:
         self._await(t.piece)
         if t.piece not in self._packets:
             packet = self._packets[t.piece] = self._new(self._fields(t.piece))
-            for place, x in zip(packet.tensors, self._own, strict=True):
-                for rows, held in _places(t.piece, x.shape[_ROWS]):
-                    place[:, :, rows].copy_(x[:, :, held])
+            for rows, held in self._own.cut(t.piece.rows):
+                for place, x in zip(packet.tensors, held, strict=True):
+                    place[:, :, rows].copy_(x)
         return self._packets[t.piece]
 
     def _to_receive(self, t: Transfer) -> Packet:
@@ -139,25 +152,37 @@ class Blocks:
             self._sums[piece] = Packet.zeros(self._sized(self._sum_fields, piece), self._device)
         return self._sums[piece]
 
+    def _home_sums(self) -> Parts:
+        if self._own_sums is None:
+            self._own_sums = Parts([*map(self._zeros_for, self._own.parts, self._places)])
+        return self._own_sums
+
+    def _zeros_for(self, part: tuple[Tensor, ...], place: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        if place is not None:
+            return tuple(x.zero_() for x in place)
+        fields = [_with_rows(field, part[0].shape[_ROWS]) for field in self._sum_fields]
+        return Packet.zeros(fields, self._device).tensors
+
     def _add(self, t: Transfer) -> None:
         """Waits for a gradient and adds it to the sum of its rows, or lets it be the sum if there is none."""
         packet, flight = self._coming.pop(t)
         with record_function("ringattn: wait"):
             flight.wait()
-        target = self._target(t)
-        if target not in self._sums and target == t.piece:
-            self._sums[target] = packet
-            return
-        if target not in self._sums:
-            self._sums[target] = Packet.zeros(self._sized(self._sum_fields, target), self._device)
-        for total, part in zip(self._sums[target].tensors, packet.tensors, strict=True):
-            places = [(slice(None), slice(None))] if target == t.piece else _places(t.piece, total.shape[_ROWS])
-            for rows, held in places:
-                total[:, :, held] += part[:, :, rows]
+        if t.piece.block == self._home.block:
+            self._add_at_home(t.piece, packet)
+        elif t.piece in self._sums:
+            for total, x in zip(self._sums[t.piece].tensors, packet.tensors, strict=True):
+                total += x
+        else:
+            self._sums[t.piece] = packet
 
-    def _target(self, t: Transfer) -> Piece:
-        """The piece whose sum a gradient belongs to: at home, that of the whole block."""
-        return self._home if t.piece.block == self._home.block else t.piece
+    def _add_at_home(self, piece: Piece, packet: Packet) -> None:
+        if piece == self._home and self._own_sums is None and list(self._places) == [None]:
+            self._own_sums = Parts([packet.tensors])
+            return
+        for rows, held in self._home_sums().cut(piece.rows):
+            for total, x in zip(held, packet.tensors, strict=True):
+                total += x[:, :, rows]
 
     def _new(self, fields: Sequence[Field]) -> Packet:
         """A packet for a piece, in a buffer that is done with if one is large enough."""
@@ -166,18 +191,12 @@ class Blocks:
         return Packet.empty(fields, self._device) if spare is None else Packet(self._spare.pop(spare), fields)
 
     def _fields(self, piece: Piece) -> list[Field]:
-        return self._sized([Field(tuple(x.shape), x.dtype) for x in self._own], piece)
+        return self._sized([Field(tuple(x.shape), x.dtype) for x in self._own.parts[0]], piece)
 
     def _sized(self, fields: Sequence[Field], piece: Piece) -> list[Field]:
         rows = piece.num_rows(self._program.block_rows[piece.block])
-        return [Field((*f.shape[:_ROWS], rows, *f.shape[_ROWS + 1 :]), f.dtype) for f in fields]
+        return [_with_rows(field, rows) for field in fields]
 
 
-def _places(piece: Piece, block_rows: int) -> list[tuple[slice, slice]]:
-    """For each run of a piece: its rows in the piece's packet, and in the block."""
-    runs = (range(block_rows),) if piece.rows is None else piece.rows
-    found, start = [], 0
-    for run in runs:
-        found.append((slice(start, start + len(run)), slice(run.start, run.stop)))
-        start += len(run)
-    return found
+def _with_rows(field: Field, rows: int) -> Field:
+    return Field((*field.shape[:_ROWS], rows, *field.shape[_ROWS + 1 :]), field.dtype)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ringattn.attention.blocks import Blocks
-from ringattn.attention.sides import Queries, Side, side_of
+from ringattn.attention.parts import Parts
+from ringattn.attention.sides import Keys, Places, Queries, Side, side_of
 from ringattn.comm.group import Team
 from ringattn.geometry.heads import HeadRun
 from ringattn.geometry.plan import Payload, Plan, Program, Visit
@@ -61,19 +62,18 @@ class Job:
         return forward, backward if any(self.wanted) else 0
 
 
-def run_forward(job: Job, team: Team, parts: Sequence[Attending], k: Tensor, v: Tensor, sink: Tensor | None) -> None:
-    """Lets this rank's queries, in the plan's parts, attend to all keys and the sink: updates their states."""
+def run_forward(job: Job, team: Team, parts: Sequence[Attending], keys: Sequence[Keys], sink: Tensor | None) -> None:
+    """Lets this rank's queries attend to all keys and the sink, each in the plan's parts: updates their states."""
     program = job.plan.forward
-    blocks = Blocks(program, team, job.plan.rank, [x.transpose(1, 2) for x in (k, v)])
+    blocks = Blocks(program, team, job.plan.rank, Parts([part.turned() for part in keys]))
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
-            keys, values = (x.transpose(1, 2) for x in blocks.carried(visit.piece))
+            came = Keys(*blocks.carried(visit.piece)).turned()
             with record_function(f"ringattn: attend to block {visit.piece.block}"):
                 for run in job.head_runs:
-                    kv = slice(run.kv_heads.start, run.kv_heads.stop)
                     q, out, lse = parts[visit.part].of(run.heads)
-                    job.kernel.forward(q, keys[:, :, kv], values[:, :, kv], visit.tiles, job.spec, out, lse)
+                    job.kernel.forward(q, *came.of(run.kv_heads), visit.tiles, job.spec, out, lse)
         blocks.end(step)
     blocks.finish()
     if sink is not None:
@@ -82,21 +82,20 @@ def run_forward(job: Job, team: Team, parts: Sequence[Attending], k: Tensor, v: 
 
 
 def run_backward(
-    job: Job, team: Team, parts: Sequence[Queries], places: Sequence[Tensor | None], k: Tensor, v: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Returns the dq of each part, and dk, dv in the accumulation dtype, every rank's share of them summed up.
+    job: Job, team: Team, queries: Sequence[Queries], keys: Sequence[Keys], places: Places
+) -> tuple[Sequence[Tensor], Sequence[Keys]]:
+    """Returns the dq of each part, and the dk, dv, in the accumulation dtype, every rank's share of them summed up.
 
     Args:
         job: what to run.
         team: the ranks of its plan.
-        parts: queries as in the forward; in one part if they travel.
-        places: where a part's dq is to be, or None; not looked at if queries travel.
-        k: keys.
-        v: values.
+        queries: this rank's, in the plan's parts.
+        keys: the same.
+        places: where the gradients of each part are to be.
     """
     program = job.backward
-    side = side_of(program.carried, parts, places, k, v)
-    blocks = Blocks(program, team, job.plan.rank, side.own(), side.sums())
+    side = side_of(program.carried, queries, keys, places)
+    blocks = Blocks(program, team, job.plan.rank, side.own(), side.sums(), side.places())
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
@@ -114,6 +113,6 @@ def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:
     """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
     came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
     for run in job.head_runs:
-        (q, dout, lse, delta), k, v = side.inputs(came, visit.part, run)
-        outputs = side.outputs(sums, visit.part, run)
-        job.kernel.backward(dout, q, k, v, lse, delta, visit.tiles, job.spec, *outputs)
+        (q, dout, lse, delta), keys = side.inputs(came, visit.part, run)
+        dq, (dk, dv) = side.outputs(sums, visit.part, run)
+        job.kernel.backward(dout, q, *keys, lse, delta, visit.tiles, job.spec, dq, dk, dv)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.attention.executor import Job, run_backward, run_forward
-from ringattn.attention.sides import Queries
+from ringattn.attention.sides import Keys, Places, Queries
 from ringattn.attention.spreading import spread_backward, spread_forward
 from ringattn.comm.group import Team
 from ringattn.geometry.plan import Payload
@@ -38,10 +38,10 @@ def forward(job: Job, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor 
     with torch.autocast(q.device.type, enabled=False):
         if job.spread is None:
             queries = Attending.to_nothing(q, v.shape[3])
-            run_forward(job, team, [queries], k, v, sink)
+            run_forward(job, team, [queries], [Keys(k, v)], sink)
             _, out, lse = queries
         else:
-            out, lse = spread_forward(job, job.spread, team, q, k, v, sink)
+            out, lse = spread_forward(job, job.spread, team, q, Keys(k, v), sink)
     return out.to(q.dtype), lse
 
 
@@ -71,12 +71,12 @@ def backward(
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
-    queries = Queries(q, dout, lse, delta)
+    queries, keys = Queries(q, dout, lse, delta), Keys(k, v)
     with torch.autocast(q.device.type, enabled=False):
         if job.spread is not None and any(job.wanted):
-            dq, dk, dv = spread_backward(job, job.spread, team, queries, k, v)
+            dq, dk, dv = spread_backward(job, job.spread, team, queries, keys)
         elif any(job.wanted):
-            (dq,), dk, dv = run_backward(job, team, [queries], [None], k, v)
+            (dq,), ((dk, dv),) = run_backward(job, team, [queries], [keys], Places.anywhere([queries], [keys]))
         dsink = sink_gradient(sink, lse, delta) if sink is not None and needed[3] else None
     return (
         _as_input(dq, q) if needed[0] and dq is not None else None,

@@ -20,7 +20,7 @@ from ringattn.geometry.heads import shares_of, whole
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import Mask, check_mask
 from ringattn.geometry.sizes import Sizes
-from ringattn.geometry.spread import Spread, united, united_in_parts
+from ringattn.geometry.spread import Spread, united_in_parts
 from ringattn.kernels import BlockKernel, Call, Spec, select
 from ringattn.softmax import accumulation_dtype
 
@@ -189,8 +189,8 @@ def prepare(request: Request, team: Team) -> tuple[Mapping[str, str], Job]:
         spread, rank, layout, kv_layout = _spread(request, team, layout, kv_layout)
     backward = cheaper_backward(exchange, masks, layout, kv_layout, sizes_of(q, k, v), wanted)
     plan = build_plan(exchange, masks, layout, kv_layout, rank, backward)
-    if spread is not None and len(spread.q_rows) > 1:
-        plan = plan.in_parts([part.total for part in spread.q_rows])
+    if spread is not None:
+        plan = plan.in_parts(*([part.total for part in held] for held in (spread.q_rows, spread.kv_rows)))
     heads = whole(q.shape[2], k.shape[2]).runs()
     return told, Job(plan, spread, kernel, spec, heads, request.returns_lse, wanted)
 
@@ -203,7 +203,7 @@ def _spread(request: Request, team: Team, layout: Layout, kv_layout: Layout) -> 
     # On a CPU a copy costs more than a call of the kernel, elsewhere it is the other way round.
     num_parts = len(axis.members) if request.q.device.type == "cpu" else 1
     layout, q_rows = united_in_parts(layout, num_groups, num_parts)
-    kv_layout, kv_rows = united(kv_layout, num_groups)
+    kv_layout, kv_rows = united_in_parts(kv_layout, num_groups, num_parts)
     stages = shares_of(request.q.shape[2], request.k.shape[2], len(axis.members), check_stages(request.stages))
     return Spread(axis.place, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
 

@@ -1,4 +1,7 @@
-"""The two ways of a backward: keys and values travel, or queries do. The executor need not know which."""
+"""The two ways of a backward: keys and values travel, or queries do. The executor need not know which.
+
+On either side there may be several parts, one after the other, as the plan has them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ringattn.attention.parts import Parts
 from ringattn.comm.packet import Field
 from ringattn.geometry.heads import HeadRun
 from ringattn.geometry.plan import Payload
@@ -26,11 +30,42 @@ class Queries(NamedTuple):
         q, dout = (_heads(x, heads) for x in (self.q, self.dout))
         return Queries(q, dout, self.lse[:, heads.start : heads.stop], self.delta[:, heads.start : heads.stop])
 
+    def turned(self) -> Queries:
+        """Returns them with (B, H, S, D) for (B, S, H, D), or back."""
+        return Queries(_turned(self.q), _turned(self.dout), self.lse, self.delta)
+
+
+class Keys(NamedTuple):
+    """Keys and values, (B, S, H, D) and (B, S, H, Dv); or their gradients."""
+
+    k: Tensor
+    v: Tensor
+
+    def of(self, heads: range) -> Keys:
+        """Returns some of the heads."""
+        return Keys(_heads(self.k, heads), _heads(self.v, heads))
+
+    def turned(self) -> Keys:
+        """Returns them with (B, H, S, D) for (B, S, H, D), or back."""
+        return Keys(_turned(self.k), _turned(self.v))
+
+
+class Places(NamedTuple):
+    """Where gradients are to be, of each part of queries and of keys; None is memory of their own."""
+
+    dq: Sequence[Tensor | None]
+    dkv: Sequence[Keys | None]
+
+    @classmethod
+    def anywhere(cls, queries: Sequence[Queries], keys: Sequence[Keys]) -> Places:
+        """Returns those of nobody who cares."""
+        return cls([None] * len(queries), [None] * len(keys))
+
 
 class Side(Protocol):
     """What travels, and what stays. Tensors that travel are (B, H, rows, ...), as in packets."""
 
-    def own(self) -> list[Tensor]:
+    def own(self) -> Parts:
         """Returns this rank's block."""
         ...
 
@@ -38,92 +73,99 @@ class Side(Protocol):
         """Returns what the sums of a block's gradients look like."""
         ...
 
-    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
-        """Returns the queries, keys and values of a visit, given the tensors of its piece."""
+    def places(self) -> Sequence[tuple[Tensor, ...] | None]:
+        """Returns where those of each part of the own block are to be."""
         ...
 
-    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns where its dq, dk, dv are added, given the sums of its piece."""
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Keys]:
+        """Returns the queries and keys of a visit, given the tensors of its piece."""
         ...
 
-    def gradients(self, home: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Returns the dq of each part, dk, dv, given the sums of this rank's block."""
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Keys]:
+        """Returns where its dq and its dk, dv are added, given the sums of its piece."""
+        ...
+
+    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[Keys]]:
+        """Returns the dq of each part, and the dk, dv, given the sums of this rank's block."""
         ...
 
 
-def side_of(carried: Payload, parts: Sequence[Queries], places: Sequence[Tensor | None], k: Tensor, v: Tensor) -> Side:
+def side_of(carried: Payload, queries: Sequence[Queries], keys: Sequence[Keys], places: Places) -> Side:
     """Returns the way of a backward in which `carried` travels."""
-    if carried is Payload.KV:
-        return KeysTravel(parts, places, k, v)
-    (queries,) = parts
-    return QueriesTravel(queries, k, v)
+    return (KeysTravel if carried is Payload.KV else QueriesTravel)(queries, keys, places)
 
 
 class KeysTravel:
-    """Keys and values come, and their gradients go along; queries and theirs stay, in as many parts as there are."""
+    """Keys and values come, and their gradients go along; queries and theirs stay."""
 
-    def __init__(self, parts: Sequence[Queries], places: Sequence[Tensor | None], k: Tensor, v: Tensor) -> None:
-        self._parts, self._k, self._v = parts, k, v
+    def __init__(self, queries: Sequence[Queries], keys: Sequence[Keys], places: Places) -> None:
+        self._queries, self._keys, self._places = queries, keys, places.dkv
+        wide = queries[0].lse.dtype
         self._dq = [
-            _zeros(queries.q, queries.lse.dtype) if place is None else place.zero_()
-            for queries, place in zip(parts, places, strict=True)
+            _zeros(part.q, wide) if place is None else place.zero_()
+            for part, place in zip(queries, places.dq, strict=True)
         ]
 
-    def own(self) -> list[Tensor]:
+    def own(self) -> Parts:
         """See Side."""
-        return [_turned(self._k), _turned(self._v)]
+        return Parts([part.turned() for part in self._keys])
 
     def sums(self) -> list[Field]:
         """See Side."""
-        return [Field(tuple(x.shape), self._dq[0].dtype) for x in self.own()]
+        return [Field(tuple(x.shape), self._dq[0].dtype) for x in self._keys[0].turned()]
 
-    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
+    def places(self) -> Sequence[tuple[Tensor, ...] | None]:
         """See Side."""
-        k, v = (_heads(_turned(x), run.kv_heads) for x in came)
-        return self._parts[part].of(run.heads), k, v
+        return [None if place is None else place.turned() for place in self._places]
 
-    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Keys]:
         """See Side."""
-        dk, dv = (_heads(_turned(x), run.kv_heads) for x in sums)
-        return _heads(self._dq[part], run.heads), dk, dv
+        return self._queries[part].of(run.heads), Keys(*came).turned().of(run.kv_heads)
 
-    def gradients(self, home: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Keys]:
         """See Side."""
-        dk, dv = map(_turned, home)
-        return self._dq, dk, dv
+        return _heads(self._dq[part], run.heads), Keys(*sums).turned().of(run.kv_heads)
+
+    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[Keys]]:
+        """See Side."""
+        return self._dq, [Keys(*sums).turned() for sums in home]
 
 
 class QueriesTravel:
     """Queries come with all that belongs to them, and their gradients go along; keys and values and theirs stay."""
 
-    def __init__(self, queries: Queries, k: Tensor, v: Tensor) -> None:
-        self._queries, self._k, self._v = queries, k, v
-        self._dk, self._dv = (_zeros(x, queries.lse.dtype) for x in (k, v))
+    def __init__(self, queries: Sequence[Queries], keys: Sequence[Keys], places: Places) -> None:
+        self._queries, self._keys, self._places = queries, keys, places.dq
+        wide = queries[0].lse.dtype
+        self._dkv = [
+            Keys(*(_zeros(x, wide) for x in part) if place is None else (x.zero_() for x in place))
+            for part, place in zip(keys, places.dkv, strict=True)
+        ]
 
-    def own(self) -> list[Tensor]:
+    def own(self) -> Parts:
         """See Side."""
-        q, dout, lse, delta = self._queries
-        return [_turned(q), _turned(dout), lse, delta]
+        return Parts([part.turned() for part in self._queries])
 
     def sums(self) -> list[Field]:
         """See Side."""
-        return [Field(tuple(_turned(self._queries.q).shape), self._dk.dtype)]
+        return [Field(tuple(_turned(self._queries[0].q).shape), self._dkv[0].k.dtype)]
 
-    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Tensor, Tensor]:
+    def places(self) -> Sequence[tuple[Tensor, ...] | None]:
         """See Side."""
-        q, dout, lse, delta = came
-        queries = Queries(_turned(q), _turned(dout), lse, delta)
-        return queries.of(run.heads), _heads(self._k, run.kv_heads), _heads(self._v, run.kv_heads)
+        return [None if place is None else (_turned(place),) for place in self._places]
 
-    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Queries, Keys]:
+        """See Side."""
+        return Queries(*came).turned().of(run.heads), self._keys[part].of(run.kv_heads)
+
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadRun) -> tuple[Tensor, Keys]:
         """See Side."""
         (dq,) = sums
-        return _heads(_turned(dq), run.heads), _heads(self._dk, run.kv_heads), _heads(self._dv, run.kv_heads)
+        return _heads(_turned(dq), run.heads), self._dkv[part].of(run.kv_heads)
 
-    def gradients(self, home: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[Keys]]:
         """See Side."""
-        (dq,) = home
-        return [_turned(dq)], self._dk, self._dv
+        return [_turned(dq) for (dq,) in home], self._dkv
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -2,26 +2,26 @@
 
 The next stage's heads are on their way while one is computed, and so are the results of the one before.
 
-Keys of all ranks are put together. Queries stay in parts as the plan has them: where a part is one rank's, the kernel
-reads them where they are, and its results arise where they leave from, or where they are to be.
+Rows stay in parts as the plan has them: where a part is one rank's, the kernel reads it where it came, and its results
+arise where they leave from, or where they are to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.attention.executor import Job, run_backward, run_forward
-from ringattn.attention.sides import Queries
+from ringattn.attention.sides import Keys, Places, Queries
 from ringattn.comm.all_to_all import Trade
 from ringattn.comm.group import Team
 from ringattn.comm.packet import Field, Packet
 from ringattn.geometry.heads import Share
-from ringattn.geometry.plan import Payload
 from ringattn.geometry.spread import Spread, Union
 from ringattn.softmax import Attending, accumulation_dtype
 
@@ -44,62 +44,65 @@ class _Load(NamedTuple):
 
 
 def spread_forward(
-    job: Job, spread: Spread, team: Team, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None
+    job: Job, spread: Spread, team: Team, q: Tensor, keys: Keys, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of this rank's queries, out in the dtype of q, lse in the accumulation dtype."""
     paths = _Paths(spread, team)
-    there = [_Load(_turned(q), False), _Load(_turned(k), True), _Load(_turned(v), True)]
+    there = [_Load(_turned(q), False), *(_Load(x, True) for x in keys.turned())]
     wide = accumulation_dtype(q.dtype)
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    v_dim = keys.v.shape[3]
+    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
     home = [_Load(_turned(out), False), _Load(lse, False)]
-    for stage, (q_here, (k_here,), (v_here,)) in paths.stages(there, home):
+    for stage, (q_here, *keys_here) in paths.stages(there, home):
         share = spread.stages[stage][spread.place]
         sink_here = None if sink is None else sink[share.heads.start : share.heads.stop]
         inner = replace(job, head_runs=share.runs())
         queries = [
-            Attending.to_nothing(_turned(x), v.shape[3], out_place, lse_place)
+            Attending.to_nothing(_turned(x), v_dim, None if out_place is None else _turned(out_place), lse_place)
             for x, out_place, lse_place in zip(
-                q_here, map(_turned_place, paths.places(stage, 0, wide)), paths.places(stage, 1, wide), strict=True
+                q_here, *(paths.places(stage, index, wide) for index in (0, 1)), strict=True
             )
         ]
-        run_forward(inner, paths.inner, queries, _turned(k_here), _turned(v_here), sink_here)
+        run_forward(inner, paths.inner, queries, _keys_of(keys_here), sink_here)
         paths.give(stage, [[_turned(part.out) for part in queries], [part.lse for part in queries]])
     return out, lse
 
 
 def spread_backward(
-    job: Job, spread: Spread, team: Team, queries: Queries, k: Tensor, v: Tensor
+    job: Job, spread: Spread, team: Team, queries: Queries, keys: Keys
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns this rank's dq, dk, dv, None where they are not wanted."""
     paths = _Paths(spread, team)
-    q, dout, lse, delta = queries
-    there = [_Load(x, False) for x in (_turned(q), _turned(dout), lse, delta)]
-    there += [_Load(_turned(x), True) for x in (k, v)]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if job.wanted[0] else None
+    wide = queries.lse.dtype
+    there = [_Load(x, False) for x in queries.turned()] + [_Load(x, True) for x in keys.turned()]
+    dq = torch.empty_like(queries.q, memory_format=torch.contiguous_format) if job.wanted[0] else None
     # Sums over ranks are made in the accumulation dtype, and rounded once.
-    adds = spread.replicates
-    dtype = lse.dtype if adds else k.dtype
-    dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) if job.wanted[1] else None for x in (k, v))
+    made = partial(torch.zeros_like, dtype=wide) if spread.replicates else torch.empty_like
+    dkv = Keys(*(made(x, memory_format=torch.contiguous_format) for x in keys)) if job.wanted[1] else None
     home = [_Load(_turned(dq), False)] if dq is not None else []
-    home += [_Load(_turned(x), True, adds) for x in (dk, dv) if x is not None]
-    stays = job.backward.carried is Payload.KV
-    rows = [part.total for part in spread.q_rows]
-    for stage, (*of_queries, (k_here,), (v_here,)) in paths.stages(there, home):
+    of_keys = len(home)
+    home += [_Load(x, True, spread.replicates) for x in dkv.turned()] if dkv is not None else []
+    for stage, came in paths.stages(there, home):
         inner = replace(job, head_runs=spread.stages[stage][spread.place].runs())
-        if not stays:
-            of_queries = [[_joined(parts)] for parts in of_queries]
-        places = paths.places(stage, 0, lse.dtype) if dq is not None and stays else [None] * len(of_queries[0])
-        parts = [Queries(_turned(q_), _turned(do_), *rest) for q_, do_, *rest in zip(*of_queries, strict=True)]
-        dq_here, dk_here, dv_here = run_backward(
-            inner, paths.inner, parts, [_turned_place(x) for x in places], _turned(k_here), _turned(v_here)
-        )
+        parts = [Queries(*tensors).turned() for tensors in zip(*came[:4], strict=True)]
+        keys_here = _keys_of(came[4:])
+        places = Places.anywhere(parts, keys_here)
+        if dq is not None:
+            places = places._replace(dq=[_turned_place(x) for x in paths.places(stage, 0, wide)])
+        if dkv is not None:
+            pairs = zip(*(paths.places(stage, of_keys + index, wide) for index in (0, 1)), strict=True)
+            places = places._replace(dkv=[None if k is None or v is None else Keys(k, v).turned() for k, v in pairs])
+        dq_here, dkv_here = run_backward(inner, paths.inner, parts, keys_here, places)
         results = [[_turned(x) for x in dq_here]] if dq is not None else []
-        if not stays:
-            results = [list(torch.split(x, rows, _ROWS)) for (x,) in results]
-        results += [[_turned(x)] for x in (dk_here, dv_here) if job.wanted[1]]
+        results += [list(x) for x in zip(*(part.turned() for part in dkv_here), strict=True)] if dkv is not None else []
         paths.give(stage, results)
-    return dq, dk, dv
+    return dq, *(dkv or (None, None))
+
+
+def _keys_of(tensors: Sequence[Sequence[Tensor]]) -> list[Keys]:
+    """Keys in parts, of (k, v) in parts as they travel."""
+    return [Keys(*pair).turned() for pair in zip(*tensors, strict=True)]
 
 
 class _Paths:
@@ -110,14 +113,11 @@ class _Paths:
         self.inner = Team(team.axes[:-1])
         self._home: Sequence[_Load] = ()
         self._leaving: list[Packet | None] = []
-        self._placed: set[int] = set()
+        self._placed: set[tuple[int, int]] = set()  # (load, rank)
         self._returning: tuple[int, Trade] | None = None
 
     def stages(self, there: Sequence[_Load], home: Sequence[_Load]) -> Iterator[tuple[int, list[list[Tensor]]]]:
-        """Yields each stage and its tensors, (B, share's heads, rows, ...), each in parts; `home` takes what is given.
-
-        Those of queries are in the parts of the plan, those of keys in one.
-        """
+        """Yields each stage and its tensors, (B, share's heads, rows, ...), in parts; `home` takes what is given."""
         self._home = home
         coming = self._send(0, there)
         for stage in range(len(self._spread.stages)):
@@ -137,8 +137,13 @@ class _Paths:
         load = self._home[index]
         if load.x.dtype is not dtype or not all(part.in_place for part in self._unions(load)):
             return [None] * len(self._unions(load))
-        self._placed.add(index)
-        return list(self._targets(stage, index))
+        # What is added at home does not begin there.
+        found = [
+            None if load.adds and peer == self._spread.place else target
+            for peer, target in enumerate(self._targets(stage, index))
+        ]
+        self._placed |= {(index, peer) for peer, target in enumerate(found) if target is not None}
+        return found
 
     def give(self, stage: int, results: Sequence[Sequence[Tensor]]) -> None:
         """Sends the stage's results, in parts, in the order of `home`, to the ranks whose rows they are."""
@@ -154,8 +159,9 @@ class _Paths:
         """Puts results where they leave from, or belong, unless they have arisen there."""
         for index, (load, parts) in enumerate(zip(self._home, results, strict=True)):
             targets = self._targets(stage, index)
-            chosen = [member for member in self._members(load) if member[1] in peers and index not in self._placed]
-            for part, peer, places in chosen:
+            for part, peer, places in self._members(load):
+                if peer not in peers or (index, peer) in self._placed:
+                    continue
                 adds = load.adds and peer == self._spread.place
                 for rows, held in places:
                     _put(targets[peer][:, :, rows], parts[part][:, :, held], adds)
@@ -221,7 +227,7 @@ class _Paths:
         return found
 
     def _unions(self, load: _Load) -> tuple[Union, ...]:
-        return (self._spread.kv_rows,) if load.of_keys else self._spread.q_rows
+        return self._spread.kv_rows if load.of_keys else self._spread.q_rows
 
     def _members(self, load: _Load) -> Iterator[tuple[int, int, tuple[tuple[slice, slice], ...]]]:
         """Yields each rank's part, its place on the axis, and where its rows are in the part."""
@@ -256,7 +262,3 @@ def _turned(x: Tensor) -> Tensor:
 
 def _turned_place(x: Tensor | None) -> Tensor | None:
     return None if x is None else _turned(x)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), _ROWS)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ringattn.attention.blocks import Blocks
 from ringattn.attention.executor import Job, run_forward
+from ringattn.attention.parts import Parts
+from ringattn.attention.sides import Keys
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import Extension
 from ringattn.cache.request import CacheCall, Options, hashed, prepared
@@ -96,7 +98,7 @@ def prefill_attention(
         heads = whole(q.shape[2], keys.shape[2]).runs()
         job = Job(plan, None, kernel, spec, heads, False, (False, False))
         queries = Attending.to_nothing(q, values.shape[3])
-        run_forward(job, team, [queries], keys, values, sink)
+        run_forward(job, team, [queries], [Keys(keys, values)], sink)
         out = queries.out
     return out.to(q.dtype)
 
@@ -183,7 +185,7 @@ def _ask_around(
     """
     team = cache.team
     program = Gather().program(travel, team.rank, backward=False)
-    blocks = Blocks(program, team, team.rank, [q.transpose(1, 2)])
+    blocks = Blocks(program, team, team.rank, Parts([(q.transpose(1, 2),)]))
     out, lse = empty_state(q, values.shape[3])
     answers: list[Packet | None] = [None] * team.size
     for step in program.steps:

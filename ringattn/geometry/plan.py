@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
-from ringattn.geometry.masks import Q_START
+from ringattn.geometry.masks import K_START, Q_START
 from ringattn.geometry.sizes import Payload, Sizes
 from ringattn.geometry.tiles import Tiles
 
@@ -123,17 +123,23 @@ class Program:
         )
         return replace(self, steps=steps)
 
-    def in_parts(self, num_rows: Sequence[int]) -> Program:
-        """Returns the program for queries that lie in parts of so many rows; if they travel, it stays as it is."""
-        if self.carried is Payload.Q:
-            return self
-        ends = [0, *accumulate(num_rows)]
-        parts = [(number, range(*ends)) for number, ends in enumerate(pairwise(ends))]
+    def in_parts(self, rank: int, q_rows: Sequence[int], kv_rows: Sequence[int]) -> Program:
+        """Returns rank's program for queries and keys of its own that lie in parts of so many rows."""
+        stays, own = (q_rows, kv_rows) if self.carried is Payload.KV else (kv_rows, q_rows)
+        column, own_column = (Q_START, K_START) if self.carried is Payload.KV else (K_START, Q_START)
+
+        def of_own(visit: Visit) -> Iterator[Visit]:
+            if len(own) == 1 or visit.piece != Piece(rank):
+                yield visit
+                return
+            for rows in _runs(own):
+                if tiles := visit.tiles.within((rows,), own_column):
+                    yield replace(visit, piece=Piece(rank, (rows,)), tiles=tiles)
 
         def cut(visits: tuple[Visit, ...]) -> Iterator[Visit]:
-            for visit in visits:
-                for number, rows in parts:
-                    if tiles := visit.tiles.within((rows,), Q_START):
+            for whole in visits:
+                for visit, (number, rows) in product(of_own(whole), enumerate(_runs(stays))):
+                    if tiles := visit.tiles.within((rows,), column):
                         yield replace(visit, tiles=tiles, part=number)
 
         return replace(self, steps=tuple(replace(step, visits=tuple(cut(step.visits))) for step in self.steps))
@@ -178,9 +184,10 @@ class Plan:
     backward: Program
     work: tuple[int, ...] = field(repr=False)  # (query, key) pairs of every rank, over the batch rows' masks
 
-    def in_parts(self, num_rows: Sequence[int]) -> Plan:
-        """Returns the plan for queries that lie in parts of so many rows, unless they travel."""
-        return replace(self, forward=self.forward.in_parts(num_rows), backward=self.backward.in_parts(num_rows))
+    def in_parts(self, q_rows: Sequence[int], kv_rows: Sequence[int]) -> Plan:
+        """Returns the plan for queries and keys of this rank that lie in parts of so many rows."""
+        forward, backward = (x.in_parts(self.rank, q_rows, kv_rows) for x in (self.forward, self.backward))
+        return replace(self, forward=forward, backward=backward)
 
     @property
     def imbalance(self) -> float:
@@ -200,3 +207,8 @@ class Plan:
             f"work {self.work[self.rank]:,} pairs, imbalance {self.imbalance:.1%}"
         )
         return "\n".join([title, self.forward.describe("forward"), self.backward.describe("backward")])
+
+
+def _runs(num_rows: Sequence[int]) -> list[range]:
+    """The rows of parts that follow one another."""
+    return [range(*ends) for ends in pairwise(accumulate(num_rows, initial=0))]

@@ -3,7 +3,7 @@
 After the exchange a rank holds its share of the heads for the rows of all ranks of the axis. Those rows are put into
 ascending order, so that the layout which they make together has as few ranges as may be: all of a sequence's rows
 are one range again, however they were laid out. Whatever is done next, a ring or nothing, is planned on
-that layout. Queries may also stay in several parts, one after the other in the layout: those of a rank alone need not
+that layout. Rows may also stay in several parts, one after the other in the layout: those of a rank alone need not
 be copied.
 
 Source: Jacobs et al. 2023, arXiv:2309.14509; with a ring Fang and Zhao 2024, arXiv:2405.07719.
@@ -131,13 +131,13 @@ class Spread:
         place: this rank's, on the axis.
         stages: which heads each rank computes in each stage, [stage][rank].
         q_rows: the rows of all ranks of the axis, in parts.
-        kv_rows: those of keys.
+        kv_rows: those of keys, in as many.
     """
 
     place: int
     stages: tuple[tuple[Share, ...], ...]
     q_rows: tuple[Union, ...]
-    kv_rows: Union
+    kv_rows: tuple[Union, ...]
 
     @property
     def replicates(self) -> bool:
@@ -154,8 +154,8 @@ class Spread:
         b, item, wide = sizes.batch, sizes.itemsize, sizes.sum_itemsize
         both = sizes.head_dim + sizes.v_head_dim
         kv_item = wide if self.replicates else item
-        q_rows = [rows for part in self.q_rows for rows in part.num_rows]
-        q_own, kv_own = q_rows[self.place], self.kv_rows.num_rows[self.place]
+        q_rows, kv_rows = ([n for part in held for n in part.num_rows] for held in (self.q_rows, self.kv_rows))
+        q_own, kv_own = q_rows[self.place], kv_rows[self.place]
         forward = backward = 0
         for stage in self.stages:
             mine = stage[self.place]
@@ -163,7 +163,7 @@ class Spread:
                 if peer == self.place:
                     continue
                 q_there = b * q_rows[peer] * len(mine.heads)
-                kv_there = b * self.kv_rows.num_rows[peer] * len(mine.kv_heads)
+                kv_there = b * kv_rows[peer] * len(mine.kv_heads)
                 q_out, kv_out = b * q_own * len(theirs.heads), b * kv_own * len(theirs.kv_heads)
                 forward += q_out * sizes.head_dim * item + kv_out * both * item
                 forward += q_there * (sizes.v_head_dim * item + wide)

@@ -1,4 +1,7 @@
-"""The timetable of spread heads: an all-to-all there, the exchange for fewer heads of more rows, an all-to-all back."""
+"""The timetable of spread heads: an all-to-all there, the exchange for fewer heads of more rows, an all-to-all back.
+
+Rows are put together where they come to, which on CPUs they are not: that is a few hundredths of the time at most.
+"""
 
 from __future__ import annotations
 

@@ -102,10 +102,10 @@ def test_bytes_of_a_spread_by_hand() -> None:
     _, (rows,) = united(contiguous(6, 2), 1)
     sizes = Sizes(1, 2, 1, 4, 2, 2, 4)
     for place in range(2):
-        spread = Spread(place, shares_of(2, 1, 2), (rows,), rows)
+        spread = Spread(place, shares_of(2, 1, 2), (rows,), (rows,))
         assert spread.replicates
         q, kv, out = 3 * 4 * 2, 3 * 6 * 2, 3 * (2 * 2 + 4)
         back_in, back_out = 3 * (6 * 2 + 8) + kv, 3 * 4 * 2 + 3 * 6 * 4
         assert spread.bytes_sent(sizes) == (q + kv + out, back_in + back_out)
         assert spread.bytes_sent(sizes, (False, True)) == (q + kv + out, back_in + 3 * 6 * 4)
-    assert not Spread(0, shares_of(2, 2, 2), (rows,), rows).replicates
+    assert not Spread(0, shares_of(2, 2, 2), (rows,), (rows,)).replicates

@@ -103,7 +103,7 @@ def test_bytes_and_work_of_spread_heads(heads: int, kv_heads: int, groups: int, 
                 program = plan.backward if phase.is_backward else plan.forward
                 if phase.is_backward and not wanted[0 if phase is Phase.BACKWARD_BY_QUERIES else 1]:
                     program = program.without_gradients()
-                spread = Spread(place, shares, (rows[group],), rows[group])
+                spread = Spread(place, shares, (rows[group],), (rows[group],))
                 inner = [sizes.of_heads(len(s[place].heads), len(s[place].kv_heads)) for s in shares]
                 sent = spread.bytes_sent(sizes, wanted)[int(phase.is_backward)]
                 expected.append(sent + sum(program.bytes_sent(part) for part in inner))

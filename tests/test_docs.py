@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launch import launch
+from tests.harness.ranks import import_early
+
+import_early("ringattn.hf")  # some of the programs use transformers
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))

@@ -9,12 +9,14 @@ import torch.distributed as dist
 
 from tests.harness.ranks import RankPool, import_early
 
-PROGRAMS = "tests.hf.programs"
-import_early(PROGRAMS)
+PROGRAMS = ("tests.hf.programs", "tests.hf.training")
+for program in PROGRAMS:
+    import_early(program)
 
 
 def _import(group: dist.ProcessGroup) -> None:
-    import_module(PROGRAMS)
+    for program in PROGRAMS:
+        import_module(program)
 
 
 @pytest.fixture(scope="session", autouse=True)

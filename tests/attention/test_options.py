@@ -75,9 +75,16 @@ def test_head_counts_and_head_dims(pool: RankPool, backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "worlds"),
+    [
+        ("sdpa", WORLDS),
+        ("reference", (1, 3)),  # it has no strips
+        pytest.param("reference", (2, 4), marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("layout", ["zigzag", "striped_1", "striped_3", "contiguous"])
-def test_longer_sequences(pool: RankPool, layout: str, backend: str) -> None:
+def test_longer_sequences(pool: RankPool, layout: str, backend: str, worlds: tuple[int, ...]) -> None:
     """Odd lengths long enough for the fused kernel to cut bands into batched strips, window edges included."""
     masks = (window_case(70, 0), window_case(9, 4), mask_case("causal"))
     problems = [
@@ -85,5 +92,4 @@ def test_longer_sequences(pool: RankPool, layout: str, backend: str) -> None:
         for length in (61, 131)
         for mask in masks
     ]
-    worlds = WORLDS if backend == "sdpa" else (1, 3)  # only the fused kernel has strips
     check(pool, [*problems, Problem(window_case(70, 0), layout_case(layout), 611, backend=backend)], worlds)

@@ -33,7 +33,7 @@ demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks
 	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.train --out results/demo
 
 test: $(READY)  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist worksteal
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long --ignore tests/parallel

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +13,11 @@ import torch.distributed as dist
 from benchmarks import bubble
 from benchmarks.session import Session
 from ringattn.parallel.course import plan_course
+from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def torchrun(module: str, *flags: str) -> str:
-    """Runs a module on two ranks and returns what it printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        module,
-        *flags,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +26,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_train(tmp_path: Path) -> None:
     flags = ["--context", "256", "--steps", "2", "--layers", "1", "--dim", "32", "--heads", "2", "--kv-heads", "1"]
-    told = torchrun("benchmarks.train", *flags, "--out", str(tmp_path))
+    told = launch("benchmarks.train", *flags, "--out", str(tmp_path))
     for name in ("losses.png", "timeline.png"):
         picture = (tmp_path / name).read_bytes()
         assert picture.startswith(PNG)
@@ -77,7 +57,7 @@ def test_mixes(tmp_path: Path) -> None:
     mixes = ["pp=2,schedule=gpipe,experts=4", "dp_shard=2,ep=2,experts=4", "dp_replicate=2"]
     flags = ["--context", "48", "--sequences", "4", "--micro-batches", "2", "--steps", "2", "--layers", "2"]
     flags += ["--dim", "16", "--heads", "2", "--kv-heads", "1", "--documents", "12", "--window", "7"]
-    told = torchrun("benchmarks.mixes", "--mixes", *mixes, *flags, "--out", str(tmp_path))
+    told = launch("benchmarks.mixes", "--mixes", *mixes, *flags, "--out", str(tmp_path))
     staged, spread, copied = lines(tmp_path / "mixes.jsonl")
     for record in (staged, spread, copied):
         assert record["mix"] in told
@@ -97,7 +77,7 @@ def test_mixes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_heads", ["2", "1"])
 def test_attention(tmp_path: Path, kv_heads: str) -> None:
     flags = ["--lengths", "256", "--rounds", "1", "--warmup", "0", "--heads", "2", "--kv-heads", kv_heads]
-    torchrun("benchmarks.attention", *flags, "--dtypes", "float32", "--out", str(tmp_path))
+    launch("benchmarks.attention", *flags, "--dtypes", "float32", "--out", str(tmp_path))
     records = lines(tmp_path / "speed.jsonl")
     assert {record["contender"] for record in records} >= {
         "torch, one process",
@@ -116,7 +96,7 @@ def test_attention(tmp_path: Path, kv_heads: str) -> None:
 def test_choice(tmp_path: Path) -> None:
     flags = ["--seq-len", "512", "--shortest", "8", "--longest", "128", "--heads", "2", "--kv-heads", "2"]
     flags += ["--seeds", "0", "--rounds", "1", "--warmup", "0", "--head-dim", "16", "--measure"]
-    told = torchrun("benchmarks.choice", *flags, "--out", str(tmp_path))
+    told = launch("benchmarks.choice", *flags, "--out", str(tmp_path))
     *records, summary = lines(tmp_path / "choice.jsonl")
     names = [record["exchange"] for record in records]
     assert names[0] == "zigzag ring, documents ignored"
@@ -161,7 +141,7 @@ def test_bubbles_are_held_against_theory() -> None:
 
 def test_decode(tmp_path: Path) -> None:
     flags = ["--tokens", "600", "9000", "--torch-up-to", "600", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
-    told = torchrun("benchmarks.decode", *flags, "--rounds", "2", "--merge-rounds", "2", "--out", str(tmp_path))
+    told = launch("benchmarks.decode", *flags, "--rounds", "2", "--merge-rounds", "2", "--out", str(tmp_path))
     records = lines(tmp_path / "decode.jsonl")
     merging, capacity, length = ([r for r in records if r["kind"] == kind] for kind in ("merge", "capacity", "length"))
     ways = {"packed all-gather", "packed all-to-all", "three all-reduces", "three all-reduces, two at once"}

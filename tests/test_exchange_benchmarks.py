@@ -19,8 +19,9 @@ from benchmarks import exchanges, network
 from benchmarks.namespaces import PREFIX, Link, Network
 from benchmarks.wire import watched
 from ringattn.comm.group import team_of
+from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
-from tests.test_benchmarks import PNG, ROOT, lines, torchrun
+from tests.test_benchmarks import PNG, ROOT, lines
 
 FLAT = Network(f"{PREFIX}0-test", 3, 1, Link(200.0), Link())
 TWO_LEVELS = Network(f"{PREFIX}0-test", 2, 2, Link(80.0), Link(800.0))
@@ -41,7 +42,7 @@ def check_records(records: list[dict[str, Any]], ranks: int, names: set[str]) ->
 
 def test_exchanges(tmp_path: Path) -> None:
     names = ["ring", "gather-2", "ulysses", "hybrid"]
-    told = torchrun("benchmarks.exchanges", "--exchanges", *names, *TINY, "--warmup", "0", "--out", str(tmp_path))
+    told = launch("benchmarks.exchanges", "--exchanges", *names, *TINY, "--warmup", "0", "--out", str(tmp_path))
     assert "hybrid is left out: 2 ranks make no mesh" in told
     check_records(lines(tmp_path / "exchanges.jsonl"), 2, {"ring", "gather-2", "ulysses"})
     assert (tmp_path / "exchanges.png").read_bytes().startswith(PNG)

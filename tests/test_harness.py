@@ -8,6 +8,7 @@ import pickle
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from tests.harness.cases import (
     tensors,
 )
 from tests.harness.compare import assert_close, assert_within_rule
+from tests.harness.launch import launch
 from tests.harness.oracle import dense_attention, dense_gradients, plain_attention, plain_gradients
 from tests.harness.poison import poisoned_empty
 from tests.harness.ranks import RankFailure, RankPool
@@ -142,6 +144,41 @@ def test_one_rank_raising_alone_is_no_expected_error(pair: RankPool) -> None:
 
 def process_id(group: dist.ProcessGroup) -> int:
     return os.getpid()
+
+
+PROGRAM = """
+import sys, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.ones(1)
+dist.all_reduce(x)
+print(f"{dist.get_rank()} of {x.item():g} is told {sys.argv[1:]}", flush=True)
+if dist.get_rank() == 1:
+    if "fail" in sys.argv:
+        raise ValueError("rank 1 is bad")
+    time.sleep(1000 if "hang" in sys.argv else 0)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def test_launched_programs_meet_and_print(program: Path) -> None:
+    said = launch(program, "what", ranks=3)
+    assert said.splitlines() == [f"{rank} of 3 is told ['what']" for rank in range(3)]
+
+
+def test_launched_programs_that_fail_or_hang_are_told_of(program: Path) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)1 of 2 is told.*ValueError: rank 1 is bad"):
+        launch(program, "fail")
+    with pytest.raises(AssertionError, match=r"(?s)ended with \[-9, -9\].*0 of 2 is told"):
+        launch(program, "hang", timeout_s=2)
 
 
 # --- oracle ---------------------------------------------------------------------------------------

@@ -274,3 +274,11 @@ def attend(
         sink=sink,
         backend=problem.backend,
     )
+
+
+def operations_of_c10d(profile: torch.profiler.profile) -> set[str]:
+    """Which operations of torch.distributed were recorded; to make torch's own tables takes most of a second."""
+    recorded = None if profile.profiler is None else profile.profiler.kineto_results
+    assert recorded is not None
+    names = (event.name() for event in recorded.events())
+    return {name for name in names if name.startswith("c10d::")}

@@ -12,7 +12,17 @@ import torch.distributed as dist
 
 from ringattn.attention.request import Request, prepare, sizes_of
 from ringattn.comm.group import Team, team_of
-from tests.attention.problem import FLAT_WAYS, MESH_WAYS, RING, Problem, Way, attend, mesh_of, share_of
+from tests.attention.problem import (
+    FLAT_WAYS,
+    MESH_WAYS,
+    RING,
+    Problem,
+    Way,
+    attend,
+    mesh_of,
+    operations_of_c10d,
+    share_of,
+)
 from tests.harness.cases import layout_case, mask_case
 from tests.harness.ranks import RankPool
 
@@ -109,7 +119,7 @@ def operations(group: dist.ProcessGroup, problem: Problem) -> set[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out, _ = attend(group, problem, q, k, v)
         torch.autograd.grad(out, [q, k, v], t.dout)
-    return {event.key for event in profile.key_averages() if event.key.startswith("c10d::")}
+    return operations_of_c10d(profile)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

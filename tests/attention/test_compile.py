@@ -111,8 +111,13 @@ def modules(group: dist.ProcessGroup, problem: Problem, backend: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_every_exchange(pool: RankPool, way: Way) -> None:
-    for world_size in (2, 3) if way.mesh is None else (4,):
-        pool.run(modules, world_size, replace(PROBLEM, way=way), "aot_eager")
+    pool.run(modules, 3 if way.mesh is None else 4, replace(PROBLEM, way=way), "aot_eager")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", [RING, *FLAT_WAYS], ids=str)
+def test_every_exchange_of_two_ranks(pool: RankPool, way: Way) -> None:
+    pool.run(modules, 2, replace(PROBLEM, way=way), "aot_eager")
 
 
 def test_one_rank(pool: RankPool) -> None:
@@ -295,7 +300,7 @@ def subsets(group: dist.ProcessGroup, way: Way) -> None:
             compare(module, inputs, cotangents)
 
 
-@pytest.mark.parametrize("way", [RING, Way("ulysses")], ids=str)
+@pytest.mark.parametrize("way", [RING, pytest.param(Way("ulysses"), marks=pytest.mark.long)], ids=str)
 def test_gradients_of_every_subset_and_of_none(pool: RankPool, way: Way) -> None:
     pool.run(subsets, 2, way)
 

@@ -14,15 +14,26 @@ from tests.harness.ranks import RankPool
 LENGTHS = ((23, 31), (19, 6), (1, 13), (13, 0))
 
 
-@pytest.mark.parametrize("layout", LAYOUT_CASES, ids=case_ids(LAYOUT_CASES))
-def test_all_kinds_of_layouts_together(pool: RankPool, layout: LayoutCase) -> None:
-    """Every kind for the queries with every kind for the keys; stripes of different blocks among them."""
-    problems = [
+def with_every_layout(layout: LayoutCase, mask: str, k_len: int) -> list[Problem]:
+    """Every kind for the keys; stripes of different blocks among them."""
+    return [
         Problem(mask_case(mask), layout, 17, k_len=k_len, kv_layout=kv_layout, heads=4, kv_heads=2, v_dim=3)
         for kv_layout in LAYOUT_CASES
-        for mask, k_len in (("causal", 26), ("window_both", 9))
     ]
-    check(pool, problems)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_CASES, ids=case_ids(LAYOUT_CASES))
+def test_all_kinds_of_layouts_together(pool: RankPool, layout: LayoutCase) -> None:
+    """More keys than queries on two numbers of ranks, fewer on the two others; for the next layout the other way."""
+    start = LAYOUT_CASES.index(layout) % 2
+    check(pool, with_every_layout(layout, "causal", 26), WORLDS[start::2])
+    check(pool, with_every_layout(layout, "window_both", 9), WORLDS[1 - start :: 2])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUT_CASES, ids=case_ids(LAYOUT_CASES))
+def test_all_kinds_of_layouts_on_every_number_of_ranks(pool: RankPool, layout: LayoutCase) -> None:
+    check(pool, with_every_layout(layout, "causal", 26) + with_every_layout(layout, "window_both", 9))
 
 
 @pytest.mark.parametrize("mask", CROSS_MASK_CASES, ids=case_ids(CROSS_MASK_CASES))

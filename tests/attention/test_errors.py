@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
+from tests.attention.problem import operations_of_c10d
 from tests.harness import oracle
 from tests.harness.cases import tensors
 from tests.harness.compare import assert_close
@@ -335,7 +336,7 @@ def traffic(group: dist.ProcessGroup) -> list[set[str]]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = ringattn.ring_attention(**options)
             torch.autograd.grad(out, [options[name] for name in "qkv"], torch.ones_like(out))
-        found.append({event.key for event in profile.key_averages() if event.key.startswith("c10d::")})
+        found.append(operations_of_c10d(profile))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 
 from tests.attention.problem import FLAT_WAYS, MESH_WAYS, Problem, Way, check, solve, whole
 from tests.harness import oracle
-from tests.harness.cases import LAYOUT_CASES, MASK_CASES, layout_case, mask_case
+from tests.harness.cases import LAYOUT_CASES, MASK_CASES, MaskCase, case_ids, layout_case, mask_case
 from tests.harness.compare import assert_within_rule
 from tests.harness.ranks import RankPool
 
 WAYS = (*FLAT_WAYS, *MESH_WAYS)
+LAYOUTS = case_ids(LAYOUT_CASES)
 PACKED, ZIGZAG = mask_case("documents&causal"), layout_case("zigzag")
 
 
@@ -21,24 +23,34 @@ def worlds(way: Way) -> tuple[int, ...]:
     return (1, 2, 3, 4) if way.mesh is None else (4,)
 
 
-def check_way(pool: RankPool, way: Way, *problems: Problem, on: tuple[int, ...] = ()) -> None:
-    check(pool, [replace(problem, way=way) for problem in problems], on or worlds(way))
-
-
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped_1", "striped_3", "balanced"])
-def test_layouts_and_masks(pool: RankPool, way: Way, layout: str) -> None:
-    """A third of the masks for each layout, on two numbers of ranks; grouped heads, Dv != D, poisoned buffers."""
-    start = [case.name for case in LAYOUT_CASES].index(layout)
-    masks = MASK_CASES[start % 3 :: 3]
-    some = worlds(way)[start % 2 :: 2] or worlds(way)
-    problems = [
+def in_layout(layout: str, masks: Sequence[MaskCase]) -> list[Problem]:
+    """Grouped heads, Dv != D, poisoned buffers."""
+    return [
         Problem(
             mask, layout_case(layout), 23, heads=4, kv_heads=(4, 2, 1)[i % 3], v_dim=3, batch=1 + i % 2, poison=True
         )
         for i, mask in enumerate(masks)
     ]
-    check_way(pool, way, *problems, on=some)
+
+
+def check_way(pool: RankPool, way: Way, *problems: Problem, on: tuple[int, ...] = ()) -> None:
+    check(pool, [replace(problem, way=way) for problem in problems], on or worlds(way))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_masks(pool: RankPool, way: Way, layout: str) -> None:
+    """Every mask once, in turn with all layouts, each way beginning with another; on two numbers of ranks."""
+    number, start = LAYOUTS.index(layout), WAYS.index(way)
+    masks = [mask for i, mask in enumerate(MASK_CASES) if (i + start) % len(LAYOUTS) == number]
+    check_way(pool, way, *in_layout(layout, masks), on=worlds(way)[number % 2 :: 2] or worlds(way))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_mask_in_every_layout(pool: RankPool, way: Way, layout: str) -> None:
+    check_way(pool, way, *in_layout(layout, MASK_CASES))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -60,10 +60,11 @@ def change_a_document(group: dist.ProcessGroup, case: LayoutCase, causal: bool, 
     return felt
 
 
+@pytest.mark.parametrize("worlds", [(2, 3), pytest.param((1, 4), marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUT_CASES, ids=case_ids(LAYOUT_CASES))
-def test_documents_do_not_leak(pool: RankPool, layout: LayoutCase, causal: bool) -> None:
-    for world_size in WORLDS:
+def test_documents_do_not_leak(pool: RankPool, layout: LayoutCase, causal: bool, worlds: tuple[int, int]) -> None:
+    for world_size in worlds:
         felt = pool.run(change_a_document, world_size, layout, causal, ("sdpa", "reference")[world_size % 2])
         assert [any(ranks) for ranks in zip(*felt, strict=True)] == [length > 0 for length in LENGTHS]
 

@@ -19,7 +19,7 @@ def peak(group: dist.ProcessGroup, case: Case) -> int:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak(pool: RankPool, dtype: str, backward: bool) -> None:
-    case = Case(4096, dtype, backward)
+    case = Case(1536, dtype, backward)
     peaks = {world_size: max(pool.run(peak, world_size, case)) for world_size in (2, 4)}
     for world_size, found in peaks.items():
         due = case.due(world_size)

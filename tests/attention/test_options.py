@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attention.problem import Problem, check, window_case
+from tests.attention.problem import WORLDS, Problem, check, window_case
 from tests.harness.cases import layout_case, mask_case
 from tests.harness.ranks import RankPool
 
@@ -75,9 +75,16 @@ def test_head_counts_and_head_dims(pool: RankPool, backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "worlds"),
+    [
+        ("sdpa", WORLDS),
+        ("reference", (1, 3)),  # it has no strips
+        pytest.param("reference", (2, 4), marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("layout", ["zigzag", "striped_1", "striped_3", "contiguous"])
-def test_longer_sequences(pool: RankPool, layout: str, backend: str) -> None:
+def test_longer_sequences(pool: RankPool, layout: str, backend: str, worlds: tuple[int, ...]) -> None:
     """Odd lengths long enough for the fused kernel to cut bands into batched strips, window edges included."""
     masks = (window_case(70, 0), window_case(9, 4), mask_case("causal"))
     problems = [
@@ -85,4 +92,4 @@ def test_longer_sequences(pool: RankPool, layout: str, backend: str) -> None:
         for length in (61, 131)
         for mask in masks
     ]
-    check(pool, [*problems, Problem(window_case(70, 0), layout_case(layout), 611, backend=backend)])
+    check(pool, [*problems, Problem(window_case(70, 0), layout_case(layout), 611, backend=backend)], worlds)

@@ -186,7 +186,9 @@ def test_many_ranks(mask: Mask, make: Callable[[int, int], Layout], exchange: Ex
 
 
 @pytest.mark.parametrize("exchange", [Ring(), Ring(8), Gather()], ids=repr)
-@pytest.mark.parametrize("mask", [causal(), sliding_window(20, 9)], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    "mask", [causal(), pytest.param(sliding_window(20, 9), marks=pytest.mark.long)], ids=["causal", "window"]
+)
 def test_sixty_four_ranks(mask: Mask, exchange: Exchange) -> None:
     layout = zigzag(260, 64)
     plans = plans_of([mask], layout, None, exchange, Phase.BACKWARD)

@@ -1,7 +1,8 @@
 """A pool of rank processes that lives through a test session and outlives any test that breaks it.
 
 Importing torch costs seconds, so processes are kept between tests. A test that fails, dies or hangs may leave
-messages in flight, so after one the processes are killed and the next call starts fresh ones.
+messages in flight, so after one the processes are killed and the next call starts fresh ones. These are forks of one
+process that imports, and does nothing else: no thread runs in it, and no gradient is computed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -36,6 +39,7 @@ GROUP_TIMEOUT_S = 60.0  # a deadlock inside a collective raises after this long
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 GRACE_S = 0.3  # after a first failure: how long an earlier one may still take to reach the parent
+_IMPORTED = ["pytest", __name__]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -132,7 +136,7 @@ class RankPool:
         self._kill()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = starting()
         self._folder = tempfile.TemporaryDirectory(prefix="ringattn-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -251,6 +255,20 @@ class RankPool:
         time.sleep(GRACE_S)
         files = {rank: _stack_file(self._folder.name, rank) for rank in ranks}
         return {rank: file.read_text() if file.exists() else "" for rank, file in files.items()}
+
+
+def starting() -> SpawnContext | ForkServerContext:
+    """How rank processes start."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
+def import_early(module: str) -> None:
+    """Has a module imported in what all ranks are forks of; of use until the first of them starts."""
+    _IMPORTED.append(module)
 
 
 def pool(size: int = 4) -> Iterator[RankPool]:

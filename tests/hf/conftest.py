@@ -1,4 +1,4 @@
-"""transformers takes long to import: the ranks do so before a test's time runs."""
+"""transformers takes long to import: once for all ranks where they are forks, and before a test's time runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from importlib import import_module
 import pytest
 import torch.distributed as dist
 
-from tests.harness.ranks import RankPool
+from tests.harness.ranks import RankPool, import_early
+
+PROGRAMS = ("tests.hf.programs", "tests.hf.training")
+for program in PROGRAMS:
+    import_early(program)
 
 
 def _import(group: dist.ProcessGroup) -> None:
-    import_module("tests.hf.programs")
+    for program in PROGRAMS:
+        import_module(program)
 
 
 @pytest.fixture(scope="session", autouse=True)

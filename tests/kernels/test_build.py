@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from ringattn.kernels import build
 from ringattn.kernels.build import BuildError, library
 from ringattn.kernels.native import NativeKernel
+from tests.harness.ranks import starting
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ("-O0", "-fPIC")  # the sources here are tiny
@@ -117,32 +118,28 @@ def test_a_folder_that_cannot_be_written(csrc: Path, tmp_path: Path) -> None:
         library("tiny", FLAGS, tmp_path / "root")
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from ringattn.kernels import build
-build.sources = lambda: Path(sys.argv[1])
-print(build.library("tiny", ("-O0", "-fPIC"), Path(sys.argv[2])))
-"""
+def build_there(csrc: Path, root: Path, cxx: Path) -> None:
+    """What another process does: it writes down where the library is, in a file that is named after itself."""
+    os.environ["CXX"] = str(cxx)
+    build.sources = lambda: csrc
+    (csrc / str(os.getpid())).write_text(str(library("tiny", FLAGS, root)))
 
 
-def start(csrc: Path, root: Path, cxx: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(csrc), str(root)],
-        cwd=ROOT,
-        env={**os.environ, "CXX": str(cxx)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def start(csrc: Path, root: Path, cxx: Path) -> BaseProcess:
+    process = starting().Process(target=build_there, args=(csrc, root, cxx))
+    process.start()
+    return process
 
 
 def test_processes_at_once_build_once(csrc: Path, tmp_path: Path) -> None:
     slow = compiler(tmp_path, f'sleep 0.5; exec {COMPILER} "$@"')
     both = [start(csrc, tmp_path / "root", slow) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    told = [(csrc / str(process.pid)).read_text() for process in both]
     assert told[0] == told[1]
-    assert Path(told[0].strip()).is_file()
+    assert Path(told[0]).is_file()
     assert (tmp_path / "calls").read_text() == "xxx"
 
 
@@ -154,10 +151,10 @@ def test_a_build_that_is_killed(csrc: Path, tmp_path: Path, monkeypatch: pytest.
     deadline = time.monotonic() + 60
     while not list(root.glob("*/work-*/*.o")):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.kill()
+    process.join(60)
     assert "library.so" not in left_over(root)
     monkeypatch.setenv("CXX", COMPILER)
     assert library("tiny", FLAGS, root).stat().st_size > len("half")

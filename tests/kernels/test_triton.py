@@ -64,12 +64,8 @@ def node(name: str) -> str:
     return f"{CONTRACT}::test_case[{name}-triton-cpu]"
 
 
-def test_quick_cases(tmp_path: Path) -> None:
-    assert_all_ran(interpret(tmp_path / "report.xml", *map(node, QUICK)), len(QUICK))
-
-
-def test_beyond_the_contract(tmp_path: Path) -> None:
-    assert_all_ran(interpret(tmp_path / "report.xml", INTERPRETED), 7)
+def test_quick_cases_and_beyond_the_contract(tmp_path: Path) -> None:
+    assert_all_ran(interpret(tmp_path / "report.xml", INTERPRETED, *map(node, QUICK)), 7 + len(QUICK))
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""From tensors to launches: the schedule on its device, the configuration, and every argument of a kernel."""
+"""From tensors to launches: the schedule on its device, the configuration, and what a kernel takes."""
 
 from __future__ import annotations
 

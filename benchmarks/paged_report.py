@@ -11,21 +11,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from triton.compiler import ASTSource
-
 from benchmarks.measure import Lines
-from benchmarks.triton_report import DTYPES, Report, assembled, told_by
+from benchmarks.triton_report import DTYPES, Report, assembled, source, told_by
+from ringattn.kernels.paged.contract import PageTables, Sight
 from ringattn.kernels.triton.configs import TARGETS, PagedConfig, padded, paged_config
 from ringattn.kernels.triton.paged import combine_kernel, paged_kernel
 from ringattn.kernels.triton.paged_launch import COMBINE_WARPS, COMBINED
+from ringattn.kernels.triton.values import Counts, Pages, Parts, Rows, Scores
 
 # Head dims of keys, and of values.
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 PAGE_SIZES = (1, 16, 24, 64, 256)
 ROWS = (16, 32, 64)
 
-TABLES = ("pages", "slots", "starts", "first", "stop")
-STRIDES = ("_batch", "_token", "_head", "_page", "_slot")
+# What the launches take beside tensors; see triton_report.source.
+TABLES, SIGHT = PageTables._make(["*i32:16"] * 3), Sight._make(["*i32:16"] * 2)
+PARTS = Parts("*fp32:16", "*fp32:16")
+COUNTS = Counts(*["i32"] * 5)
 
 
 @dataclass(frozen=True)
@@ -67,51 +69,25 @@ def builds(archs: Sequence[str], dtypes: Sequence[str]) -> Iterator[PagedBuild]:
 def compiled(build: PagedBuild, chosen: PagedConfig | None = None) -> Any:
     """Returns triton's result for a build, as for aligned tensors, in its own or another configuration."""
     chosen = chosen or build.config
-    constants = {
-        "DIM": build.dim,
-        "V_DIM": build.v_dim,
-        "WIDTH": padded(build.dim),
-        "V_WIDTH": padded(build.v_dim),
-        "PAGE_SIZE": build.page_size,
-        "TOKENS": build.tokens,
-        "TOKENS_WIDTH": 1 << (build.tokens - 1).bit_length(),
-        "BLOCK_M": build.rows,
-        "BLOCK_N": chosen.block_n,
-        "CAPPED": build.capped,
-    }
-    return assembled(_source(paged_kernel, constants, build.dtype), build.arch, chosen.num_warps, chosen.num_stages)
+    tensor = (f"*{build.dtype}:16", "i32:16", "i32:16", "i32:16")
+    made = source(
+        paged_kernel, Rows(*tensor), Pages(*tensor), Pages(*tensor), TABLES, SIGHT, PARTS, COUNTS,
+        Scores("fp32" if build.capped else None, "fp32", "fp32"),
+        build.dim, build.v_dim, build.page_size, build.tokens, build.rows, chosen.block_n,
+    )  # fmt: skip
+    return assembled(made, build.arch, chosen.num_warps, chosen.num_stages)
 
 
 def combined(arch: str, v_dim: int) -> Any:
     """Returns triton's result for the merge of parts."""
-    constants = {"V_DIM": v_dim, "V_WIDTH": padded(v_dim), "PARTS": COMBINED // padded(v_dim), "lse_token": 1}
-    return assembled(_source(combine_kernel, constants, "fp32"), arch, COMBINE_WARPS, 1)
+    out, lse = Rows("*fp32:16", *["i32:16"] * 3), Rows("*fp32:16", "i32:16", 1, "i32:16")
+    made = source(combine_kernel, PARTS, "*i32:16", out, lse, COUNTS, v_dim, COMBINED // padded(v_dim))
+    return assembled(made, arch, COMBINE_WARPS, 1)
 
 
 def report(build: PagedBuild, chosen: PagedConfig | None = None) -> Report:
     """Returns what is known of a build without running it."""
     return told_by(compiled(build, chosen))
-
-
-def _source(kernel: Any, constants: dict[str, Any], dtype: str) -> ASTSource:
-    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in kernel.arg_names}
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name.endswith(STRIDES) and name not in constants)
-    }
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def _type(name: str, dtype: str) -> str:
-    """The type of an argument, as triton writes it."""
-    if name in ("q", "k", "v"):
-        return f"*{dtype}"
-    if name in TABLES:
-        return "*i32"
-    if name in ("part_out", "part_lse", "out", "lse"):
-        return "*fp32"
-    return "fp32" if name in ("inner", "factor") else "i32"
 
 
 def main() -> None:

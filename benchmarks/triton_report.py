@@ -24,6 +24,7 @@ from benchmarks.measure import Lines
 from ringattn.kernels.triton.backward import dkdv_kernel, dq_kernel
 from ringattn.kernels.triton.configs import PASSES, TARGETS, Config, Pass, config, described, padded
 from ringattn.kernels.triton.forward import forward_kernel
+from ringattn.kernels.triton.values import Queries, Rows, Scores, Work
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 # How triton names the dtypes of inputs, and bytes per element.
@@ -74,47 +75,65 @@ def builds(archs: Sequence[str], dtypes: Sequence[str], dims: Sequence[tuple[int
                     yield Build(which, arch, dtype, dim, v_dim)
 
 
-def compiled(build: Build, chosen: Config | None = None, ones: Sequence[str] = ("lse_row", "delta_row")) -> Any:
+def compiled(build: Build, chosen: Config | None = None, size: str | int = "i32", stride: str | int = "i32:16") -> Any:
     """Returns triton's result for a build, as for aligned tensors, in its own or another configuration.
 
-    `ones` are the arguments that are 1, which triton makes constants: rows of lse and delta are next to each other.
+    `size` and `stride` are the numbers that a launch takes beside tensors; see source.
     """
     kernel, chosen = KERNELS[build.which], chosen or build.config
-    constants = {
-        "DIM": build.dim,
-        "V_DIM": build.v_dim,
-        "WIDTH": padded(build.dim),
-        "V_WIDTH": padded(build.v_dim),
-        "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
-        "EDGE_STEP": chosen.edge_step,
-        "CAPPED": build.capped,
-        "DESCRIBED": described(build.arch, DTYPES[build.dtype]),
-        **{name: 1 for name in ones if name in kernel.arg_names},
+    q, k, v, dout, gradient = (Rows(f"*{dtype}:16", stride, stride, stride) for dtype in (*[build.dtype] * 4, "fp32"))
+    # Rows of lse and delta are next to each other, which triton makes a constant.
+    entries = Rows("*fp32:16", stride, 1, stride)
+    work = Work("*i32:16", "*i32:16", size, size, size, size)
+    scores = Scores("fp32" if build.capped else None, "fp32", "fp32")
+    constants = (build.dim, build.v_dim, chosen.block_m, chosen.block_n, chosen.edge_step)
+    steps = chosen.block_m if build.which == "dkdv" else chosen.block_n
+    by_dim, by_v_dim = (
+        f"tensordesc<{build.dtype}[1, {steps}, 1, {padded(dim)}]>"
+        if described(build.arch, DTYPES[build.dtype])
+        else None
+        for dim in (build.dim, build.v_dim)
+    )
+    queries = Queries(q, dout, entries, entries)
+    arguments: dict[Pass, tuple[Any, ...]] = {
+        "forward": (q, k, v, by_dim, by_v_dim, gradient, entries, work, scores),
+        "dq": (queries, k, v, by_dim, by_v_dim, gradient, work, scores),
+        "dkdv": (queries, k, v, by_dim, by_v_dim, gradient, gradient, work, scores),
     }
-    signature = {name: "constexpr" if name in constants else _type(name, build.dtype) for name in kernel.arg_names}
-    if constants["DESCRIBED"]:
-        rows = chosen.block_m if build.which == "dkdv" else chosen.block_n
-        dims = {"q": build.dim, "k": build.dim, "v": build.v_dim, "dout": build.v_dim}
-        for name in signature:
-            if name.endswith("_described"):
-                width = padded(dims[name.removesuffix("_described")])
-                signature[name] = f"tensordesc<{build.dtype}[1, {rows}, 1, {width}]>"
-    aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (index,): aligned
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name.endswith(("_batch", "_row", "_head")) and name not in constants)
-    }
-    source = ASTSource(kernel, signature, constants, attributes)
-    return assembled(source, build.arch, chosen.num_warps, chosen.num_stages)
+    made = source(kernel, *arguments[build.which], *constants)
+    return assembled(made, build.arch, chosen.num_warps, chosen.num_stages)
 
 
-def assembled(source: ASTSource, arch: str, num_warps: int, num_stages: int) -> Any:
+def source(kernel: Any, *arguments: Any) -> ASTSource:
+    """Returns what triton compiles for arguments of these kinds.
+
+    A string is the type of a number or of a pointer, as triton writes it, with ":16" behind where 16 divides it;
+    anything else is a constant. They may lie in tuples.
+    """
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def type_of(argument: Any, *path: int) -> Any:
+        if isinstance(argument, tuple):
+            types = [type_of(x, *path, i) for i, x in enumerate(argument)]
+            return type(argument)(*types)
+        if not isinstance(argument, str):
+            constants[path] = argument
+            return "constexpr"
+        name, aligned, _ = argument.partition(":16")
+        if aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return name
+
+    signature = {name: type_of(x, i) for i, (name, x) in enumerate(zip(kernel.arg_names, arguments, strict=True))}
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def assembled(made: ASTSource, arch: str, num_warps: int, num_stages: int) -> Any:
     """Returns triton's result for one architecture."""
     target = TARGETS[arch]
     return triton.compile(
-        source,
+        made,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
@@ -132,17 +151,6 @@ def told_by(result: Any) -> Report:
     registers, spilled = _nvidia(result) if "cubin" in result.asm else _amd(text)
     columns = int(getattr(result.metadata, "tmem_size", None) or 0)
     return Report(registers, spilled, int(result.metadata.shared), columns, tuple(sorted(set(found))))
-
-
-def _type(name: str, dtype: str) -> str:
-    """The type of an argument, as triton writes it."""
-    if name.removesuffix("_described") in ("q", "k", "v", "dout"):
-        return f"*{dtype}"
-    if name in ("out", "lse", "delta", "dq", "dk", "dv"):
-        return "*fp32"
-    if name in ("items", "runs"):
-        return "*i32"
-    return "fp32" if name in ("inner", "factor", "scale") else "i32"
 
 
 def _nvidia(result: Any) -> tuple[int, int]:

@@ -170,42 +170,36 @@ def test_triton_kernels_interpreted() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def signature_of(name: str, part: str, dim: int, indexed: bool) -> tuple[Any, dict[str, str], dict[str, object]]:
-    """A kernel, the types of its arguments, and its constants."""
+def source_of(name: str, part: str, dim: int, indexed: bool) -> Any:
+    """What triton compiles, as if 16 divided every number: of usual head dims it divides every stride."""
     import triton
 
+    from benchmarks.triton_report import source
     from ringattn.kernels.triton import delta, merge
+    from ringattn.kernels.triton.values import Rows
 
-    width = triton.next_power_of_2(dim)
-    constants: dict[str, object] = {"DIM": dim, "WIDTH": width, "BLOCK": merge.BLOCK_SIZE // width}
-    pointers = {"out": "*fp32", "lse": "*fp32", "part": f"*{part}", "part_lse": "*fp32", "rows": "*i32"}
-    kernel = merge.merge_kernel
+    def rows(dtype: str, stride: str | int = "i32:16") -> Rows:
+        return Rows(f"*{dtype}:16", "i32:16", stride, "i32:16")
+
+    sizes, constants = ["i32:16"] * 3, (dim, merge.BLOCK_SIZE // triton.next_power_of_2(dim))
     if name == "delta":
-        kernel, pointers = delta.delta_kernel, {"dout": f"*{part}", "delta": "*fp32", "out": f"*{part}"}
-    else:
-        # Rows of an lse lie next to one another.
-        constants |= {"INDEXED": indexed, "lse_row": 1, "part_lse_row": 1}
-    types = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
-    return kernel, types, constants
+        return source(delta.delta_kernel, rows(part), rows("fp32"), rows(part), *sizes, *constants)
+    # Rows of an lse lie next to one another.
+    states = rows("fp32"), rows("fp32", 1), rows(part), rows("fp32", 1)
+    return source(merge.merge_kernel, *states, "*i32:16" if indexed else None, *sizes, *constants)
 
 
 def compiled(name: str, backend: str, arch: int | str, warp: int, dim: int, indexed: bool = False) -> dict[str, Any]:
-    """A kernel's code for a GPU, as if every stride were a multiple of 16, as those of usual head dims are."""
+    """A kernel's code for a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from ringattn.kernels.triton.merge import NUM_WARPS
 
-    kernel, types, constants = signature_of(name, "bf16", dim, indexed)
-    places = {n: (i,) for i, n in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={places[n]: value for n, value in constants.items()},
-        attrs={place: [["tt.divisibility", 16]] for n, place in places.items() if n not in constants},
+    target = GPUTarget(backend, arch, warp)
+    return dict(
+        triton.compile(source_of(name, "bf16", dim, indexed), target=target, options={"num_warps": NUM_WARPS}).asm
     )
-    return dict(triton.compile(source, target=GPUTarget(backend, arch, warp), options={"num_warps": NUM_WARPS}).asm)
 
 
 KERNELS = (("merge", False), ("merge", True), ("delta", False))

@@ -2,6 +2,7 @@
 
     schedule.py   tiles -> a work list of blocks, in numpy
     configs.py    block sizes for each architecture
+    values.py     what kernels take, and hand on: tensors with their strides, the work list, how scores are made
     blocks.py     what the kernels share
     forward.py    the forward kernel
     backward.py   the kernels of dq, and of dk and dv

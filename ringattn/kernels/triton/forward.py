@@ -11,15 +11,19 @@ import triton.language as tl
 
 from ringattn.kernels.triton.blocks import (
     LOG2E,
+    capped,
     entry_pointers,
     find_item,
     find_run,
     load_rows,
     load_step,
+    of_head,
+    range_in_run,
     row_pointers,
-    tanh,
-    view_of_run,
+    seen,
+    width_of,
 )
+from ringattn.kernels.triton.values import Scores, Softmax, Source
 
 LN2 = tl.constexpr(0.6931471805599453)
 # The running maximum of nothing. Finite, so that differences to it are no NaN; less than any score.
@@ -28,71 +32,56 @@ LEAST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def attend(
-    q, keys, values, start, stop, see_first, see_last, acc, total, most, inner, factor,
-    DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    STEP: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr, DESCRIBED: tl.constexpr,
+    q, keys, values, start, stop, sight, softmax, scores,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over keys [start, start + STEP)."""
-    k = load_step(keys, start, stop, STEP, DIM, WIDTH, EDGE, DESCRIBED)
-    x = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if CAPPED:
-        x = tanh(x * inner, q.dtype == tl.float32)
-    if EDGE:
-        at = start + tl.arange(0, STEP)[None, :]
-        x = tl.where((at >= see_first[:, None]) & (at <= see_last[:, None]), x, float("-inf"))
-    new_most = tl.maximum(most, tl.max(x, 1) * factor)
-    p = tl.exp2(x * factor - new_most[:, None])
-    decay = tl.exp2(most - new_most)
-    total = total * decay + tl.sum(p, 1)
-    v = load_step(values, start, stop, STEP, V_DIM, V_WIDTH, EDGE, DESCRIBED)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, total, new_most
+    """One step of the online softmax, over keys [start, start + STEP). All are seen where `sight` is None."""
+    k = load_step(keys, start, stop, STEP, DIM, sight is not None)
+    x = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scores, q.dtype == tl.float32)
+    if sight is not None:
+        x = tl.where(seen(start + tl.arange(0, STEP)[None, :], sight), x, float("-inf"))
+    most = tl.maximum(softmax.most, tl.max(x, 1) * scores.factor)
+    p = tl.exp2(x * scores.factor - most[:, None])
+    decay = tl.exp2(softmax.most - most)
+    total = softmax.total * decay + tl.sum(p, 1)
+    v = load_step(values, start, stop, STEP, V_DIM, sight is not None)
+    acc = tl.dot(p.to(v.dtype), v, softmax.acc * decay[:, None], input_precision="ieee")
+    return Softmax(acc, total, most)
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, k_described, v_described, out, lse, items, runs,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
-    num_rows, num_heads, group, section, inner, factor,
-    DIM: tl.constexpr, V_DIM: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr,
-    CAPPED: tl.constexpr, DESCRIBED: tl.constexpr,
+    q, k, v, k_described, v_described, out, lse, work, scores,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STEP: tl.constexpr,
 ):  # fmt: skip
-    """A program for each item and head: see schedule.py. `inner` and `factor`: see launch.Scores."""
-    batch, head, first, full, edge, end = find_item(items, num_heads, section)
+    """A program for each item and head: see schedule.py."""
+    batch, head, first, full, edge, end = find_item(work)
     rows = first + tl.arange(0, BLOCK_M)
-    q_block = load_rows(q + batch * q_batch + head * q_head, first, num_rows, q_row, BLOCK_M, DIM, WIDTH, True)
-    kv_head = head // group
-    keys = (k_described, k + batch * k_batch + kv_head * k_head, k_row, batch, kv_head)
-    values = (v_described, v + batch * v_batch + kv_head * v_head, v_row, batch, kv_head)
-    lse = entry_pointers(lse + batch * lse_batch + head * lse_head, first, lse_row, BLOCK_M)
-    out = row_pointers(out + batch * out_batch + head * out_head, first, out_row, BLOCK_M, V_WIDTH)
-    here = rows < num_rows
-    inside = here[:, None] & (tl.arange(0, V_WIDTH) < V_DIM)[None, :]
+    q_block = load_rows(of_head(q, batch, head), first, work.num_rows, BLOCK_M, DIM, True)
+    kv_head = head // work.group
+    keys = Source(k_described, of_head(k, batch, kv_head), batch, kv_head)
+    values = Source(v_described, of_head(v, batch, kv_head), batch, kv_head)
+    lse_here = entry_pointers(of_head(lse, batch, head), first, BLOCK_M)
+    out_here = row_pointers(of_head(out, batch, head), first, BLOCK_M, width_of(V_DIM))
+    here = rows < work.num_rows
+    inside = here[:, None] & (tl.arange(0, width_of(V_DIM)) < V_DIM)[None, :]
 
-    factor *= LOG2E
-    old_lse = tl.load(lse, mask=here, other=float("-inf"))
+    scores = Scores(scores.inner, scores.factor * LOG2E, scores.scale)
+    old_lse = tl.load(lse_here, mask=here, other=float("-inf"))
     old_most = tl.maximum(old_lse * LOG2E, LEAST)
     old_total = tl.where(old_lse == float("-inf"), 0.0, 1.0)
-    acc, total, most = tl.load(out, mask=inside, other=0.0), old_total, old_most
+    softmax = Softmax(tl.load(out_here, mask=inside, other=0.0), old_total, old_most)
     for number in range(full, edge):
-        start, stop = find_run(runs, number)
+        start, stop = find_run(work, number)
         for at in range(start, stop, BLOCK_N):
-            acc, total, most = attend(
-                q_block, keys, values, at, stop, rows, rows, acc, total, most, inner, factor,
-                DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_N, CAPPED, False, DESCRIBED,
-            )  # fmt: skip
+            softmax = attend(q_block, keys, values, at, stop, None, softmax, scores, DIM, V_DIM, BLOCK_N)
     for number in range(edge, end):
-        start, stop = find_run(runs, number)
-        see_first, see_last = view_of_run(runs, number, rows)
+        start, stop = find_run(work, number)
+        sight = range_in_run(work, number, rows)
         for at in range(start, stop, EDGE_STEP):
-            acc, total, most = attend(
-                q_block, keys, values, at, stop, see_first, see_last, acc, total, most, inner, factor,
-                DIM, V_DIM, WIDTH, V_WIDTH, EDGE_STEP, CAPPED, True, DESCRIBED,
-            )  # fmt: skip
+            softmax = attend(q_block, keys, values, at, stop, sight, softmax, scores, DIM, V_DIM, EDGE_STEP)
     # Rows of the block that no tile mentions, or that saw only what vanishes beside the rest, stay as they are.
-    changed = here & ((total != old_total) | (most != old_most))
-    total = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse, (most + tl.log2(total)) * LN2, mask=changed)
-    tl.store(out, acc / total[:, None], mask=inside & changed[:, None])
+    changed = here & ((softmax.total != old_total) | (softmax.most != old_most))
+    total = tl.where(softmax.total == 0.0, 1.0, softmax.total)
+    tl.store(lse_here, (softmax.most + tl.log2(total)) * LN2, mask=changed)
+    tl.store(out_here, softmax.acc / total[:, None], mask=inside & changed[:, None])

@@ -1,9 +1,8 @@
-"""From tensors to launches: the schedule on its device, the configuration, and every argument of a kernel."""
+"""From tensors to launches: the schedule on its device, the configuration, and what a kernel takes."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,38 +14,22 @@ from ringattn.kernels.triton.backward import dkdv_kernel, dq_kernel
 from ringattn.kernels.triton.configs import INTERPRETER, Config, Pass, architecture, config, described, padded
 from ringattn.kernels.triton.forward import forward_kernel
 from ringattn.kernels.triton.schedule import build, heads_together, transposed
+from ringattn.kernels.triton.values import Queries, Rows, Scores, Work
 
 # What heads that run together may read: well within the second-level cache of any data centre's GPU.
 CACHE_BYTES = 24 << 20
 
 
-class Scores(NamedTuple):
-    """How a kernel turns q·k into a score: q·k * factor, or tanh(q·k * inner) * factor."""
-
-    inner: float
-    factor: float
-
-    @classmethod
-    def of(cls, spec: Spec) -> Scores:
-        """Returns those of a call."""
-        if spec.softcap is None:
-            return cls(0.0, spec.scale)
-        return cls(spec.scale / spec.softcap, spec.softcap)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
     """See contract.BlockKernel.forward."""
     chosen = _config(q, v, "forward")
-    items, runs = _work(tiles, q.shape[1], q.shape[0], chosen.block_m, chosen.block_n, False, q.device)
-    by_descriptor = _describable(k, v)
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
+    items, runs = _tables(tiles, q.shape[1], q.shape[0], chosen.block_m, chosen.block_n, False, q.device)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         forward_kernel[(len(items) * heads,)](
-            q, k, v, *_sources(by_descriptor, chosen.block_n, k, v), out, lse, items, runs,
-            *_strides(q, k, v, out), *lse.stride(),
-            q.shape[1], heads, group, section, *Scores.of(spec),
-            **_constants(q, v, spec, chosen, by_descriptor),
+            Rows.of(q), Rows.of(k), Rows.of(v), *_described(chosen.block_n, k, v), Rows.of(out), Rows.of_entries(lse),
+            Work(items, runs, q.shape[1], heads, group, section), Scores.of(spec), **_constants(q, v, chosen),
         )  # fmt: skip
 
 
@@ -66,32 +49,27 @@ def backward(
     """See contract.BlockKernel.backward."""
     batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     group = heads // kv_heads
-    inputs = [*_strides(dout, q, k, v), *lse.stride(), *delta.stride()]
+    queries = Queries(Rows.of(q), Rows.of(dout), Rows.of_entries(lse), Rows.of_entries(delta))
+    keys, values, scores = Rows.of(k), Rows.of(v), Scores.of(spec)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         chosen = _config(q, v, "dq")
-        items, runs = _work(tiles, q.shape[1], batch, chosen.block_m, chosen.block_n, False, q.device)
         section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
-        by_descriptor = _describable(k, v)
+        items, runs = _tables(tiles, q.shape[1], batch, chosen.block_m, chosen.block_n, False, q.device)
         dq_kernel[(len(items) * heads,)](
-            dout, q, k, v, *_sources(by_descriptor, chosen.block_n, k, v), lse, delta, dq, items, runs,
-            *inputs, *_strides(dq),
-            q.shape[1], heads, group, section, *Scores.of(spec), spec.scale,
-            **_constants(q, v, spec, chosen, by_descriptor),
+            queries, keys, values, *_described(chosen.block_n, k, v), Rows.of(dq),
+            Work(items, runs, q.shape[1], heads, group, section), scores, **_constants(q, v, chosen),
         )  # fmt: skip
         chosen = _config(q, v, "dkdv")
-        items, runs = _work(tiles, k.shape[1], batch, chosen.block_n, chosen.block_m, True, q.device)
         section = heads_together(kv_heads, 1, group * (_bytes_per_head(q) + _bytes_per_head(dout)), CACHE_BYTES)
-        by_descriptor = _describable(q, dout)
+        items, runs = _tables(tiles, k.shape[1], batch, chosen.block_n, chosen.block_m, True, q.device)
         dkdv_kernel[(len(items) * kv_heads,)](
-            dout, q, k, v, *_sources(by_descriptor, chosen.block_m, q, dout), lse, delta, dk, dv, items, runs,
-            *inputs, *_strides(dk, dv),
-            k.shape[1], kv_heads, group, section, *Scores.of(spec), spec.scale,
-            **_constants(q, v, spec, chosen, by_descriptor),
+            queries, keys, values, *_described(chosen.block_m, q, dout), Rows.of(dk), Rows.of(dv),
+            Work(items, runs, k.shape[1], kv_heads, group, section), scores, **_constants(q, v, chosen),
         )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
-def _work(
+def _tables(
     tiles: Tiles, num_rows: int, batch: int, block: int, step: int, of_keys: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The schedule's tables on a device."""
@@ -115,10 +93,10 @@ def _describable(*tensors: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and 0 < n < 1 << 40 for n in offsets)
 
 
-def _sources(by_descriptor: bool, rows: int, *tensors: Tensor) -> list[Tensor | TensorDescriptor]:
-    """What whole steps of so many rows are loaded by: descriptors, or the tensors as they are."""
-    if not by_descriptor:
-        return list(tensors)
+def _described(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """What whole steps of so many rows are loaded by: descriptors, where they are of use."""
+    if not _describable(*tensors):
+        return [None for _ in tensors]
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[3])]) for x in tensors]
 
 
@@ -126,25 +104,16 @@ def _config(q: Tensor, v: Tensor, which: Pass) -> Config:
     return config(arch_of(q.device), q.dtype.itemsize, padded(q.shape[3]), padded(v.shape[3]), which)
 
 
-def _constants(q: Tensor, v: Tensor, spec: Spec, chosen: Config, by_descriptor: bool) -> dict[str, int | bool]:
+def _constants(q: Tensor, v: Tensor, chosen: Config) -> dict[str, int]:
     return {
         "DIM": q.shape[3],
         "V_DIM": v.shape[3],
-        "WIDTH": padded(q.shape[3]),
-        "V_WIDTH": padded(v.shape[3]),
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": chosen.block_n,
         "EDGE_STEP": chosen.edge_step,
-        "CAPPED": spec.softcap is not None,
-        "DESCRIBED": by_descriptor,
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
     }
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of (B, S, H, D) tensors, those of batch, rows and heads; the last dim is contiguous."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def _bytes_per_head(x: Tensor) -> int:

@@ -9,50 +9,47 @@ import torch
 import triton
 import triton.language as tl
 
+from ringattn.kernels.triton.blocks import offsets
+from ringattn.kernels.triton.values import Rows
+
 # Numbers of `out` that a program holds: 32 for each of its threads.
 BLOCK_SIZE = 4096
 NUM_WARPS = 4
 
 
 @triton.jit
-def merge_kernel(
-    out, lse, part, part_lse, rows,
-    num_rows, rows_per_batch, num_heads,
-    out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
-    part_batch, part_row, part_head, part_lse_batch, part_lse_head, part_lse_row,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
+def merge_kernel(out, lse, part, part_lse, rows, num_rows, length, num_heads, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """A program for each block of rows and head. See merge_rows_."""
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
     index = program // num_heads * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_rows
-    if INDEXED:
+    if rows is not None:
         index = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
-    batch, row = index // rows_per_batch, index % rows_per_batch
+    batch, row = index // length, index % length
 
-    lse += batch * lse_batch + head * lse_head + row * lse_row
-    part_lse += batch * part_lse_batch + head * part_lse_head + row * part_lse_row
-    new = tl.load(part_lse, mask=inside, other=float("-inf"))
+    lse_here = lse.pointer + offsets(lse, batch, row, head)
+    part_lse_here = part_lse.pointer + offsets(part_lse, batch, row, head)
+    new = tl.load(part_lse_here, mask=inside, other=float("-inf"))
     # NaN is not nothing: it must show.
     some = (new != float("-inf")) & (new != float("inf"))
-    old = tl.load(lse, mask=some, other=float("-inf"))
+    old = tl.load(lse_here, mask=some, other=float("-inf"))
     # Differences are of -inf and a number at most, since rows with -inf on the part's side are left out.
     new = tl.where(some, new, 0.0)
     weight = 1.0 / (1.0 + tl.exp(old - new))
     larger = tl.maximum(old, new, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(lse, larger + tl.log(1.0 + tl.exp(-tl.abs(old - new))), mask=some)
+    tl.store(lse_here, larger + tl.log(1.0 + tl.exp(-tl.abs(old - new))), mask=some)
 
-    dims = tl.arange(0, WIDTH)
+    dims = tl.arange(0, triton.next_power_of_2(DIM))
     mask = some[:, None] & (dims < DIM)[None, :]
-    out += (batch * out_batch + head * out_head + row * out_row)[:, None] + dims[None, :]
-    part += (batch * part_batch + head * part_head + row * part_row)[:, None] + dims[None, :]
-    before = tl.load(out, mask=mask, other=0.0)
-    further = tl.load(part, mask=mask, other=0.0).to(tl.float32)
+    out_here = out.pointer + (offsets(out, batch, row, head)[:, None] + dims[None, :])
+    part_here = part.pointer + (offsets(part, batch, row, head)[:, None] + dims[None, :])
+    before = tl.load(out_here, mask=mask, other=0.0)
+    further = tl.load(part_here, mask=mask, other=0.0).to(tl.float32)
     # From the nearer end, so that no small difference of large numbers decides.
     way, w = further - before, weight[:, None]
     merged = tl.where(w < 0.5, before + w * way, further - (1.0 - w) * way)
-    tl.store(out, merged, mask=mask)
+    tl.store(out_here, merged, mask=mask)
 
 
 def merge_rows_(
@@ -70,12 +67,8 @@ def merge_rows_(
     part = part if part.stride(3) == 1 else part.contiguous()
     if out.stride(3) != 1:
         raise ValueError(f"out must be contiguous in its last dim, but its strides are {out.stride()}")
-    width = triton.next_power_of_2(dim)
-    block = max(BLOCK_SIZE // width, 1)
+    block = max(BLOCK_SIZE // triton.next_power_of_2(dim), 1)
     merge_kernel[(heads * triton.cdiv(num_rows, block),)](
-        out, lse, part, part_lse, part_lse if rows is None else rows,
-        num_rows, length, heads,
-        out.stride(0), out.stride(1), out.stride(2), *lse.stride(),
-        part.stride(0), part.stride(1), part.stride(2), *part_lse.stride(),
-        DIM=dim, WIDTH=width, BLOCK=block, INDEXED=rows is not None, num_warps=NUM_WARPS,
+        Rows.of(out), Rows.of_entries(lse), Rows.of(part), Rows.of_entries(part_lse), rows, num_rows, length, heads,
+        DIM=dim, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -10,8 +10,9 @@ from torch import Tensor
 from ringattn.kernels.contract import Spec
 from ringattn.kernels.paged.contract import PageTables, Sight
 from ringattn.kernels.triton.configs import padded, paged_config
-from ringattn.kernels.triton.launch import Scores, arch_of
+from ringattn.kernels.triton.launch import arch_of
 from ringattn.kernels.triton.paged import combine_kernel, paged_kernel
+from ringattn.kernels.triton.values import Counts, Pages, Parts, Rows, Scores
 
 # A chunk of fewer slots is not worth a program: its part would be as many bytes as its keys.
 LEAST_SLOTS = 256
@@ -31,24 +32,20 @@ def forward(
     side_by_side = kv_heads * -(-num_rows // block_m)
     wanted = chosen.programs * _multiprocessors(q.device) // side_by_side
     num_chunks = max(1, min(wanted, len(tables.pages) * page_size // LEAST_SLOTS))
-    parts = (num_chunks + batch - 1, kv_heads, num_rows)
-    part_out, part_lse = (torch.empty(shape, device=q.device) for shape in ((*parts, v_dim), parts))
-    pages, slots, starts = (x.contiguous() for x in tables)
-    first, stop = (x.contiguous() for x in sight)
+    shape = (num_chunks + batch - 1, kv_heads, num_rows)
+    part_out, part_lse = torch.empty((*shape, v_dim), device=q.device), torch.empty(shape, device=q.device)
+    tables, sight = PageTables(*(x.contiguous() for x in tables)), Sight(*(x.contiguous() for x in sight))
     q = q if q.stride(3) == 1 else q.contiguous()
-    sizes = (batch, num_chunks, kv_heads, group, num_rows)
+    parts, counts = Parts(part_out, part_lse), Counts(batch, num_chunks, kv_heads, group, num_rows)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         paged_kernel[(num_chunks * side_by_side,)](
-            q, k, v, pages, slots, starts, first, stop, part_out, part_lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, *Scores.of(spec),
-            DIM=dim, V_DIM=v_dim, WIDTH=padded(dim), V_WIDTH=padded(v_dim),
-            PAGE_SIZE=page_size, TOKENS=tokens, TOKENS_WIDTH=1 << (tokens - 1).bit_length(),
-            BLOCK_M=block_m, BLOCK_N=chosen.block_n, CAPPED=spec.softcap is not None,
+            Rows.of(q), Pages.of(k), Pages.of(v), tables, sight, parts, counts, Scores.of(spec),
+            DIM=dim, V_DIM=v_dim, PAGE_SIZE=page_size, TOKENS=tokens, BLOCK_M=block_m, BLOCK_N=chosen.block_n,
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
         combine_kernel[(batch * kv_heads * num_rows,)](
-            part_out, part_lse, starts, out, lse, *out.stride()[:3], *lse.stride(), *sizes,
-            V_DIM=v_dim, V_WIDTH=padded(v_dim), PARTS=COMBINED // padded(v_dim), num_warps=COMBINE_WARPS,
+            parts, tables.starts, Rows.of(out), Rows.of_entries(lse), counts,
+            V_DIM=v_dim, PARTS=COMBINED // padded(v_dim), num_warps=COMBINE_WARPS,
         )  # fmt: skip
 
 

@@ -9,25 +9,25 @@ import torch
 
 from ringattn.kernels import BACKENDS
 from tests.kernels.contract_suite import CASES, Case, check, tile
-from tests.kernels.elsewhere.machine import MISSING, Elsewhere, Machine, PagedElsewhere
-from tests.kernels.test_native import ANYWHERE, run
+from tests.kernels.elsewhere.machine import ARM, Elsewhere, Machine, PagedElsewhere
+from tests.kernels.test_native import run
 from tests.kernels.test_paged import SHAPES, Problem
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(bool(MISSING), reason=f"there is no {' and no '.join(MISSING)}"),
+    pytest.mark.skipif(bool(ARM.missing()), reason=f"there is no {' and no '.join(ARM.missing())}"),
 ]
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """An Arm processor."""
-    made = Machine(tmp_path_factory.mktemp("elsewhere"))
+    made = Machine(ARM, tmp_path_factory.mktemp("elsewhere"))
     yield made
     made.close()
 
 
-@pytest.mark.parametrize("isa", ANYWHERE)
+@pytest.mark.parametrize("isa", ARM.isas)
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_contract(case: Case, isa: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "native", Elsewhere(isa, machine=machine))

@@ -1,1 +1,1 @@
-"""The portable kernels on a processor that is not this one."""
+"""The kernels on a processor that is not this one."""

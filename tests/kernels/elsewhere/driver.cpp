@@ -1,5 +1,5 @@
-// The portable kernels without torch: calls from standard input, results to standard output. Numbers are as the machine
-// has them, and tensors are contiguous; see machine.py, which is at the other end.
+// The kernels without torch: calls from standard input, results to standard output. Numbers are as the machine has them,
+// and tensors are contiguous; see machine.py, which is at the other end. RINGATTN_SETS are the tables of instruction sets.
 #include <unistd.h>
 
 #include <cstdio>
@@ -8,8 +8,11 @@
 
 #include "schedule.h"
 
+// How many instructions were interpreted, where an interpreter is linked in.
+extern "C" __attribute__((weak)) int64_t interpreted();
+
 namespace ringattn {
-extern const Kernels PORTABLE, PORTABLE_BF16;
+extern const Kernels RINGATTN_SETS;
 
 namespace {
 
@@ -29,7 +32,7 @@ void give(const std::vector<float>& x) { std::fwrite(x.data(), sizeof(float), x.
 
 // What comes first. `sizes` are batch, rows, keys, heads, kv_heads, dim, v_dim, and of pages their number and size.
 struct Header {
-  int64_t operation, dtype, in_pairs, tiles, sizes[9];
+  int64_t operation, dtype, isa, tiles, sizes[9];
   double scale, softcap;
 };
 
@@ -123,11 +126,21 @@ void decode(const Header& h, const Kernels& kernels) {
   give(out), give(lse);
 }
 
+template <class... Sets>
+const Kernels& numbered(int64_t i, const Sets&... sets) {
+  const Kernels* const all[] = {&sets...};
+  return *all[i];
+}
+
 }  // namespace
 }  // namespace ringattn
 
 int main() {
   using namespace ringattn;
   constexpr void (*operations[])(const Header&, const Kernels&) = {forward, backward, decode};
-  for (Header h; read_into(&h, 1); std::fflush(stdout)) operations[h.operation](h, h.in_pairs ? PORTABLE_BF16 : PORTABLE);
+  for (Header h; read_into(&h, 1); std::fflush(stdout)) {
+    operations[h.operation](h, numbered(h.isa, RINGATTN_SETS));
+    const int64_t count = interpreted ? interpreted() : 0;
+    std::fwrite(&count, sizeof count, 1, stdout);
+  }
 }

@@ -1,42 +1,94 @@
-"""The native kernels as another processor computes them: cross-compiled, without torch, in an emulator of it."""
+"""The native kernels as another processor computes them: compiled for it, without torch, in an emulator of it."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import FLAGS, sources
-from ringattn.kernels.contract import Spec
-from ringattn.kernels.native import NativeKernel
+from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.native import NativeKernel, instruction_sets
 from ringattn.kernels.paged.contract import PageTables, Sight
 from ringattn.kernels.paged.native import NativePaged
 from ringattn.softmax import merge_
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FORWARD, _BACKWARD, _DECODE = range(3)
 
 
-class Machine:
-    """A processor that answers calls until it is closed."""
+@dataclass(frozen=True)
+class Processor:
+    """How programs for it are made and run.
 
-    def __init__(self, folder: Path) -> None:
-        cpu, driver = sources() / "cpu", Path(__file__).with_name("driver.cpp")
-        files = [cpu / "portable.cpp", cpu / "portable_bf16.cpp", cpu / "schedule.cpp", driver]
+    Args:
+        compiler: and its flags.
+        isas: the instruction sets that are compiled.
+        emulator: what runs a program; () is this processor.
+        interpreter: a source file whose program interprets instructions that this processor lacks, and counts them.
+    """
+
+    compiler: tuple[str, ...]
+    isas: tuple[str, ...]
+    emulator: tuple[str, ...] = ()
+    interpreter: str | None = None
+
+    def missing(self) -> list[str]:
+        """The tools that are not here."""
+        return [tool for tool in (*self.compiler[:1], *self.emulator) if shutil.which(tool) is None]
+
+
+ARM = Processor(
+    ("aarch64-linux-gnu-g++", "-static", "-Wall", "-Werror"), ("portable", "portable_bf16"), ("qemu-aarch64",)
+)
+_named: str = get_cxx_compiler()  # type: ignore[no-untyped-call]
+WITH_BF16 = Processor(tuple(shlex.split(_named)), ("avx512_bf16",), interpreter="bf16.cpp")
+
+
+def not_to_be_emulated() -> str | None:
+    """Why WITH_BF16 is of no use here; None if it is."""
+    assert not NativeKernel().available()
+    here = instruction_sets(torch.bfloat16)
+    if "avx512_bf16" in here:
+        return "this processor has the instructions: test_native.py runs them"
+    if "avx512" not in here or sys.platform != "linux":
+        return "this is no processor with AVX-512, or not under Linux"
+    return None
+
+
+class Machine:
+    """A processor that answers calls until it is closed.
+
+    `interpreted` counts the instructions that the processor's interpreter had to do so far.
+    """
+
+    def __init__(self, processor: Processor, folder: Path) -> None:
+        cpu, here = sources() / "cpu", Path(__file__).parent
+        files = [cpu / f"{isa}.cpp" for isa in processor.isas] + [cpu / "schedule.cpp", here / "driver.cpp"]
+        if processor.interpreter is not None:
+            files.append(here / processor.interpreter)
         flags = [flag for flag in FLAGS if flag != "-fPIC"]
+        flags += [f"-I{cpu}", f"-DRINGATTN_SETS={','.join(processor.isas).upper()}"]
         program = folder / "driver"
-        command = [COMPILER, *flags, "-Wall", "-Werror", "-static", f"-I{cpu}", *map(str, files), "-o", str(program)]
-        subprocess.run(command, check=True)
-        self.process = subprocess.Popen([EMULATOR, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        subprocess.run([*processor.compiler, *flags, *map(str, files), "-o", str(program)], check=True)
+        self.processor, self.interpreted = processor, 0
+        self.process = subprocess.Popen(
+            [*processor.emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def number(self, isa: str) -> int:
+        """An instruction set as the driver knows it."""
+        return self.processor.isas.index(isa)
 
     def call(self, header: bytes, given: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Sends a call, and writes what comes back into fp32 tensors."""
@@ -50,6 +102,7 @@ class Machine:
             assert len(data) == 4 * x.numel(), "the driver has ended"
             if data:
                 x.copy_(torch.frombuffer(data, dtype=torch.float32).view(x.shape))
+        (self.interpreted,) = struct.unpack("=q", back.read(8))
 
     def close(self) -> None:
         """Ends the processor; it must not have failed before."""
@@ -58,12 +111,12 @@ class Machine:
         assert self.process.wait(60) == 0
 
 
-def header(operation: int, q: Tensor, kv: Tensor, v_dim: int, keys: int, tiles: int, spec: Spec, isa: str) -> bytes:
-    """The header of driver.cpp; `kv` are keys, or a pool of them."""
+def header(operation: int, q: Tensor, kv: Tensor, v_dim: int, keys: int, tiles: int, spec: Spec, isa: int) -> bytes:
+    """The header of driver.cpp; `kv` are keys, or a pool of them, and `isa` is one of the processor's, by number."""
     batch, rows, heads, dim = q.shape
     sizes = (batch, rows, keys, heads, kv.shape[2], dim, v_dim, kv.shape[0], kv.shape[1])
-    dtype, in_pairs = _DTYPES.index(q.dtype), int(isa == "portable_bf16")
-    return struct.pack("=13q2d", operation, dtype, in_pairs, tiles, *sizes, spec.scale, spec.softcap or 0.0)
+    numbers = (operation, _DTYPES.index(q.dtype), isa, tiles, *sizes)
+    return struct.pack("=13q2d", *numbers, spec.scale, spec.softcap or 0.0)
 
 
 @dataclass(frozen=True)
@@ -72,9 +125,16 @@ class Elsewhere(NativeKernel):
 
     machine: Machine = field(kw_only=True)
 
+    def unsupported(self, call: Call) -> list[str]:
+        """See NativeKernel.unsupported."""
+        reasons = NativeKernel().unsupported(call)
+        if self.isa.endswith("bf16") and call.dtype is not torch.bfloat16:
+            reasons.append(f"has isa={self.isa!r}, which takes bfloat16 only")
+        return reasons
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
         if tiles:
-            told = header(_FORWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.isa)
+            told = header(_FORWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.machine.number(self.isa))
             self.machine.call(told, [torch.from_numpy(tiles.table.copy()), q, k, v, out, lse], [out, lse])
 
     def backward(
@@ -82,7 +142,7 @@ class Elsewhere(NativeKernel):
         dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
         if tiles:
-            told = header(_BACKWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.isa)
+            told = header(_BACKWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.machine.number(self.isa))
             table = torch.from_numpy(tiles.table.copy())
             self.machine.call(told, [table, dout, q, k, v, lse, delta, dq, dk, dv], [dq, dk, dv])
 
@@ -96,7 +156,7 @@ class PagedElsewhere(NativePaged):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tables: PageTables, sight: Sight, spec: Spec, out: Tensor, lse: Tensor
     ) -> None:
-        told = header(_DECODE, q, k, v.shape[3], tables.pages.numel(), 0, spec, self.isa)
+        told = header(_DECODE, q, k, v.shape[3], tables.pages.numel(), 0, spec, self.machine.number(self.isa))
         batch, tokens, heads, v_dim = out.shape
         rows = (batch, k.shape[2], tokens, heads // k.shape[2])
         part, part_lse = torch.empty(*rows, v_dim), torch.empty(rows)

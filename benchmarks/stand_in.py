@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    if "avx512_vnni" not in Path("/proc/cpuinfo").read_text().split():
+        raise SystemExit("this processor has no AVX-512 VNNI, by whose instructions this measures")
     lines = Lines(options.out / "stand-in.jsonl")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

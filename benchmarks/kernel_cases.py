@@ -20,6 +20,8 @@ RING_RANKS = 4
 RING_RANK = 1
 # Packed documents: a long tail, as in corpora of text. Median, spread (of the logarithm), and bounds, in tokens.
 MEDIAN, SPREAD, SHORTEST, LONGEST, SEED = 1024, 1.5, 128, 16384, 1
+# Where edges and memory weigh most: a narrow window, and packed documents as short as the shortest.
+NARROW = 256
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,18 @@ def _of_mask(mask: ringattn.Mask, seq_len: int) -> Tiles:
 
 
 def _window(seq_len: int) -> Pattern:
-    width = max(1, min(4096, seq_len // 8))
+    return _window_of(max(1, min(4096, seq_len // 8)), seq_len)
+
+
+def _window_of(width: int, seq_len: int) -> Pattern:
     return Pattern(_of_mask(ringattn.sliding_window(width - 1), seq_len), window=width)
 
 
 def _packed(seq_len: int) -> Pattern:
-    cu_seqlens = (0, *np.cumsum(document_lengths(seq_len)).tolist())
+    return _packed_into((0, *np.cumsum(document_lengths(seq_len)).tolist()), seq_len)
+
+
+def _packed_into(cu_seqlens: tuple[int, ...], seq_len: int) -> Pattern:
     return Pattern(_of_mask(ringattn.documents(cu_seqlens) & ringattn.causal(), seq_len), cu_seqlens=cu_seqlens)
 
 
@@ -92,6 +100,12 @@ CASES = {
         Case("full", "dense, everything", lambda n: Pattern(_of_mask(ringattn.full(), n))),
         Case("window", "causal sliding window: an eighth of the sequence, 4,096 at most", _window),
         Case("packed", "packed causal documents, long-tailed lengths", _packed),
+        Case("window-narrow", f"causal sliding window of {NARROW}", lambda n: _window_of(NARROW, n)),
+        Case(
+            "packed-short",
+            f"packed causal documents of {SHORTEST}",
+            lambda n: _packed_into((*range(0, n, SHORTEST), n), n),
+        ),
         Case("ring-own", "zigzag ring, step 0: the rank's own block", _ring_step(RING_RANK)),
         Case("ring-upper", "zigzag ring, a block from before: the upper half of the keys", _ring_step(RING_RANK - 1)),
         Case("ring-lower", "zigzag ring, a block from after: the lower half of the queries", _ring_step(RING_RANK + 1)),

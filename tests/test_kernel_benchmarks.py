@@ -21,7 +21,17 @@ from torch import Tensor
 import ringattn
 from benchmarks import goals, kernel_rivals, kernels, paged, simulated_ring
 from benchmarks.goals import Goal, judge
-from benchmarks.kernel_cases import CASES, LONGEST, RING_RANK, RING_RANKS, SHORTEST, Problem, document_lengths, flops
+from benchmarks.kernel_cases import (
+    CASES,
+    LONGEST,
+    NARROW,
+    RING_RANK,
+    RING_RANKS,
+    SHORTEST,
+    Problem,
+    document_lengths,
+    flops,
+)
 from benchmarks.kernel_rivals import FLASH_ATTN, dense_mask, square
 from benchmarks.measure import Contender, OneDevice, race
 from ringattn.geometry.tiles import Tiles
@@ -31,7 +41,7 @@ from tests.geometry.brute import tile_counts
 from tests.test_benchmarks import PNG, ROOT, lines
 
 CPU = torch.device("cpu")
-LENGTHS = (1, 2, 8, 37, 96, 200)
+LENGTHS = (1, 2, 8, 37, 96, 300)
 
 
 @pytest.fixture
@@ -51,8 +61,10 @@ def _allowed(case: str, n: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     i, j = np.arange(n)[:, None], np.arange(n)[None, :]
     if case == "full":
         return np.ones((n, n), dtype=bool)
-    if case == "window":
-        return np.asarray((j <= i) & (j > i - max(1, n // 8)))
+    if case in ("window", "window-narrow"):
+        return np.asarray((j <= i) & (j > i - (NARROW if case == "window-narrow" else max(1, n // 8))))
+    if case == "packed-short":
+        return np.asarray((j <= i) & (j // SHORTEST == i // SHORTEST))
     if case == "packed":
         document = np.repeat(np.arange(len(document_lengths(n))), document_lengths(n))
         return np.asarray((j <= i) & (document[:, None] == document))
@@ -104,7 +116,7 @@ def test_documents_have_a_long_tail() -> None:
 def test_square() -> None:
     expected = {"causal": True, "full": False, "ring-own": True, "ring-upper": False, "ring-lower": False}
     for case in CASES:
-        assert square(_problem(case, 96).pattern.tiles) is expected.get(case)
+        assert square(_problem(case, 300).pattern.tiles) is expected.get(case)
 
 
 def test_contenders_take_turns_and_warm_up() -> None:
@@ -274,7 +286,7 @@ def test_rivals_that_need_a_gpu_are_called_right(case: str, backward: bool, monk
     every = [*kernel_rivals.ways(problem, CPU), *kernel_rivals.ways_of_gpus(problem, CPU)]
     names = {way.name for way in every}
     assert names >= set(FLASH_ATTN)
-    assert ("torch varlen" in names) == (case in ("window", "packed"))
+    assert ("torch varlen" in names) == case.startswith(("window", "packed"))
     tensors = problem.tensors(CPU)
     results = [[way.unpack(x.detach()) for x in kernels.rival_work(way, problem, tensors)()] for way in every]
     assert not any(x.requires_grad for x in tensors)

@@ -17,7 +17,9 @@ RINGATTN_INLINE float as_float(uint32_t bits) {
 RINGATTN_INLINE void to_float32(float* to, const void* from, Dtype dtype, int64_t n) {
   if (dtype == Dtype::float32) {
     const float* x = static_cast<const float*>(from);
-    for (int64_t i = 0; i < n; i += W) store(to + i, load(x + i, least(W, n - i)), least(W, n - i));
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(x + i));
+    if (i < n) store(to + i, load(x + i, n - i), n - i);
   } else if (dtype == Dtype::bfloat16) {
     const uint16_t* x = static_cast<const uint16_t*>(from);
     for (int64_t i = 0; i < n; ++i) to[i] = as_float((uint32_t)x[i] << 16);
@@ -41,9 +43,22 @@ RINGATTN_INLINE void to_float32(float* to, const void* from, Dtype dtype, int64_
   }
 }
 
-RINGATTN_INLINE const char* row_of(const Input& x, Dtype dtype, int64_t batch, int64_t row, int64_t head) {
+constexpr int64_t LINE = 64;  // bytes that memory gives at once
+
+RINGATTN_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+template <class Pointer>
+RINGATTN_INLINE const char* row_of(const View<Pointer>& x, Dtype dtype, int64_t batch, int64_t row, int64_t head) {
   const int64_t offset = batch * x.batch + row * x.row + head * x.head;
-  return static_cast<const char*>(x.data) + offset * (dtype == Dtype::float32 ? 4 : 2);
+  return static_cast<const char*>(static_cast<const void*>(x.data)) + offset * size_of(dtype);
+}
+
+// Asks memory for a row that is needed soon.
+template <class Pointer>
+RINGATTN_INLINE void prefetch(const View<Pointer>& x, Dtype dtype, int64_t batch, int64_t row, int64_t head,
+                              int64_t dim) {
+  const char* first = row_of(x, dtype, batch, row, head);
+  for (int64_t byte = 0; byte < dim * size_of(dtype); byte += LINE) __builtin_prefetch(first + byte, 0, 2);
 }
 
 // Rows [first, first + n) of one head. Copies go to rows of `pitch` words; what n and dim leave there, up to `n_pad`

@@ -10,6 +10,7 @@ namespace ringattn::RINGATTN_ISA {
 template <class Arithmetic>
 struct Backward {
   static constexpr int64_t CHUNK = 96;  // keys
+  static constexpr int64_t ASKED = 24;  // of them, while a block computes
   static constexpr int PER_WORD = Arithmetic::PER_WORD;
   static constexpr int64_t ALONG = BLOCK / PER_WORD;  // words of a row of weights
 
@@ -37,6 +38,15 @@ struct Backward {
     float *q_rows, *dout_rows;    // lanes are dims: (BLOCK / PER_WORD, pitch)
     float *dq;                    // (dim_pitch, BLOCK)
     float *lse, *delta;           // (BLOCK), lse in powers of two
+
+    // The same without the first vectors of queries.
+    Block from(int64_t vector, const Sizes& s) const {
+      const int64_t lane = vector * W, word = lane / PER_WORD;
+      Block b = *this;
+      b.row += lane, b.q += lane, b.dout += lane, b.dq += lane, b.lse += lane, b.delta += lane;
+      b.q_rows += word * s.dim_pitch, b.dout_rows += word * s.v_dim_pitch;
+      return b;
+    }
   };
 
   static int64_t scratch(const Problem& p) {
@@ -105,11 +115,29 @@ struct Backward {
         }
         const int64_t n = least(CHUNK, last - start);
         begin_chunk(start, n);
-        for (int64_t b = 0; b < count; ++b) attend(blocks[b], {blocks[b].row, blocks[b].stop, start, n, tile});
+        // While blocks compute with this chunk, its sums and the next one are asked of memory, a few rows for each.
+        int64_t asked = start;
+        for (int64_t b = 0; b < count; ++b) {
+          const Band band{blocks[b].row, blocks[b].stop, start, n, tile};
+          if (band.begin() >= band.end()) continue;
+          for (const int64_t until = least(asked + ASKED, start + n); asked < until; ++asked) {
+            ask(asked, asked + CHUNK < last);
+          }
+          attend(blocks[b], band);
+        }
         end_chunk(start, n);
       }
     }
     for (int64_t b = 0; begun && b < count; ++b) end(blocks[b]);
+  }
+
+  // Asks memory for the sums of a key, and for the key and value that come a chunk later.
+  void ask(int64_t key, bool more) const {
+    prefetch(p.dk, Dtype::float32, task.batch, key, task.kv_head, p.dim);
+    prefetch(p.dv, Dtype::float32, task.batch, key, task.kv_head, p.v_dim);
+    if (!more) return;
+    prefetch(p.k, p.dtype, task.batch, key + CHUNK, task.kv_head, p.dim);
+    prefetch(p.v, p.dtype, task.batch, key + CHUNK, task.kv_head, p.v_dim);
   }
 
   void begin(Block& b, const Segment& segment, int64_t index) {
@@ -172,16 +200,16 @@ struct Backward {
   }
 
   void attend(Block& b, const Band& band) {
-    const int64_t begin = band.begin(), end = band.end();
-    if (begin >= end) return;
-    const int64_t vecs = (b.stop - b.row + W - 1) / W;
-    if (vecs == BLOCK_VECS) {
-      attend<BLOCK_VECS>(b, band, begin / TILE * TILE, round_up(end, TILE));
-    } else if (vecs == 2) {
-      attend<2>(b, band, begin / TILE * TILE, round_up(end, TILE));
-    } else {
-      attend<1>(b, band, begin / TILE * TILE, round_up(end, TILE));
-    }
+    runs(band, [&](int64_t vector, int64_t count, int64_t begin, int64_t end) {
+      Block part = b.from(vector, s);
+      if (count == BLOCK_VECS) {
+        attend<BLOCK_VECS>(part, band.part(vector, count), begin, end);
+      } else if (count == 2) {
+        attend<2>(part, band.part(vector, count), begin, end);
+      } else {
+        attend<1>(part, band.part(vector, count), begin, end);
+      }
+    });
   }
 
   template <int C>

@@ -10,6 +10,7 @@ namespace ringattn::RINGATTN_ISA {
 template <class Arithmetic>
 struct Forward {
   static constexpr int64_t CHUNK = 64;  // keys
+  static constexpr int64_t ASKED = 12;  // of the next chunk, while a block computes
   static constexpr int PER_WORD = Arithmetic::PER_WORD;
 
   struct Sizes {
@@ -29,6 +30,12 @@ struct Forward {
     int64_t head, row, stop;
     float *q, *out;    // (words, BLOCK), (v_pitch, BLOCK)
     float *top, *sum;  // (BLOCK): the largest score so far, and the sum of weights beside it
+
+    // The same without the first vectors of queries.
+    Block from(int64_t vector) const {
+      const int64_t lane = vector * W;
+      return {head, row + lane, stop, q + lane, out + lane, top + lane, sum + lane};
+    }
   };
 
   // Whether the scale is so small that every score is 0 beside 1.
@@ -86,7 +93,17 @@ struct Forward {
         const int64_t n = least(CHUNK, last - start), n_pad = round_up(n, TILE);
         Arithmetic::copy_rows(k, s.k_pitch, {p.k, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.dim});
         Arithmetic::stack_rows(v, s.v_pitch, {p.v, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.v_dim});
-        for (int64_t b = 0; b < task.count; ++b) attend(blocks[b], {blocks[b].row, blocks[b].stop, start, n, tile});
+        // While blocks compute with this chunk, the next one is asked of memory, a few rows for each.
+        int64_t asked = start + n;
+        for (int64_t b = 0; b < task.count; ++b) {
+          const Band band{blocks[b].row, blocks[b].stop, start, n, tile};
+          if (band.begin() >= band.end()) continue;
+          for (const int64_t until = least(asked + ASKED, least(last, start + n + CHUNK)); asked < until; ++asked) {
+            prefetch(p.k, p.dtype, task.batch, asked, task.kv_head, p.dim);
+            prefetch(p.v, p.dtype, task.batch, asked, task.kv_head, p.v_dim);
+          }
+          attend(blocks[b], band);
+        }
       }
     }
     for (int64_t i = 0; i < task.count; ++i) end(blocks[i]);
@@ -95,8 +112,13 @@ struct Forward {
   // Loads a block's queries, and the state that it goes on from: as if one key of weight 1 had been seen.
   void begin(Block& b) {
     const int64_t n = b.stop - b.row;
-    Arithmetic::copy_rows(rows, s.k_pitch, {p.q, p.dtype, task.batch, b.head, b.row, n, n, p.dim});
-    rows_to_lanes(b.q, rows, s.k_pitch, n, s.words);
+    if (PER_WORD == 1 && p.dtype == Dtype::float32) {
+      const void* first = row_of(p.q, p.dtype, task.batch, b.row, b.head);
+      rows_to_lanes(b.q, static_cast<const float*>(first), p.q.row, n, s.words);
+    } else {
+      Arithmetic::copy_rows(rows, s.k_pitch, {p.q, p.dtype, task.batch, b.head, b.row, n, n, p.dim});
+      rows_to_lanes(b.q, rows, s.k_pitch, n, s.words);
+    }
     if (p.scale < 0) {
       // The sign goes to the queries, so that the largest product is the largest score.
       const ivec signs = broadcast((int32_t)(PER_WORD == 2 ? 0x80008000 : 0x80000000));
@@ -113,16 +135,7 @@ struct Forward {
       seen |= lse != -INFINITE;
     }
     for (int64_t i = 0; i < s.v_pitch * BLOCK; i += W) store(b.out + i, vec{});
-    if (!seen) return;
-    for (int64_t i = 0; i < n; i += W) {
-      for (int64_t d = 0; d < p.v_dim; d += W) {
-        const int64_t here = least(W, p.v_dim - d);
-        vec block[W];
-        for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(out_of(b, i + r) + d, here) : vec{};
-        transpose(block);
-        for (int r = 0; r < here; ++r) store(b.out + (d + r) * BLOCK + i, block[r]);
-      }
-    }
+    if (seen) rows_to_lanes(b.out, out_of(b, 0), p.out.row, n, p.v_dim);
   }
 
   void end(Block& b) {
@@ -138,17 +151,16 @@ struct Forward {
   }
 
   void attend(Block& b, const Band& band) {
-    const int64_t begin = band.begin(), end = band.end();
-    if (begin >= end) return;
-    // A vector holds the last queries alone where they are few.
-    const int64_t vecs = (b.stop - b.row + W - 1) / W;
-    if (vecs == BLOCK_VECS) {
-      attend<BLOCK_VECS>(b, band, begin / TILE * TILE, round_up(end, TILE));
-    } else if (vecs == 2) {
-      attend<2>(b, band, begin / TILE * TILE, round_up(end, TILE));
-    } else {
-      attend<1>(b, band, begin / TILE * TILE, round_up(end, TILE));
-    }
+    runs(band, [&](int64_t vector, int64_t count, int64_t begin, int64_t end) {
+      Block part = b.from(vector);
+      if (count == BLOCK_VECS) {
+        attend<BLOCK_VECS>(part, band.part(vector, count), begin, end);
+      } else if (count == 2) {
+        attend<2>(part, band.part(vector, count), begin, end);
+      } else {
+        attend<1>(part, band.part(vector, count), begin, end);
+      }
+    });
   }
 
   template <int C>

@@ -38,16 +38,25 @@ RINGATTN_INLINE void fill(vec (&sums)[R][C], vec x) {
 }
 
 // Turns n rows of `words` words into columns: to[w * BLOCK + i] = from[i * pitch + w]. Columns from n on, up to a
-// whole vector, become zero. `pitch` must hold whole vectors.
+// whole vector, become zero.
 RINGATTN_INLINE void rows_to_lanes(float* to, const float* from, int64_t pitch, int64_t n, int64_t words) {
   for (int64_t i = 0; i < n; i += W) {
     for (int64_t w = 0; w < words; w += W) {
+      const float* corner = from + i * pitch + w;
+      float* turned = to + w * BLOCK + i;
       vec block[W];
-      RINGATTN_UNROLL
-      for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(from + (i + r) * pitch + w) : vec{};
-      transpose(block);
-      const int64_t here = least(W, words - w);
-      for (int r = 0; r < here; ++r) store(to + (w + r) * BLOCK + i, block[r]);
+      if (i + W <= n && w + W <= words) {
+        RINGATTN_UNROLL
+        for (int r = 0; r < W; ++r) block[r] = load(corner + r * pitch);
+        transpose(block);
+        RINGATTN_UNROLL
+        for (int r = 0; r < W; ++r) store(turned + r * BLOCK, block[r]);
+      } else {
+        const int64_t here = least(W, words - w);
+        for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(corner + r * pitch, here) : vec{};
+        transpose(block);
+        for (int r = 0; r < here; ++r) store(turned + r * BLOCK, block[r]);
+      }
     }
   }
 }
@@ -57,11 +66,20 @@ template <class Put>
 RINGATTN_INLINE void lanes_to_rows(const float* from, int64_t n, int64_t words, const Put& put) {
   for (int64_t i = 0; i < n; i += W) {
     for (int64_t w = 0; w < words; w += W) {
-      const int64_t count = least(W, words - w);
+      const float* corner = from + w * BLOCK + i;
       vec block[W];
-      for (int r = 0; r < W; ++r) block[r] = r < count ? load(from + (w + r) * BLOCK + i) : vec{};
-      transpose(block);
-      for (int r = 0; r < W && i + r < n; ++r) put(i + r, w, block[r], count);
+      if (i + W <= n && w + W <= words) {
+        RINGATTN_UNROLL
+        for (int r = 0; r < W; ++r) block[r] = load(corner + r * BLOCK);
+        transpose(block);
+        RINGATTN_UNROLL
+        for (int r = 0; r < W; ++r) put(i + r, w, block[r], W);
+      } else {
+        const int64_t count = least(W, words - w);
+        for (int r = 0; r < W; ++r) block[r] = r < count ? load(corner + r * BLOCK) : vec{};
+        transpose(block);
+        for (int r = 0; r < W && i + r < n; ++r) put(i + r, w, block[r], count);
+      }
     }
   }
 }
@@ -96,7 +114,38 @@ struct Band {
     const int64_t first = most(0, key - tile.hi - row), last = least(BLOCK - 1, key - tile.lo - row);
     return first <= last ? LaneRange{(int32_t)first, (int32_t)last} : LaneRange{1, 0};
   }
+
+  // The same of `count` vectors of the block's queries.
+  Band part(int64_t vector, int64_t count) const {
+    return {row + vector * W, least(stop, row + (vector + count) * W), start, n, tile};
+  }
 };
+
+// Calls visit(vector, count, begin, end) for runs of keys, whole tiles of them, and the vectors of queries that see any
+// of them. Along a diagonal a run has as many keys as a vector lanes, and nothing is computed for the vectors beyond.
+template <class Visit>
+RINGATTN_INLINE void runs(const Band& band, const Visit& visit) {
+  int64_t begins[BLOCK_VECS], ends[BLOCK_VECS];
+  int64_t first = 0, last = (band.stop - band.row + W - 1) / W;
+  for (int64_t c = 0; c < last; ++c) {
+    const Band part = band.part(c, 1);
+    const int64_t begin = part.begin(), end = part.end();
+    begins[c] = begin / TILE * TILE;
+    ends[c] = begin < end ? round_up(end, TILE) : begins[c];
+  }
+  // Neither begins nor ends ever fall from a vector to the next.
+  while (first < last && begins[first] >= ends[first]) ++first;
+  while (first < last && begins[last - 1] >= ends[last - 1]) --last;
+  for (int64_t at = first < last ? begins[first] : 0; first < last;) {
+    int64_t stop = first + 1;
+    while (stop < last && begins[stop] <= at) ++stop;
+    const int64_t end = stop < last ? least(ends[first], begins[stop]) : ends[first];
+    visit(first, stop - first, at, end);
+    at = end;
+    while (first < last && ends[first] <= at) ++first;
+    if (first < last) at = most(at, begins[first]);
+  }
+}
 
 // Memory handed out piece by piece, each aligned to a cache line.
 struct Arena {

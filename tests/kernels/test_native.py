@@ -68,6 +68,14 @@ def test_dims(isa: str, dim: int, v_dim: int) -> None:
     run(Case("dims", blocks, rows, cols, 1, 2, 1, dim, v_dim, scale=dim**-0.5))
 
 
+@pytest.mark.parametrize("width", [1, 7, 16, 17, 33, 50, 100])
+@pytest.mark.parametrize("shift", [0, 5])
+def test_narrow_windows(isa: str, width: int, shift: int) -> None:
+    """Both edges of the band cross a block of queries, whose vectors then see different keys."""
+    window = tile(range(131), range(150), lo=shift - width + 1, hi=shift)
+    run(Case("narrow", ((window,),), 131, 150, 1, 2, 1, 17, 20, scale=0.3))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.4, -3.0, 1e-30, 100.0])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_scales(isa: str, scale: float, softcap: float | None) -> None:

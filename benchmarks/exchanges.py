@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import ringattn
 from benchmarks import plots
 from benchmarks.masks import packed_documents
-from benchmarks.measure import Contender, Lines, peak_bytes, progress, race, ratio
+from benchmarks.measure import Contender, Lines, copying_seconds, peak_bytes, progress, race, ratio
 from benchmarks.session import Session, session
 from benchmarks.wire import device_bytes, over_devices, watched
 from ringattn.attention.executor import Job
@@ -42,6 +42,7 @@ from ringattn.kernels.reference import ReferenceKernel
 
 WHOLE, COMPUTE, TRANSFER, OUTER, NEITHER = "whole", "compute", "transfer", "outer transfer", "neither"
 PASSES = ("fwd", "bwd")
+COPYING_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,10 @@ class Bench:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return int(peak)
 
+    def copies(self) -> float:
+        """Returns the seconds of one run that this rank spends on copies: the median of several runs."""
+        return statistics.median(copying_seconds(self.parts[WHOLE]) for _ in range(COPYING_RUNS))
+
     def _part(self, job: Job, silent: Collection[dist.ProcessGroup]) -> Callable[[], object]:
         def forward() -> Tensor:
             out: Tensor = Attention.apply(*self._inputs, None, job, self._team)[0]  # type: ignore[no-untyped-call]
@@ -259,7 +264,7 @@ def row(case: Case, found: dict[str, Any]) -> list[str]:
         f"{found['whole_s'] * 1e3:.1f}", f"{found['times_first']:.2f}",
         f"{found['compute_s'] * 1e3:.1f}", f"{found['transfer_s'] * 1e3:.1f}",
         f"{found['exposed_s'] * 1e3:.1f}", f"{found['exposed_of_transfer']:.0%}", f"{found['over_ideal']:.2f}",
-        f"{found['neither_of_whole']:.1%}",
+        f"{found['neither_of_whole']:.1%}", f"{found['copies_s'] / (found['compute_s'] - found['neither_s']):.1%}",
         f"{planned / 2**20:.2f}", of_plan("posted_bytes"), of_plan("device_bytes"),
         f"{found['peak_bytes'] / 2**20:.1f}",
     ]  # fmt: skip
@@ -267,7 +272,7 @@ def row(case: Case, found: dict[str, Any]) -> list[str]:
 
 COLUMNS = (
     "layout", "mask", "pass", "exchange", "whole ms", "× first", "compute ms", "transfer ms", "exposed ms",
-    "of transfer", "/ ideal", "neither", "MiB sent", "/ plan", "devices / plan", "peak MiB",
+    "of transfer", "/ ideal", "neither", "copies", "MiB sent", "/ plan", "devices / plan", "peak MiB",
 )  # fmt: skip
 
 
@@ -311,7 +316,7 @@ def main() -> None:
                 seconds = race(racers, args.rounds, args.warmup, tick)
                 for bench in benches:
                     found = summary(bench, seconds, benches[0].name(WHOLE))
-                    measured = {**found, **bench.sent(), "peak_bytes": bench.peak()}
+                    measured = {**found, "copies_s": bench.copies(), **bench.sent(), "peak_bytes": bench.peak()}
                     table.add_row(*row(bench.case, measured))
                     if lines is not None:
                         lines.add(
@@ -323,7 +328,7 @@ def main() -> None:
                             }
                         )
         if lines is not None:
-            Console(width=190).print(table)
+            Console(width=200).print(table)
             plots.exchanges(lines.path, args.out / "exchanges.png")
             print(f"picture: {args.out / 'exchanges.png'}")
         dist.barrier()

@@ -134,6 +134,20 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
+# What moves numbers as they are, whatever was asked for: others end in one of these.
+_COPYING = ("aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::index_copy_")
+
+
+def copying_seconds(work: Callable[[], object]) -> float:
+    """Returns how long `work` copies tensors, on the GPU where there is one, and otherwise on the CPU."""
+    on_gpu = torch.cuda.is_available()
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as profile:
+        work()
+    events = [event for event in profile.key_averages() if event.key in _COPYING]
+    return sum(float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events) / 1e6
+
+
 @contextmanager
 def progress(title: str, total: int, visible: bool) -> Iterator[Callable[[], None]]:
     """Shows a progress bar on one rank; yields what moves it on by one."""

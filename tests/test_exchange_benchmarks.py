@@ -34,6 +34,7 @@ def check_records(records: list[dict[str, Any]], ranks: int, names: set[str]) ->
         assert r["ranks"] == ranks
         assert r["posted_bytes"] == r["planned_bytes"] > 0
         assert r["neither_s"] > 0.0
+        assert 0.0 < r["copies_s"] < r["whole_s"]
         assert r["whole_s"] > 0.0
         assert r["exposed_s"] == pytest.approx(r["whole_s"] - r["compute_s"])  # of one round
         assert r["over_ideal"] == pytest.approx(r["whole_s"] / max(r["compute_s"], r["transfer_s"]))

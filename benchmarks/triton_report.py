@@ -47,7 +47,8 @@ class Build:
     @property
     def config(self) -> Config:
         """The configuration that is shipped."""
-        return config(self.arch, DTYPES[self.dtype], padded(self.dim), padded(self.v_dim), self.which)
+        widths = padded(self.dim), padded(self.v_dim)
+        return config(self.arch, DTYPES[self.dtype], *widths, self.which, capped=self.capped)
 
 
 @dataclass(frozen=True)

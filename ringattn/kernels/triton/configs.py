@@ -94,6 +94,19 @@ _TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
     ("gfx942", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
     ("gfx942", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
 }
+# With softcapping, where its tanh takes registers that these entries do not have: by padded head dim.
+_CAPPED: dict[tuple[str, int, Pass], dict[int, Config]] = {
+    ("sm_80", 2, "forward"): {256: Config(64, 32, 32, 8, 2)},
+    ("sm_80", 2, "dkdv"): {64: Config(32, 64, 16, 4, 2), 256: Config(32, 32, 16, 8, 2)},
+    ("sm_80", 4, "dkdv"): {64: Config(32, 32, 16, 8, 2)},
+    ("sm_90", 2, "dq"): {128: Config(128, 64, 64, 8, 2)},
+    ("sm_90", 2, "dkdv"): {128: Config(32, 128, 16, 8, 3), 256: Config(16, 64, 16, 8, 3)},
+    ("sm_90", 4, "dkdv"): {256: Config(16, 16, 16, 8, 2)},
+    ("sm_100", 4, "dq"): {128: Config(32, 16, 16, 8, 2)},
+    ("sm_100", 4, "dkdv"): {64: Config(32, 32, 16, 8, 2), 128: Config(16, 32, 16, 8, 2)},
+    ("gfx942", 2, "dkdv"): {256: Config(16, 32, 16, 4, 1)},
+    ("gfx942", 4, "forward"): {128: Config(16, 32, 16, 8, 1)},
+}
 # The same for the paged kernel. Where a load needs the address that another one brings, triton gives each of them half
 # of the stages: with 5, a step of keys and values is on its way while the last one is computed.
 _PAGED: dict[tuple[str, int], tuple[PagedConfig, PagedConfig, PagedConfig]] = {
@@ -120,12 +133,13 @@ def padded(dim: int) -> int:
     return max(MIN_WIDTH, 1 << (dim - 1).bit_length())
 
 
-def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass) -> Config:
-    """Returns how to compile a pass for an architecture, element size in bytes, and padded head dims."""
+def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass, *, capped: bool) -> Config:
+    """Returns how to compile a pass for an architecture, element size in bytes, padded head dims, and softcapping."""
     if arch == INTERPRETER:
         return _INTERPRETED
     wider = max(width, v_width, _WIDTHS[0])
-    return _TABLE[arch, itemsize, which][_WIDTHS.index(wider)]
+    plain = _TABLE[arch, itemsize, which][_WIDTHS.index(wider)]
+    return _CAPPED.get((arch, itemsize, which), {}).get(wider, plain) if capped else plain
 
 
 def paged_config(arch: str, itemsize: int, width: int, v_width: int) -> PagedConfig:

@@ -22,7 +22,7 @@ CACHE_BYTES = 24 << 20
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
     """See contract.BlockKernel.forward."""
-    chosen = _config(q, v, "forward")
+    chosen = _config(q, v, spec, "forward")
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
     items, runs = _tables(tiles, q.shape[1], q.shape[0], chosen.block_m, chosen.block_n, False, q.device)
@@ -52,14 +52,14 @@ def backward(
     queries = Queries(Rows.of(q), Rows.of(dout), Rows.of_entries(lse), Rows.of_entries(delta))
     keys, values, scores = Rows.of(k), Rows.of(v), Scores.of(spec)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        chosen = _config(q, v, "dq")
+        chosen = _config(q, v, spec, "dq")
         section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
         items, runs = _tables(tiles, q.shape[1], batch, chosen.block_m, chosen.block_n, False, q.device)
         dq_kernel[(len(items) * heads,)](
             queries, keys, values, *_described(chosen.block_n, k, v), Rows.of(dq),
             Work(items, runs, q.shape[1], heads, group, section), scores, **_constants(q, v, chosen),
         )  # fmt: skip
-        chosen = _config(q, v, "dkdv")
+        chosen = _config(q, v, spec, "dkdv")
         section = heads_together(kv_heads, 1, group * (_bytes_per_head(q) + _bytes_per_head(dout)), CACHE_BYTES)
         items, runs = _tables(tiles, k.shape[1], batch, chosen.block_n, chosen.block_m, True, q.device)
         dkdv_kernel[(len(items) * kv_heads,)](
@@ -100,8 +100,9 @@ def _described(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[3])]) for x in tensors]
 
 
-def _config(q: Tensor, v: Tensor, which: Pass) -> Config:
-    return config(arch_of(q.device), q.dtype.itemsize, padded(q.shape[3]), padded(v.shape[3]), which)
+def _config(q: Tensor, v: Tensor, spec: Spec, which: Pass) -> Config:
+    widths = padded(q.shape[3]), padded(v.shape[3])
+    return config(arch_of(q.device), q.dtype.itemsize, *widths, which, capped=spec.softcap is not None)
 
 
 def _constants(q: Tensor, v: Tensor, chosen: Config) -> dict[str, int]:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 
 from benchmarks.namespaces import PREFIX, Link, Network
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 5.0  # for the other ranks to fail by themselves, with a message, after one has
 
 
@@ -77,7 +78,7 @@ def run(network: Network, program: list[str], timeout_s: float) -> int:
 
     Rank 0 writes to this program's output; of the others only errors are shown.
     """
-    with standing(network), _running(network, program) as ranks:
+    with standing(network), running(network, program) as ranks:
         deadline = time.monotonic() + timeout_s
         while any(rank.poll() is None for rank in ranks):
             if time.monotonic() > deadline:
@@ -96,21 +97,37 @@ def failed(statuses: Iterable[int | None]) -> int:
 
 
 @contextmanager
-def _running(network: Network, program: list[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+def running(network: Network, program: list[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Starts a program on every rank; all are gone afterwards, whatever happened."""
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(network.num_ranks):
-            command = network.enter(rank, [sys.executable, *program])
-            environment = {**os.environ, **network.environment(rank)}
-            # Sessions of their own: an interrupt comes here only, and what a rank started goes with it.
-            out = None if rank == 0 else subprocess.DEVNULL
-            ranks.append(subprocess.Popen(command, env=environment, stdout=out, start_new_session=True))
+        with _signals_wait():
+            for rank in range(network.num_ranks):
+                command = network.enter(rank, [sys.executable, *program])
+                environment = {**os.environ, **network.environment(rank)}
+                # Sessions of their own: an interrupt comes here only, and what a rank started goes with it.
+                out = None if rank == 0 else subprocess.DEVNULL
+                ranks.append(subprocess.Popen(command, env=environment, stdout=out, start_new_session=True))
         yield ranks
     finally:
         for process in ranks:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals come at the end: a rank that has started, and is not in the list of them yet, would outlive us."""
+    came: list[int] = []
+    before = {kind: signal.signal(kind, lambda kind, _: came.append(kind)) for kind in _ENDING}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def clean() -> list[str]:
@@ -174,7 +191,8 @@ def _told(command: list[str]) -> str:
     return (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
 
 
-def _stop(number: int, _: object) -> None:
+def stop(number: int, _: object) -> None:
+    """Ends this program, as a signal asks."""
     raise SystemExit(128 + number)
 
 
@@ -188,8 +206,8 @@ def main() -> None:
         print(f"removed: {', '.join(clean()) or 'nothing'}")
         return
     # Whatever ends this program ends it by an exception, so that the namespaces go.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+    for number in _ENDING:
+        signal.signal(number, stop)
     outer, inner = Link(args.outer_mbit, args.delay_ms), Link(args.inner_mbit)
     network = Network(_unique(), args.hosts, args.ranks_per_host, outer, inner)
     try:

@@ -159,6 +159,29 @@ def test_only_namespaces_of_the_dead_are_abandoned() -> None:
     assert network.failed([0, 0]) == network.failed([None]) == 0
 
 
+def test_a_signal_between_two_starts_leaves_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start_and_stop(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(Network, "enter", lambda self, rank, program: program)
+    monkeypatch.setattr(subprocess, "Popen", start_and_stop)
+    before = signal.signal(signal.SIGTERM, network.stop)
+    try:
+        with pytest.raises(SystemExit), network.running(FLAT, ["-c", "import time; time.sleep(60)"]):
+            pass
+        assert started
+        assert [process.returncode for process in started] == [-signal.SIGKILL] * len(started)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in started:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def _networks() -> None:
     reasons = network.missing()

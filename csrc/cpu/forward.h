@@ -151,15 +151,9 @@ struct Forward {
   }
 
   void attend(Block& b, const Band& band) {
-    runs(band, [&](int64_t vector, int64_t count, int64_t begin, int64_t end) {
+    runs(band, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
       Block part = b.from(vector);
-      if (count == BLOCK_VECS) {
-        attend<BLOCK_VECS>(part, band.part(vector, count), begin, end);
-      } else if (count == 2) {
-        attend<2>(part, band.part(vector, count), begin, end);
-      } else {
-        attend<1>(part, band.part(vector, count), begin, end);
-      }
+      attend<count.value>(part, band.part(vector, count.value), begin, end);
     });
   }
 

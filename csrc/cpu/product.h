@@ -121,7 +121,12 @@ struct Band {
   }
 };
 
-// Calls visit(vector, count, begin, end) for runs of keys, whole tiles of them, and the vectors of queries that see any
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls visit(Count, vector, begin, end) for runs of keys, whole tiles of them, and the vectors of queries that see any
 // of them. Along a diagonal a run has as many keys as a vector lanes, and nothing is computed for the vectors beyond.
 template <class Visit>
 RINGATTN_INLINE void runs(const Band& band, const Visit& visit) {
@@ -140,7 +145,13 @@ RINGATTN_INLINE void runs(const Band& band, const Visit& visit) {
     int64_t stop = first + 1;
     while (stop < last && begins[stop] <= at) ++stop;
     const int64_t end = stop < last ? least(ends[first], begins[stop]) : ends[first];
-    visit(first, stop - first, at, end);
+    if (stop - first == BLOCK_VECS) {
+      visit(Count<BLOCK_VECS>{}, first, at, end);
+    } else if (stop - first == 2) {
+      visit(Count<2>{}, first, at, end);
+    } else {
+      visit(Count<1>{}, first, at, end);
+    }
     at = end;
     while (first < last && ends[first] <= at) ++first;
     if (first < last) at = most(at, begins[first]);

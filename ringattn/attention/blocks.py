@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.profiler import record_function
 
-from ringattn.attention.parts import Parts
+from ringattn.attention.parts import ROWS, Parts
 from ringattn.comm.group import Team
 from ringattn.comm.messages import Flight, Message, launch
 from ringattn.comm.packet import Field, Packet, size_of
 from ringattn.geometry.plan import Payload, Piece, Program, Step, Transfer
 
 _TAGS = {payload: tag for tag, payload in enumerate(Payload)}
-_ROWS = 2  # the dim of rows in a packet
 
 
 class Blocks:
@@ -160,7 +159,7 @@ class Blocks:
     def _zeros_for(self, part: tuple[Tensor, ...], place: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         if place is not None:
             return tuple(x.zero_() for x in place)
-        fields = [_with_rows(field, part[0].shape[_ROWS]) for field in self._sum_fields]
+        fields = [_with_rows(field, part[0].shape[ROWS]) for field in self._sum_fields]
         return Packet.zeros(fields, self._device).tensors
 
     def _add(self, t: Transfer) -> None:
@@ -199,4 +198,4 @@ class Blocks:
 
 
 def _with_rows(field: Field, rows: int) -> Field:
-    return Field((*field.shape[:_ROWS], rows, *field.shape[_ROWS + 1 :]), field.dtype)
+    return Field((*field.shape[:ROWS], rows, *field.shape[ROWS + 1 :]), field.dtype)

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-_ROWS = 2  # the dim of rows
+ROWS = 2  # the dim of rows, of tensors (B, H, rows, ...)
 
 
 class Parts:
@@ -19,13 +19,8 @@ class Parts:
 
     def __init__(self, parts: Sequence[tuple[Tensor, ...]]) -> None:
         self.parts = tuple(parts)
-        ends = accumulate((tensors[0].shape[_ROWS] for tensors in self.parts), initial=0)
+        ends = accumulate((tensors[0].shape[ROWS] for tensors in self.parts), initial=0)
         self._held = [range(*held) for held in pairwise(ends)]
-
-    @property
-    def whole(self) -> bool:
-        """Whether there is just one part."""
-        return len(self.parts) == 1
 
     def cut(self, rows: Sequence[range] | None) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Yields rows of the block in order, as far as they lie in one part: where they stand among `rows`, and views.
@@ -45,7 +40,7 @@ class Parts:
 
     def only(self, rows: Sequence[range] | None) -> tuple[Tensor, ...]:
         """Returns views of rows that lie in one part."""
-        if rows is None and self.whole:
+        if rows is None and len(self.parts) == 1:
             return self.parts[0]
         ((_, views),) = self.cut(rows)
         return views

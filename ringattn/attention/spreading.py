@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringattn.attention.executor import Job, run_backward, run_forward
+from ringattn.attention.parts import ROWS
 from ringattn.attention.sides import Keys, Places, Queries
 from ringattn.comm.all_to_all import Trade
 from ringattn.comm.group import Team
@@ -24,8 +25,6 @@ from ringattn.comm.packet import Field, Packet
 from ringattn.geometry.heads import Share
 from ringattn.geometry.spread import Spread, Union
 from ringattn.softmax import Attending, accumulation_dtype
-
-_ROWS = 2  # the dim of rows of tensors on their way
 
 
 class _Load(NamedTuple):
@@ -213,7 +212,7 @@ class _Paths:
             own = load.x[:, load.heads(share)]
             parts = []
             for part in self._unions(load):
-                shape = (*own.shape[:_ROWS], part.total, *own.shape[_ROWS + 1 :])
+                shape = (*own.shape[:ROWS], part.total, *own.shape[ROWS + 1 :])
                 parts.append(None if part.in_place else own.new_empty(shape))
             for number, peer, places in self._members(load):
                 x = own if peer == self._spread.place else came[peer].tensors[index]
@@ -243,7 +242,7 @@ class _Paths:
         for load in loads:
             heads = load.heads(share)
             rows = [rows for part in self._unions(load) for rows in part.num_rows][rows_of]
-            shape = (load.x.shape[0], heads.stop - heads.start, rows, *load.x.shape[_ROWS + 1 :])
+            shape = (load.x.shape[0], heads.stop - heads.start, rows, *load.x.shape[ROWS + 1 :])
             fields.append(Field(shape, load.x.dtype))
         return fields
 

@@ -123,6 +123,7 @@ def dkdv_run(
 ):  # fmt: skip
     """Adds what one query head gives in a run of (start, stop), of which each key sees all where `sight` is None."""
     start, stop = run
+    # Made here: triton 3.6 lets no function return a tuple in which something is None.
     of_this_head = Queries(
         Source(q_described, of_head(queries.q, batch, head), batch, head),
         Source(dout_described, of_head(queries.dout, batch, head), batch, head),

@@ -19,7 +19,7 @@ import triton.language as tl
 from ringattn.kernels.paged.contract import Sight
 from ringattn.kernels.triton.blocks import LOG2E, capped, offsets, width_of
 from ringattn.kernels.triton.forward import LEAST, LN2
-from ringattn.kernels.triton.values import HeadSlots, Scores, Softmax
+from ringattn.kernels.triton.values import HeadSlots, Scores, SlotRun, Softmax
 
 # Sequences that are looked at together when a program finds its first one.
 SEARCH = tl.constexpr(128)
@@ -61,16 +61,16 @@ def sees(sight, position):
 
 @triton.jit
 def attend_slots(
-    q, keys, values, pages, slots, at, count, by_row, by_token, softmax, scores,
+    q, keys, values, run, at, by_row, by_token, softmax, scores,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over slots [at, at + BLOCK_N) of a run of `count`."""
+    """One step of the online softmax, over slots [at, at + BLOCK_N) of a run."""
     number = at + tl.arange(0, BLOCK_N)
-    inside = number < count
-    position = tl.load(slots + number, mask=inside, other=-1)
+    inside = number < run.count
+    position = tl.load(run.slots + number, mask=inside, other=-1)
     # What no row sees may hold anything: it is not read.
     some = tl.max(sees(by_token, position).to(tl.int32), 0) > 0
-    page = tl.load(pages + number // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    page = tl.load(run.pages + number // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
     slot = (number % PAGE_SIZE).to(tl.int64)
     k = load_slots(keys, page, slot, some, DIM)
     x = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scores, q.dtype == tl.float32)
@@ -127,13 +127,12 @@ def paged_kernel(
 
         entry = tl.maximum(chunk_first, tl.load(starts + sequence)).to(tl.int64)
         count = (tl.minimum(chunk_stop, tl.load(starts + sequence + 1)) - entry).to(tl.int32) * PAGE_SIZE
-        pages, slots = tables.pages + entry, tables.slots + entry * PAGE_SIZE
+        run = SlotRun(tables.pages + entry, tables.slots + entry * PAGE_SIZE, count)
         acc = tl.zeros([BLOCK_M, width_of(V_DIM)], tl.float32)
         softmax = Softmax(acc, tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], LEAST, tl.float32))
         for at in range(0, count, BLOCK_N):
             softmax = attend_slots(
-                q_block, keys, values, pages, slots, at, count, by_row, by_token, softmax, scores,
-                DIM, V_DIM, PAGE_SIZE, BLOCK_N,
+                q_block, keys, values, run, at, by_row, by_token, softmax, scores, DIM, V_DIM, PAGE_SIZE, BLOCK_N
             )  # fmt: skip
         part = ((chunk + b) * counts.kv_heads + kv_head) * counts.rows + rows
         tl.store(parts.lse + part, softmax.most + tl.log2(softmax.total), mask=here)

@@ -133,6 +133,14 @@ class HeadSlots(NamedTuple):
     slot: Any
 
 
+class SlotRun(NamedTuple):
+    """Slots of a sequence that follow one another: the pages they are in, their positions, and how many there are."""
+
+    pages: Any
+    slots: Any
+    count: Any
+
+
 class Parts(NamedTuple):
     """What chunks of a paged launch found, until it is merged: (parts, kv heads, rows), out with its dim behind."""
 

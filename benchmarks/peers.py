@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, ScoreOptions
 from ringattn.softmax import empty_state
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -194,7 +194,7 @@ class _Native(_Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         out, lse = empty_state(q, v.shape[3])
-        BACKENDS["native"].forward(q, k, v, self._tiles(q, k, causal), Spec(scale), out, lse)
+        BACKENDS["native"].forward(q, k, v, self._tiles(q, k, causal), ScoreOptions(scale), out, lse)
         return out.to(q.dtype), lse
 
     def backward(
@@ -203,7 +203,7 @@ class _Native(_Kernel):
         grads = [torch.zeros(x.shape) for x in (q, k, v)]
         delta = (dout.float() * out).sum(-1).transpose(1, 2)
         tiles = self._tiles(q, k, causal)
-        BACKENDS["native"].backward(dout, q, k, v, lse, delta, tiles, Spec(scale), *grads)
+        BACKENDS["native"].backward(dout, q, k, v, lse, delta, tiles, ScoreOptions(scale), *grads)
         return grads
 
     def _tiles(self, q: Tensor, k: Tensor, causal: bool) -> Tiles:

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 from benchmarks.timeline import Span
-from ringattn.parallel.bubble import Action
+from ringattn.parallel.pipeline_profile import TimedOp
 
 COLOURS = {"compute": "#4878a8", "transfer": "#e0a030", "flight": "#f4e2bd", "wait": "#c03028"}
 LABELS = {
@@ -171,7 +171,7 @@ MOVES = {"F": "#4878a8", "B": "#58a058", "I": "#58a058", "W": "#a8d0a8"}
 MOVE_LABELS = {"F": "forward", "B": "backward, or its part down to the input", "W": "backward of weights"}
 
 
-def pipelines(runs: Mapping[str, Sequence[Sequence[Action]]], path: Path) -> None:
+def pipelines(runs: Mapping[str, Sequence[Sequence[TimedOp]]], path: Path) -> None:
     """Draws what each rank of a pipeline did when, for each title; numbers are micro-batches, frames second stages."""
     path.parent.mkdir(parents=True, exist_ok=True)
     heights = [len(actions) for actions in runs.values()]

@@ -30,9 +30,9 @@ import ringattn
 from benchmarks.kernel_cases import flops
 from benchmarks.measure import Clock, Contender, Lines, OneDevice, progress, race
 from ringattn.errors import BackendError
-from ringattn.geometry.exchanges import Ring, build_plan
 from ringattn.geometry.tiles import Tile, Tiles, tiles_of_rank
-from ringattn.kernels import BACKENDS, BlockKernel, Call, Spec, refusals
+from ringattn.kernels import BACKENDS, BlockKernel, ProblemSpec, ScoreOptions, refusals
+from ringattn.plan.exchanges import Ring, build_plan
 from ringattn.softmax import accumulation_dtype, empty_state
 
 RING, DENSE, COPY = "ring", "dense", "copy"
@@ -54,14 +54,14 @@ class Case:
     threads: int
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> ScoreOptions:
         """What a kernel is told besides tensors and tiles."""
-        return Spec(self.head_dim**-0.5)
+        return ScoreOptions(self.head_dim**-0.5)
 
     def kernel(self, device: torch.device) -> BlockKernel:
         """Returns the backend, or raises BackendError with every reason."""
         dim, dtype = self.head_dim, getattr(torch, self.dtype)
-        call = Call(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.spec)
+        call = ProblemSpec(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.spec)
         if why := refusals(self.backend, call):
             raise BackendError("; ".join(why))
         return BACKENDS[self.backend]

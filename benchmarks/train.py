@@ -37,9 +37,9 @@ from benchmarks.training import (
     train_together,
     worst_difference,
 )
-from ringattn.parallel.course import KINDS
 from ringattn.parallel.decoder import DecoderConfig, MoESpec
 from ringattn.parallel.mesh import AXES, EXPERT, build_mesh, describe
+from ringattn.parallel.pipeline_schedule import SCHEDULES
 
 SIZES = tuple(axis.name for axis in (*AXES, EXPERT))
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -61,7 +61,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--layout", choices=LAYOUTS, default="zigzag")
     parser.add_argument("--micro-batches", type=int, help="parts of a batch; as many as stages if not given")
-    parser.add_argument("--schedule", choices=KINDS, default="1f1b", help="of stages")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="of stages")
     parser.add_argument("--zero", type=int, choices=(0, 2, 3), default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and of computing")
     parser.add_argument("--compile", action="store_true", help="layers; feed-forwards only with --documents")

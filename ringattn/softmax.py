@@ -38,7 +38,7 @@ def empty_state(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-class Attending(NamedTuple):
+class AttentionState(NamedTuple):
     """Queries q (B, S, H, D), and the state (out, lse) of what they have attended to so far."""
 
     q: Tensor
@@ -46,7 +46,7 @@ class Attending(NamedTuple):
     lse: Tensor
 
     @classmethod
-    def to_nothing(cls, q: Tensor, v_dim: int, out: Tensor | None = None, lse: Tensor | None = None) -> Attending:
+    def to_nothing(cls, q: Tensor, v_dim: int, out: Tensor | None = None, lse: Tensor | None = None) -> AttentionState:
         """Returns queries that have attended to nothing, as `empty_state`.
 
         Args:
@@ -59,10 +59,10 @@ class Attending(NamedTuple):
             empty_out, empty_lse = empty_state(q, v_dim)
         return cls(q, empty_out if out is None else out.zero_(), empty_lse if lse is None else lse.fill_(-torch.inf))
 
-    def of(self, heads: range) -> Attending:
+    def of(self, heads: range) -> AttentionState:
         """Returns some of the heads."""
         run = slice(heads.start, heads.stop)
-        return Attending(self.q[:, :, run], self.out[:, :, run], self.lse[:, run])
+        return AttentionState(self.q[:, :, run], self.out[:, :, run], self.lse[:, run])
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -81,7 +81,7 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def merged(outs: Tensor, lses: Tensor, *, first: int = 0, sink: Tensor | None = None) -> Tensor:
+def merge_parts(outs: Tensor, lses: Tensor, *, first: int = 0, sink: Tensor | None = None) -> Tensor:
     """Returns the output over all keys, from those over disjoint parts of them; always summed up in the same order.
 
     Args:

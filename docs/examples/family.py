@@ -5,12 +5,12 @@ import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringattn import causal, zigzag
-from ringattn.parallel.clip import clip_gradients
-from ringattn.parallel.context import attend_over, share_of
+from ringattn.parallel.context import local_batch, make_cp_attention
 from ringattn.parallel.decoder import Decoder, DecoderConfig
-from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
+from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import build_mesh, context_mesh, describe
 from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
 
 CONFIG = DecoderConfig(vocab_size=32, num_layers=2, dim=16, num_heads=4, num_kv_heads=2, hidden=24)
 
@@ -29,8 +29,8 @@ if dist.get_rank() == 0:
 model = parallelize(model, mesh, zero=3)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # made after it: parameters are sharded now
 layout = zigzag(61, context_mesh(mesh).size())
-attend = attend_over(mesh, layout)
-share = share_of(batch, mesh, layout)
+attend = make_cp_attention(mesh, layout)
+share = local_batch(batch, mesh, layout)
 num_valid = count_valid(share["shift_labels"], mesh)  # on all ranks
 
 losses = []
@@ -41,7 +41,7 @@ for _ in range(3):
     loss.backward()
     clip_gradients(model.parameters(), mesh, max_norm=0.1)
     optimizer.step()
-    losses.append(sum_over_tokens(loss, mesh))
+    losses.append(sum_over_token_ranks(loss, mesh))
 
 
 # One process.

@@ -9,14 +9,14 @@ import torch.distributed as dist
 
 from ringattn import causal, contiguous
 from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
-from ringattn.parallel.context import attend_over
-from ringattn.parallel.course import plan_course
+from ringattn.parallel.context import make_cp_attention
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
-from ringattn.parallel.expert import mixture
-from ringattn.parallel.loss import count_valid, cross_entropy
+from ringattn.parallel.expert import make_moe
 from ringattn.parallel.mesh import build_mesh
 from ringattn.parallel.parallelize import parallelize
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
+from ringattn.parallel.pipeline_schedule import plan_pipeline
+from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy
 
 LENGTH, SEQUENCES, STEPS = 24, 4, 4
 EXPERTS = MoESpec(num_experts=4, top_k=2, hidden=16, every=2, aux_loss_weight=0.01)  # in every second layer
@@ -24,7 +24,7 @@ CONFIG = DecoderConfig(vocab_size=32, num_layers=4, dim=16, num_heads=4, num_kv_
 
 dist.init_process_group("gloo")
 mesh = build_mesh(pp=dist.get_world_size())  # build_mesh(pp=2, dp_shard=2, ring=4, ep=8): as below, on 16 ranks
-attend = attend_over(mesh, contiguous(LENGTH, 1))
+attend = make_cp_attention(mesh, contiguous(LENGTH, 1))
 
 
 def loss(logits, target):  # noqa: ANN001, ANN201
@@ -36,8 +36,8 @@ def loss(logits, target):  # noqa: ANN001, ANN201
 def train(steps: int, folder: Path | None = None) -> list[torch.Tensor]:
     """Trains up to a number of steps, from the last checkpoint; returns the losses of the steps that it made."""
     torch.manual_seed(0)
-    course = plan_course("1f1b", CONFIG.num_layers, mesh["pp"].size(), num_micro_batches=SEQUENCES)
-    model = Decoder(CONFIG, moe=partial(mixture, num_micro_batches=SEQUENCES))
+    course = plan_pipeline("1f1b", CONFIG.num_layers, mesh["pp"].size(), num_micro_batches=SEQUENCES)
+    model = Decoder(CONFIG, moe=partial(make_moe, num_micro_batches=SEQUENCES))
     stages = cut_stages(model, course, mesh["pp"].get_local_rank())
     for stage in stages:
         parallelize(stage, mesh)

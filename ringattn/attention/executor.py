@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.profiler import record_function
 
-from ringattn.attention.blocks import Blocks
-from ringattn.attention.parts import Parts
-from ringattn.attention.sides import Keys, Places, Queries, Side, side_of
-from ringattn.comm.group import Team
-from ringattn.geometry.heads import HeadRun
-from ringattn.geometry.plan import Payload, Plan, Program, Visit
-from ringattn.geometry.sizes import Sizes
-from ringattn.geometry.spread import Spread
-from ringattn.kernels import BlockKernel, Spec
-from ringattn.softmax import Attending, add_sink_
+from ringattn.attention.backward_modes import BackwardMode, GradBuffers, KeyBlock, QueryBlock, backward_mode
+from ringattn.attention.block_buffers import BlockBuffers
+from ringattn.attention.chunked_rows import ChunkedRows
+from ringattn.comm.group import RankMesh
+from ringattn.kernels import BlockKernel, ScoreOptions
+from ringattn.plan.head_parallel import HeadSharding
+from ringattn.plan.head_shards import HeadSlice
+from ringattn.plan.payload import AttentionShape
+from ringattn.plan.plan import ComputeTiles, Payload, Plan, Program
+from ringattn.softmax import AttentionState, add_sink_
 
 
 @dataclass(frozen=True)
-class Job:
+class ExecutionPlan:
     """Everything about a call but its tensors: decided once per signature, the plan being this rank's own."""
 
     plan: Plan
-    spread: Spread | None  # how heads are spread first, if they are: the plan is then one for what comes of it
+    spread: HeadSharding | None  # how heads are spread first, if they are: the plan is then one for what comes of it
     kernel: BlockKernel
-    spec: Spec
-    head_runs: tuple[HeadRun, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
+    spec: ScoreOptions
+    head_runs: tuple[HeadSlice, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
     returns_lse: bool  # whether the caller can see lse, so that gradients of it may come on any rank
     wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are, so that they must travel
 
@@ -43,7 +43,7 @@ class Job:
         """Whether the gradients of what travels in the backward are wanted."""
         return self.wanted[0 if self.plan.backward.carried is Payload.Q else 1]
 
-    def bytes_sent(self, sizes: Sizes) -> tuple[int, int]:
+    def bytes_sent(self, sizes: AttentionShape) -> tuple[int, int]:
         """Returns the bytes that this rank sends in (forward, backward).
 
         Args:
@@ -62,14 +62,16 @@ class Job:
         return forward, backward if any(self.wanted) else 0
 
 
-def run_forward(job: Job, team: Team, parts: Sequence[Attending], keys: Sequence[Keys], sink: Tensor | None) -> None:
+def run_forward(
+    job: ExecutionPlan, team: RankMesh, parts: Sequence[AttentionState], keys: Sequence[KeyBlock], sink: Tensor | None
+) -> None:
     """Lets this rank's queries attend to all keys and the sink, each in the plan's parts: updates their states."""
     program = job.plan.forward
-    blocks = Blocks(program, team, job.plan.rank, Parts([part.turned() for part in keys]))
+    blocks = BlockBuffers(program, team, job.plan.rank, ChunkedRows([part.turned() for part in keys]))
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
-            came = Keys(*blocks.carried(visit.piece)).turned()
+            came = KeyBlock(*blocks.carried(visit.piece)).turned()
             with record_function(f"ringattn: attend to block {visit.piece.block}"):
                 for run in job.head_runs:
                     q, out, lse = parts[visit.part].of(run.heads)
@@ -82,8 +84,8 @@ def run_forward(job: Job, team: Team, parts: Sequence[Attending], keys: Sequence
 
 
 def run_backward(
-    job: Job, team: Team, queries: Sequence[Queries], keys: Sequence[Keys], places: Places
-) -> tuple[Sequence[Tensor], Sequence[Keys]]:
+    job: ExecutionPlan, team: RankMesh, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock], places: GradBuffers
+) -> tuple[Sequence[Tensor], Sequence[KeyBlock]]:
     """Returns the dq of each part, and the dk, dv, in the accumulation dtype, every rank's share of them summed up.
 
     Args:
@@ -94,8 +96,8 @@ def run_backward(
         places: where the gradients of each part are to be.
     """
     program = job.backward
-    side = side_of(program.carried, queries, keys, places)
-    blocks = Blocks(program, team, job.plan.rank, side.own(), side.sums(), side.places())
+    side = backward_mode(program.carried, queries, keys, places)
+    blocks = BlockBuffers(program, team, job.plan.rank, side.own(), side.sums(), side.places())
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
@@ -109,7 +111,7 @@ def run_backward(
     return side.gradients(home)
 
 
-def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:
+def _add_gradients(job: ExecutionPlan, blocks: BlockBuffers, side: BackwardMode, visit: ComputeTiles) -> None:
     """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
     came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
     for run in job.head_runs:

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from ringattn.comm.group import Axis
-from ringattn.comm.messages import Message, launch
+from ringattn.comm.group import MeshAxis
+from ringattn.comm.messages import Message, post
 from ringattn.comm.packet import Field, Packet
 
 _TAG = 64
 
 
-class Trade:
+class AllToAll:
     """An all-to-all under way."""
 
-    def __init__(self, axis: Axis, parts: Sequence[Packet | None], fields: Sequence[Sequence[Field]]) -> None:
+    def __init__(self, axis: MeshAxis, parts: Sequence[Packet | None], fields: Sequence[Sequence[Field]]) -> None:
         """Posts it and returns at once.
 
         Args:
@@ -31,7 +31,7 @@ class Trade:
         outgoing = [(place, parts[place]) for place in others]
         sends = [Message(part.flat, axis.members[place], _TAG) for place, part in outgoing if part is not None]
         receives = [Message(packet.flat, axis.members[place], _TAG) for place, packet in self._came.items()]
-        sending, receiving = launch(axis.group, sends, receives)
+        sending, receiving = post(axis.group, sends, receives)
         self._flights = [*receiving, *sending]
 
     def wait(self) -> dict[int, Packet]:

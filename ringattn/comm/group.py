@@ -27,12 +27,12 @@ Result = TypeVar("Result")
 
 # What the ranks of a team have agreed on, by its first group. Every rank makes the same calls, so all forget the same
 # ones.
-_AGREED: WeakKeyDictionary[dist.ProcessGroup, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
-_REMEMBERED = 256
+_AGREEMENTS: WeakKeyDictionary[dist.ProcessGroup, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
+_MAX_AGREEMENTS = 256
 
 
 @dataclass(frozen=True)
-class Axis:
+class MeshAxis:
     """One group of a team, and the rank in it of each place along the axis."""
 
     group: dist.ProcessGroup
@@ -41,13 +41,13 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Team:
+class RankMesh:
     """The ranks that make a call together: those of one group, or of a mesh whose axes are groups, the slow one first.
 
     Ranks are numbered by their places, the last axis counting fastest.
     """
 
-    axes: tuple[Axis, ...]
+    axes: tuple[MeshAxis, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,9 +67,9 @@ class Team:
             number = number * len(axis.members) + axis.place
         return number
 
-    def along(self, axis: int) -> Team:
+    def along(self, axis: int) -> RankMesh:
         """Returns the ranks that differ from this one along one axis only."""
-        return Team((self.axes[axis],))
+        return RankMesh((self.axes[axis],))
 
     def route(self, peer: int) -> tuple[int, int]:
         """Returns which axis leads to another rank, and its rank in that axis' group.
@@ -92,18 +92,18 @@ class Team:
         return places[::-1]
 
 
-def named(team: Team) -> str:
-    """Returns a text from which `team_named` finds the team again, in this process."""
+def mesh_name(team: RankMesh) -> str:
+    """Returns a text from which `mesh_from_name` finds the team again, in this process."""
     return repr(tuple((axis.group.group_name, axis.members, axis.place) for axis in team.axes))
 
 
-def team_named(text: str) -> Team:
+def mesh_from_name(text: str) -> RankMesh:
     """Returns the team whose text this is.
 
     Raises:
         ArgumentError: when its groups are no longer there.
     """
-    return Team(tuple(_axis_named(*axis) for axis in _axes_named(text)))
+    return RankMesh(tuple(_axis_named(*axis) for axis in _axes_named(text)))
 
 
 @lru_cache(maxsize=64)
@@ -112,7 +112,7 @@ def _axes_named(text: str) -> tuple[tuple[str, tuple[int, ...], int], ...]:
     return found
 
 
-def _axis_named(name: str, members: tuple[int, ...], place: int) -> Axis:
+def _axis_named(name: str, members: tuple[int, ...], place: int) -> MeshAxis:
     try:
         group = _resolve_process_group(name)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as gone:
@@ -124,10 +124,10 @@ def _axis_named(name: str, members: tuple[int, ...], place: int) -> Axis:
             f"the group {name!r} that this was compiled for had {len(members)} ranks, this one being rank "
             f"{members[place]}, and now is another; compile again"
         )
-    return Axis(group, members, place)
+    return MeshAxis(group, members, place)
 
 
-def team_of(group: object, axes: tuple[str, ...] = ()) -> Team:
+def rank_mesh(group: object, axes: tuple[str, ...] = ()) -> RankMesh:
     """Returns the ranks that a caller means.
 
     Args:
@@ -138,8 +138,8 @@ def team_of(group: object, axes: tuple[str, ...] = ()) -> Team:
         ArgumentError: when there is no such group, this process is not in it, or the mesh has other axes.
     """
     if not isinstance(group, DeviceMesh) or group.ndim != 2:
-        found = resolve(group)
-        return Team((Axis(found, tuple(range(found.size())), found.rank()),))
+        found = resolve_group(group)
+        return RankMesh((MeshAxis(found, tuple(range(found.size())), found.rank()),))
     if axes and group.mesh_dim_names != axes:
         raise ArgumentError(
             f"group={group!r}: a mesh of two dims must have the axes {axes}, in this order, not "
@@ -153,11 +153,11 @@ def team_of(group: object, axes: tuple[str, ...] = ()) -> Team:
         along = group.mesh.select(1 - dim, coordinate[1 - dim]).tolist()
         axis_group = group.get_group(dim)
         members = tuple(dist.get_group_rank(axis_group, rank) for rank in along)
-        found_axes.append(Axis(axis_group, members, coordinate[dim]))
-    return Team(tuple(found_axes))
+        found_axes.append(MeshAxis(axis_group, members, coordinate[dim]))
+    return RankMesh(tuple(found_axes))
 
 
-def resolve(group: object) -> dist.ProcessGroup:
+def resolve_group(group: object) -> dist.ProcessGroup:
     """Returns the process group that a caller means.
 
     Args:
@@ -195,7 +195,7 @@ def resolve(group: object) -> dist.ProcessGroup:
     return found
 
 
-def agreed(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
+def agree(team: RankMesh, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
     """Returns what `prepare` makes, once every rank of the team has made the same of it.
 
     Args:
@@ -220,12 +220,12 @@ def agreed(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, s
         result = _compare(team, prepare)
     if key is not None:
         memory[key] = result
-        if len(memory) > _REMEMBERED:
+        if len(memory) > _MAX_AGREEMENTS:
             memory.popitem(last=False)
     return result
 
 
-def recalled(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
+def recall(team: RankMesh, key: Hashable, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
     """Returns what the ranks have agreed on before: nothing is compared, sent or remembered.
 
     So it does not matter that some ranks ask again and others do not, or that it has been forgotten meanwhile.
@@ -237,23 +237,23 @@ def recalled(team: Team, key: Hashable, prepare: Callable[[], tuple[Mapping[str,
     return prepare()[1]
 
 
-def _memory(team: Team, key: Hashable) -> tuple[OrderedDict[Hashable, Any], Hashable]:
+def _memory(team: RankMesh, key: Hashable) -> tuple[OrderedDict[Hashable, Any], Hashable]:
     """Returns what the ranks of a team have agreed on, and what a key is called there."""
     first, *others = (axis.group for axis in team.axes)
-    memory = _AGREED.get(first)
+    memory = _AGREEMENTS.get(first)
     if memory is None:
-        memory = _AGREED[first] = OrderedDict()
+        memory = _AGREEMENTS[first] = OrderedDict()
     return memory, None if key is None else (*others, key)
 
 
-def _compare(team: Team, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
+def _compare(team: RankMesh, prepare: Callable[[], tuple[Mapping[str, str], Result]]) -> Result:
     told: Mapping[str, str] = {}
     error: Exception | None = None
     try:
         told, result = prepare()
     except Exception as problem:  # whatever it is, the other ranks must not be left waiting
         error = problem
-    note = (dict(told), None if error is None else _described(error))
+    note = (dict(told), None if error is None else _describe(error))
     numbered = [(team.rank, note)]
     for axis in reversed(team.axes):
         heard: list[Any] = [None] * len(axis.members)
@@ -275,7 +275,7 @@ def _compare(team: Team, prepare: Callable[[], tuple[Mapping[str, str], Result]]
     return result
 
 
-def _described(error: Exception) -> tuple[str, str]:
+def _describe(error: Exception) -> tuple[str, str]:
     """An error as text that another rank can raise again; one that is not ours is told with its type."""
     kind = type(error).__name__
     return (kind, str(error)) if isinstance(error, RingAttnError) else (RingAttnError.__name__, f"{kind}: {error}")

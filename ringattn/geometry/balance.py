@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.errors import LayoutError
-from ringattn.geometry.layout import Ints, Layout, checked_numbers, joined
+from ringattn.geometry.layout import Ints, Layout, check_sizes, join_ranges
 from ringattn.geometry.masks import Mask
-from ringattn.geometry.tiles import needs, work_of_ranges
+from ringattn.geometry.tiles import needed_blocks, work_of_ranges
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
         MaskError: when the mask does not fit the length.
     Source: the fallback is longest-processing-time-first scheduling, Graham 1969.
     """
-    seq_len, world_size = checked_numbers(seq_len, world_size)
+    seq_len, world_size = check_sizes(seq_len, world_size)
     if chunk is None:
         chunk = max(1, -(-seq_len // ((32 if world_size <= 32 else 16) * world_size)))
     if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
@@ -61,7 +61,7 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
     for owner, run in zip(dealt.tolist(), chunks, strict=True):
         own[owner].append(run)
     name = f"balanced({mask}, {seq_len}, {world_size}, chunk={chunk})"
-    return Layout(seq_len, tuple(map(joined, own)), name)
+    return Layout(seq_len, tuple(map(join_ranges, own)), name)
 
 
 def _imbalance(work: Ints, owner: Ints, world_size: int) -> float:
@@ -97,7 +97,7 @@ def _starts(num_chunks: int, world_size: int) -> tuple[Ints, Ints]:
 def _who_sees_whom(mask: Mask, chunks: list[range], seq_len: int) -> Floats:
     """Returns which chunks' queries see anything of which chunks: 0 or 1, [queries, keys]."""
     each = Layout(seq_len, tuple((run,) for run in chunks), "a chunk each")
-    return needs((mask,), each, each).T.astype(np.float64)
+    return needed_blocks((mask,), each, each).T.astype(np.float64)
 
 
 class _Swaps:

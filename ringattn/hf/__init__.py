@@ -10,27 +10,27 @@ Importing it registers the attention implementation "ringattn" with transformers
 do, it is told by the batch that comes with it.
 """
 
+from ringattn.hf.accelerate_config import RingParallelism
 from ringattn.hf.attention import register
-from ringattn.hf.batches import Batch, Rows
+from ringattn.hf.attention_call import ForwardContext, LayerCall
 from ringattn.hf.cache import RingCache
-from ringattn.hf.calls import Call, Context
 from ringattn.hf.handle import Handle, patch
-from ringattn.hf.parallelism import RingParallelism
-from ringattn.hf.patterns import Pattern
+from ringattn.hf.mask_patterns import MaskPattern
+from ringattn.hf.sequence_batch import SequenceRows, ShardingContext
 from ringattn.hf.trainer import RingMixin, RingTrainer
 
 register()
 
 __all__ = [
-    "Batch",
-    "Call",
-    "Context",
+    "ForwardContext",
     "Handle",
-    "Pattern",
+    "LayerCall",
+    "MaskPattern",
     "RingCache",
     "RingMixin",
     "RingParallelism",
     "RingTrainer",
-    "Rows",
+    "SequenceRows",
+    "ShardingContext",
     "patch",
 ]

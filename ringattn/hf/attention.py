@@ -11,9 +11,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ringattn.errors import ArgumentError
-from ringattn.hf.calls import Asked, Call, Context
-from ringattn.hf.patterns import CAUSAL, pattern_of
-from ringattn.hf.requests import wanted
+from ringattn.hf.attention_call import ForwardContext, LayerCall, MaskSpec
+from ringattn.hf.layer_options import read_options
+from ringattn.hf.mask_patterns import CAUSAL, read_pattern
 
 NAME = "ringattn"
 
@@ -26,7 +26,7 @@ def attention(
     attention_mask: object,
     dropout: float = 0.0,
     scaling: float | None = None,
-    ringattn: Context | None = None,
+    ringattn: ForwardContext | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Returns the attention output (B, rows, heads, v_dim), as transformers' attention functions do.
@@ -42,7 +42,7 @@ def attention(
     Raises:
         ArgumentError: when the model asks for something that cannot be done.
     """
-    found = wanted(module, query, attention_mask, dropout, options)
+    found = read_options(module, query, attention_mask, dropout, options)
     if ringattn is None:
         raise ArgumentError(
             f"{type(module).__name__} was called without a batch: pass the model what handle.shard(batch) returns, "
@@ -50,7 +50,7 @@ def attention(
             "handle, num_pages=...)"
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    call = Call(module, q, k, v, found.pattern, found.padding, scaling, found.softcap, found.sink)
+    call = LayerCall(module, q, k, v, found.pattern, found.padding, scaling, found.softcap, found.sink)
     return ringattn.attend(call), None
 
 
@@ -63,13 +63,13 @@ def mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **hints: Any,
-) -> Asked:
+) -> MaskSpec:
     """Returns what a layer asks for, as transformers' mask functions return a mask.
 
     Args are transformers'; `hints` say how other implementations may save work.
     """
     padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
-    return Asked(CAUSAL if mask_function is None else pattern_of(mask_function), padding)
+    return MaskSpec(CAUSAL if mask_function is None else read_pattern(mask_function), padding)
 
 
 def register() -> None:

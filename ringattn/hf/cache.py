@@ -13,21 +13,21 @@ from transformers import Cache
 
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import check_count
-from ringattn.comm.group import resolve
+from ringattn.comm.group import resolve_group
 from ringattn.errors import ArgumentError, DisagreementError
 from ringattn.geometry.layout import Layout, contiguous
-from ringattn.hf.calls import Call
-from ringattn.hf.models import pretrained
-from ringattn.hf.passes import Pass, Replicated, Sharded
-from ringattn.hf.saving import load_rows, save_rows
-from ringattn.hf.tokens import Past, Tokens
+from ringattn.hf.attention_call import LayerCall
+from ringattn.hf.cache_io import load_rows, save_rows
+from ringattn.hf.forward_plan import ForwardPlan, ReplicatedForward, ShardedForward
+from ringattn.hf.generation_inputs import GenerationInputs, PastTokens
+from ringattn.hf.model_support import unwrap_model
 
 if TYPE_CHECKING:
     from ringattn.hf.handle import Handle
 
 
 @dataclass
-class _Turn:
+class _Step:
     """A forward pass under way.
 
     Args:
@@ -39,9 +39,9 @@ class _Turn:
         layer: which has come with its keys and values, and will ask for its attention.
     """
 
-    work: Pass
-    tokens: Tokens
-    past: Past
+    work: ForwardPlan
+    tokens: GenerationInputs
+    past: PastTokens
     rows: tuple[int, ...] | None = None
     lengths: tuple[int, ...] = ()
     layer: int | None = None
@@ -74,11 +74,11 @@ class RingCache(Cache):
             check_count(name, value, least=1)
         self._num_layers = _num_layers(handle)
         self._handle, self._num_pages, self._page_size, self._shard_from = handle, num_pages, page_size, shard_from
-        self._group = resolve(handle.group)
+        self._group = resolve_group(handle.group)
         self._store: DistributedKVCache | None = None
         self._rows: tuple[int, ...] = ()  # the sequence of each row of the batch
         self._pads: tuple[int, ...] = ()  # how many columns of padding each row begins with
-        self._turn: _Turn | None = None
+        self._turn: _Step | None = None
 
     @property
     def handle(self) -> Handle:
@@ -91,31 +91,31 @@ class RingCache(Cache):
         return self._store
 
     @property
-    def past(self) -> Past:
+    def past(self) -> PastTokens:
         """What it holds, as a model's forward counts it; during a pass, what it held before, in every layer."""
         if self._turn is not None:
             return self._turn.past
         if self._store is None or not self._rows:
-            return Past(0, ())
-        return Past(self._pads[0] + self._store.length(self._rows[0]), self._pads)
+            return PastTokens(0, ())
+        return PastTokens(self._pads[0] + self._store.length(self._rows[0]), self._pads)
 
     # A forward pass: begin; update and attend in each layer; finish, or abandon if it failed.
 
-    def begin(self, tokens: Tokens, *, keeps: bool) -> dict[str, Any]:
+    def begin(self, tokens: GenerationInputs, *, keeps: bool) -> dict[str, Any]:
         """Starts a pass over new tokens; returns what the model's forward is given on this rank.
 
         Args:
             tokens: the same on every rank.
             keeps: whether the forward takes `logits_to_keep`.
         """
-        work: Pass
+        work: ForwardPlan
         past = self.past
         if max(tokens.counts) < self._shard_from and not any(tokens.pads):
-            work = Replicated(tokens)
+            work = ReplicatedForward(tokens)
         else:
             same = tuple(range(tokens.num_rows)) if self._rows else tokens.same()
-            work = Sharded(tokens, past.length, same, self._layout_of, self._handle.team, keeps=keeps)
-        self._turn = _Turn(work, tokens, past)
+            work = ShardedForward(tokens, past.length, same, self._layout_of, self._handle.team, keeps=keeps)
+        self._turn = _Step(work, tokens, past)
         return work.arguments()
 
     def update(
@@ -130,7 +130,7 @@ class RingCache(Cache):
         self._turn.layer = layer_idx
         return key_states, value_states
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         """Attention of the new tokens to all that is cached of their rows; see `Context`.
 
         Raises:
@@ -190,7 +190,7 @@ class RingCache(Cache):
             return contiguous(num_tokens, team.size)
         return self._handle.sharding.rows(num_tokens).layout
 
-    def _extended(self, turn: _Turn, call: Call) -> DistributedKVCache:
+    def _extended(self, turn: _Step, call: LayerCall) -> DistributedKVCache:
         """Returns the store, in which the new tokens have their places."""
         if self._store is None:
             self._store = DistributedKVCache(
@@ -382,7 +382,7 @@ def _num_layers(handle: Handle) -> int:
     Raises:
         ArgumentError: when it cannot generate from a RingCache.
     """
-    model = pretrained(handle.model)
+    model = unwrap_model(handle.model)
     config, name = model.config, type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ArgumentError(f"{name} has an encoder: a RingCache is for models that are decoders alone")

@@ -16,20 +16,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringattn.attention.api import Group
 from ringattn.attention.sharding import unshard
-from ringattn.comm.group import team_of
+from ringattn.comm.group import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.hf.attention import NAME
-from ringattn.hf.batches import Batch
-from ringattn.hf.calls import Context
-from ringattn.hf.generation import Passes
-from ringattn.hf.loss import loss_of
-from ringattn.hf.memory import Savings
-from ringattn.hf.merging import own_rows, text_model
-from ringattn.hf.models import check_model, facts_of, own_configs, pretrained, text_modules
-from ringattn.hf.positions import embeddings_that_count, rotaries_that_grow, with_last, without_last
-from ringattn.hf.requests import check_arguments
-from ringattn.hf.shares import BATCH, MakeLayout, Sharding
+from ringattn.hf.attention_call import ForwardContext
+from ringattn.hf.batch_sharding import BATCH, BatchSharder, MakeLayout
+from ringattn.hf.causal_lm_loss import causal_lm_loss
+from ringattn.hf.generate_hooks import GenerateHooks
+from ringattn.hf.implicit_positions import append_max_position, counting_embeddings, drop_max_position, dynamic_rotaries
+from ringattn.hf.layer_options import check_arguments
+from ringattn.hf.memory import MemorySavings
+from ringattn.hf.model_support import check_model, copy_configs, model_facts, text_modules, unwrap_model
+from ringattn.hf.multimodal import own_rows, text_model
+from ringattn.hf.sequence_batch import ShardingContext
 
 
 class Handle:
@@ -51,14 +51,14 @@ class Handle:
     ) -> None:
         self.model = model
         self.group = group_or_mesh
-        self.team = team_of(group_or_mesh)
-        self._pretrained: PreTrainedModel = pretrained(model)
+        self.team = rank_mesh(group_or_mesh)
+        self._pretrained: PreTrainedModel = unwrap_model(model)
         self._text = text_model(self._pretrained)
-        facts = facts_of(self._pretrained, merges=self._text is not None)
-        self.sharding = Sharding(facts, self.team, group_or_mesh, layout, exchange, backend)
-        self._savings = Savings(model, tile_mlp=tile_mlp, chunk_loss=chunk_loss)
-        self._context: Context | None = None
-        self._in_progress: Context | None = None
+        facts = model_facts(self._pretrained, merges=self._text is not None)
+        self.sharding = BatchSharder(facts, self.team, group_or_mesh, layout, exchange, backend)
+        self._savings = MemorySavings(model, tile_mlp=tile_mlp, chunk_loss=chunk_loss)
+        self._context: ForwardContext | None = None
+        self._in_progress: ForwardContext | None = None
         self._before: list[tuple[Any, str | None]] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -66,7 +66,7 @@ class Handle:
         check_model(self._pretrained)
         if any(isinstance(getattr(h, "__self__", None), Handle) for h in self._pretrained._forward_pre_hooks.values()):
             raise ArgumentError(f"{type(self._pretrained).__name__} is patched: call its handle's unpatch() before")
-        own_configs(self._pretrained)
+        copy_configs(self._pretrained)
         seen: set[int] = set()
         for module in text_modules(self._pretrained):
             config = getattr(module, "config", None)
@@ -77,11 +77,11 @@ class Handle:
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(self._tell, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._check))
-        self._hooks += Passes(self, self._pretrained).hooks()
-        for module in embeddings_that_count(self._pretrained):
+        self._hooks += GenerateHooks(self, self._pretrained).hooks()
+        for module in counting_embeddings(self._pretrained):
             encodes = any(module is part for part in self._pretrained.get_encoder().modules())
             self._hooks.append(module.register_forward_pre_hook(partial(self._place, encodes), with_kwargs=True))
-        for module in rotaries_that_grow(self._pretrained):
+        for module in dynamic_rotaries(self._pretrained):
             self._hooks.append(module.register_forward_pre_hook(self._reach, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._reached))
         self._savings.apply()
@@ -123,7 +123,7 @@ class Handle:
         return self.sharding.share(batch)
 
     @contextmanager
-    def using(self, context: Context) -> Iterator[None]:
+    def using(self, context: ForwardContext) -> Iterator[None]:
         """What the forward passes inside are about, where it cannot be one of the model's arguments."""
         before, self._context = self._context, context
         try:
@@ -137,14 +137,14 @@ class Handle:
         if kwargs.get(BATCH) is None and self._context is not None:
             kwargs = {**kwargs, BATCH: self._context}
         told = kwargs.get(BATCH)
-        if module is self._text and isinstance(told, Batch) and told.merges:
+        if module is self._text and isinstance(told, ShardingContext) and told.merges:
             args, kwargs = (), own_rows(self._text, args, kwargs, self.sharding, told)
         self._in_progress = kwargs.get(BATCH)
         return args, kwargs
 
     def _check(self, module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         """After a forward pass: refuses what was made of one rank's rows for the whole sequence."""
-        if isinstance(self._in_progress, Batch) and getattr(output, "pooler_output", None) is not None:
+        if isinstance(self._in_progress, ShardingContext) and getattr(output, "pooler_output", None) is not None:
             raise ArgumentError(
                 f"{type(module).__name__} makes a pooler_output of a whole sequence, and each rank has a part of it: "
                 "run it unpatched"
@@ -152,7 +152,7 @@ class Handle:
 
     def _place(self, encodes: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before positions are embedded that a model would count itself: tells them."""
-        if isinstance(self._in_progress, Batch):
+        if isinstance(self._in_progress, ShardingContext):
             rows = self._in_progress.encoder if encodes else self._in_progress.rows
             assert rows is not None
             positions = rows.layout.positions(self.team.rank)
@@ -162,11 +162,15 @@ class Handle:
     def _reach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before rotary embeddings that follow the largest position: has them see that of all ranks."""
         told = self._in_progress
-        return with_last(told.last, args, kwargs) if isinstance(told, Batch) and told.last is not None else None
+        return (
+            append_max_position(told.last, args, kwargs)
+            if isinstance(told, ShardingContext) and told.last is not None
+            else None
+        )
 
     def _reached(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         told = self._in_progress
-        return without_last(output) if isinstance(told, Batch) and told.last is not None else None
+        return drop_max_position(output) if isinstance(told, ShardingContext) and told.last is not None else None
 
     def unshard(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Returns the rows (B, S_local, ...) of all ranks as (B, S, ...), in global order; differentiable.
@@ -175,7 +179,7 @@ class Handle:
             x: such as logits.
             batch: what `shard` returned.
         """
-        told = batch_of(batch)
+        told = sharding_context(batch)
         return unshard(x, told.rows.layout, self.group)[:, : told.num_tokens]
 
     def loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -186,7 +190,7 @@ class Handle:
             batch: what `shard` returned; its `shift_labels`, or else its `labels`, are predicted.
         """
         labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
-        return loss_of(logits, labels, batch["num_items_in_batch"])
+        return causal_lm_loss(logits, labels, batch["num_items_in_batch"])
 
     def reduce(self, loss: Tensor) -> Tensor:
         """Returns the loss of the whole batch: the sum of the ranks' shares, without gradients, for logging."""
@@ -196,14 +200,14 @@ class Handle:
         return total
 
 
-def batch_of(share: Mapping[str, Any]) -> Batch:
+def sharding_context(share: Mapping[str, Any]) -> ShardingContext:
     """Returns what `Handle.shard` put into a batch.
 
     Raises:
         ArgumentError: when it is not one of those.
     """
     found = share.get(BATCH)
-    if not isinstance(found, Batch):
+    if not isinstance(found, ShardingContext):
         raise ArgumentError(f"batch has no {BATCH!r}: it must be what handle.shard(batch) returned")
     return found
 

@@ -18,11 +18,11 @@ from transformers.utils.generic import ModelOutput
 
 from ringattn.attention.sharding import IGNORED_LABEL
 from ringattn.errors import ArgumentError
-from ringattn.hf.models import facts_of, pretrained, text_modules
+from ringattn.hf.model_support import model_facts, text_modules, unwrap_model
 from ringattn.memory import chunked_cross_entropy, tiled
 
 
-class Savings:
+class MemorySavings:
     """What a model does with less memory, between `apply` and `undo`.
 
     Args:
@@ -36,7 +36,7 @@ class Savings:
     """
 
     def __init__(self, model: nn.Module, *, tile_mlp: int | None = None, chunk_loss: int | None = None) -> None:
-        self._model = pretrained(model)
+        self._model = unwrap_model(model)
         self._num_tiles, self._chunk = tile_mlp, chunk_loss
         self._mlps = [] if tile_mlp is None else list(_mlps(self._model))
         self._head = None if chunk_loss is None else _head(self._model)
@@ -82,19 +82,19 @@ class Savings:
         """Takes the logits, which were never there, out of what the model returns."""
         self._computes_loss = False
         if isinstance(output, ModelOutput):
-            return type(output)(**{name: x for name, x in output.items() if not isinstance(x, Logits)})
+            return type(output)(**{name: x for name, x in output.items() if not isinstance(x, ChunkedLogits)})
         if isinstance(output, tuple):
-            return tuple(x for x in output if not isinstance(x, Logits))
+            return tuple(x for x in output if not isinstance(x, ChunkedLogits))
         return output
 
-    def _defer(self, head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | Logits:
-        return Logits(hidden, head) if self._computes_loss else forward(hidden)
+    def _defer(self, head: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | ChunkedLogits:
+        return ChunkedLogits(hidden, head) if self._computes_loss else forward(hidden)
 
     def _loss(
-        self, original: Callable[..., Tensor], logits: Tensor | Logits, labels: Tensor, *args: Any, **kw: Any
+        self, original: Callable[..., Tensor], logits: Tensor | ChunkedLogits, labels: Tensor, *args: Any, **kw: Any
     ) -> Any:
         """In the place of the model's loss function; what else that one is given, it does not use either."""
-        if not isinstance(logits, Logits):
+        if not isinstance(logits, ChunkedLogits):
             return original(logits, labels, *args, **kw)
         words: Tensor | None = kw.get("shift_labels")
         if words is None:
@@ -108,7 +108,7 @@ class Savings:
         )
 
 
-class Logits:
+class ChunkedLogits:
     """Logits that are not computed: what they would be made of, and what the model has done to them since.
 
     They are slope * hidden @ weight.T + bias, or cap * tanh of that.
@@ -117,30 +117,30 @@ class Logits:
     def __init__(self, hidden: Tensor, head: nn.Linear, slope: float = 1.0, cap: float | None = None) -> None:
         self.hidden, self.head, self.slope, self.cap = hidden, head, slope, cap
 
-    def __mul__(self, factor: float) -> Logits:
+    def __mul__(self, factor: float) -> ChunkedLogits:
         if isinstance(factor, Tensor) and factor.requires_grad:
             _refuse("a product with a trained factor")
         if self.cap is None:
-            return Logits(self.hidden, self.head, self.slope * float(factor))
-        return Logits(self.hidden, self.head, self.slope, self.cap * float(factor))
+            return ChunkedLogits(self.hidden, self.head, self.slope * float(factor))
+        return ChunkedLogits(self.hidden, self.head, self.slope, self.cap * float(factor))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> Logits:
+    def __truediv__(self, divisor: float) -> ChunkedLogits:
         return self * (1 / divisor)
 
-    def float(self) -> Logits:
+    def float(self) -> ChunkedLogits:
         """Returns the same: the loss is computed in fp32."""
         return self
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Logits:
+    ) -> ChunkedLogits:
         (logits, *others) = args
         if func is not torch.tanh or others or kwargs or logits.cap is not None:
             _refuse(f"torch.{getattr(func, '__name__', func)}")
-        return Logits(logits.hidden, logits.head, logits.slope, 1.0)
+        return ChunkedLogits(logits.hidden, logits.head, logits.slope, 1.0)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -212,7 +212,7 @@ def _head(model: PreTrainedModel) -> nn.Linear:
             f"chunk_loss: the output head of {name} is {type(head).__name__}, and must be nn.Linear; leave chunk_loss "
             "out, or leave the head out of what peft adapts"
         )
-    if model.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss) or not facts_of(model).counts_items:
+    if model.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss) or not model_facts(model).counts_items:
         raise ArgumentError(
             f"chunk_loss: {name} does not take its loss from transformers' cross-entropy over words; leave chunk_loss "
             "out, and use ringattn.memory.chunked_cross_entropy on its hidden states"

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import Trainer
 
 from ringattn.errors import ArgumentError
+from ringattn.hf.accelerate_config import RingParallelism
 from ringattn.hf.handle import Handle, patch
-from ringattn.hf.parallelism import RingParallelism
 
 # The mixin stands before a Trainer, whose methods it calls.
 if TYPE_CHECKING:

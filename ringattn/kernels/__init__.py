@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ringattn.kernels.choice import choose, refused_by
-from ringattn.kernels.contract import BlockKernel, Call, Spec
+from ringattn.kernels.contract import BlockKernel, ProblemSpec, ScoreOptions
 from ringattn.kernels.flash import FlashKernel
 from ringattn.kernels.flash_ops import Flash2, Flash3, Flash4
 from ringattn.kernels.fused_ops import CpuFlash, CudaFlash, CudnnFlash
 from ringattn.kernels.native import NativeKernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.sdpa import FusedKernel
+from ringattn.kernels.select_kernel import reasons_against, select_from
 from ringattn.kernels.triton import TritonKernel
 
-__all__ = ["BACKENDS", "BlockKernel", "Call", "Spec", "refusals", "select"]
+__all__ = ["BACKENDS", "BlockKernel", "ProblemSpec", "ScoreOptions", "refusals", "select"]
 
 # In the order of preference. A new kernel is one line here.
 BACKENDS: dict[str, BlockKernel] = {
@@ -36,12 +36,12 @@ BACKENDS: dict[str, BlockKernel] = {
 }
 
 
-def refusals(name: str, call: Call) -> list[str]:
+def refusals(name: str, call: ProblemSpec) -> list[str]:
     """Returns every reason why backend `name` cannot run `call`: of this machine, else of the call; empty if it can."""
-    return refused_by(BACKENDS[name], call)
+    return reasons_against(BACKENDS[name], call)
 
 
 @lru_cache(maxsize=256)
-def select(backend: str | None, call: Call) -> BlockKernel:
+def select(backend: str | None, call: ProblemSpec) -> BlockKernel:
     """Returns the kernel for a call; see choice.choose."""
-    return choose(BACKENDS, backend, call)
+    return select_from(BACKENDS, backend, call)

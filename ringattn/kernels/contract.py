@@ -16,7 +16,7 @@ from ringattn.geometry.tiles import Tiles
 
 
 @dataclass(frozen=True)
-class Spec:
+class ScoreOptions:
     """What every tile of a call shares.
 
     Args:
@@ -31,7 +31,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Call:
+class ProblemSpec:
     """What decides whether a kernel can run: the same on every rank, and known before any tensor moves."""
 
     device_type: str
@@ -41,7 +41,7 @@ class Call:
     head_dim: int
     v_head_dim: int
     needs_grad: bool
-    spec: Spec
+    spec: ScoreOptions
 
 
 class BlockKernel(Protocol):
@@ -67,11 +67,13 @@ class BlockKernel(Protocol):
         """Returns every reason why this kernel cannot run on this machine at all; empty if it can."""
         ...
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """Returns every reason why it cannot run this call; empty if it can."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         """Merges attention over the tiles into (out, lse), in place."""
         ...
 
@@ -84,7 +86,7 @@ class BlockKernel(Protocol):
         lse: Tensor,
         delta: Tensor,
         tiles: Tiles,
-        spec: Spec,
+        spec: ScoreOptions,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,

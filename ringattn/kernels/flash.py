@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.delta import out_for_delta
-from ringattn.kernels.flash_library import installed, missing
-from ringattn.kernels.flash_ops import FlashOp, Gradients, Segments
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
+from ringattn.kernels.flash_import import installed, missing_parts
+from ringattn.kernels.flash_ops import FlashOp, Gradients, VarlenArgs
 from ringattn.kernels.merge import merge_part_
+from ringattn.kernels.out_from_delta import out_for_delta
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.varlen import Launch, launches_of
 
@@ -55,11 +55,11 @@ class FlashKernel:
         if (wanted := self.op.devices(capability)) is not None:
             reasons.append(f"is made for {wanted}, not {capability[0]}.{capability[1]}")
         # Importing it takes seconds, which only those pay who can use it.
-        if not reasons and (why := missing(self.op.module, self.op.functions)) is not None:
+        if not reasons and (why := missing_parts(self.op.module, self.op.functions)) is not None:
             reasons.append(why)
         return reasons
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """See contract.BlockKernel.unsupported."""
         if call.device_type != "cuda":
             return [f"runs on cuda, not on {call.device_type}"]
@@ -76,7 +76,9 @@ class FlashKernel:
             reasons.append(f"has {lacking} on compute capability {capability[0]}.{capability[1]}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         """See contract.BlockKernel.forward."""
         dim, v_dim = self._widths(q.shape[3], v.shape[3])
         for launch in launches_of(tiles, q.shape[0], q.shape[1], k.shape[1]):
@@ -107,7 +109,7 @@ class FlashKernel:
         lse: Tensor,
         delta: Tensor,
         tiles: Tiles,
-        spec: Spec,
+        spec: ScoreOptions,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
@@ -159,14 +161,14 @@ class FlashKernel:
 
 # Holds tensors, though small ones: no more than the launches of a few plans.
 @lru_cache(maxsize=256)
-def _on_device(launch: Launch, device: torch.device) -> tuple[Segments | None, Tensor | None]:
+def _on_device(launch: Launch, device: torch.device) -> tuple[VarlenArgs | None, Tensor | None]:
     """Returns the packing of a launch, and the query rows to merge, on a device."""
     packing = launch.packing
     if packing is None:
         return None, None
     q_ends, k_ends = (torch.from_numpy(ends).to(device) for ends in (packing.q_ends, packing.k_ends))
     rows = None if packing.q_rows is None else torch.from_numpy(packing.q_rows).to(device)
-    return Segments(q_ends, k_ends, packing.max_q, packing.max_k), rows
+    return VarlenArgs(q_ends, k_ends, packing.max_q, packing.max_k), rows
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -179,16 +181,16 @@ def _padded(x: Tensor, width: int) -> Tensor:
     return padded
 
 
-def _packed(x: Tensor, segments: Segments | None) -> Tensor:
+def _packed(x: Tensor, segments: VarlenArgs | None) -> Tensor:
     """(B, S, H, D) -> (B * S, H, D) where there are segments."""
     return x if segments is None else x.flatten(0, 1)
 
 
-def _packed_lse(x: Tensor, segments: Segments | None) -> Tensor:
+def _packed_lse(x: Tensor, segments: VarlenArgs | None) -> Tensor:
     """(B, H, S) -> (H, B * S) where there are segments; contiguous, as the kernels believe without a look."""
     return x.contiguous() if segments is None else x.transpose(0, 1).flatten(1).contiguous()
 
 
-def _buffer(x: Tensor, segments: Segments | None) -> Tensor:
+def _buffer(x: Tensor, segments: VarlenArgs | None) -> Tensor:
     """A buffer of gradients. Packed rows of no segment's tile need not be written."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device) if segments is None else x.new_zeros(x.shape)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.flash_library import Functions, library
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
+from ringattn.kernels.flash_import import Functions, import_flash
 from ringattn.kernels.varlen import Window
 
 
-class Segments(NamedTuple):
+class VarlenArgs(NamedTuple):
     """Where packed rows end, int32 (segments + 1,) on the device of the rows, and the longest segments."""
 
     q_ends: Tensor
@@ -61,12 +61,12 @@ class FlashOp(Protocol):
         """Returns the head dims that it computes these in, by padding with zeros; None if there are none."""
         ...
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, call: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """Returns what of a call's options it lacks on a GPU of this compute capability."""
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: VarlenArgs | None, spec: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """Returns out (..., H, Dv) and lse."""
         ...
@@ -81,8 +81,8 @@ class FlashOp(Protocol):
         lse: Tensor,
         dlse: Tensor | None,
         window: Window,
-        segments: Segments | None,
-        spec: Spec,
+        segments: VarlenArgs | None,
+        spec: ScoreOptions,
         into: Gradients,
     ) -> None:
         """Writes dq, dk and dv of the rows that are in segments; others may be left as they are."""
@@ -109,15 +109,15 @@ class Flash2:
         """All of q, k and v have one head dim, a multiple of 8 up to 256."""
         return _equal_widths(dim, v_dim, 256)
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, call: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """Nothing."""
         return None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: VarlenArgs | None, spec: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """See FlashOp.forward. Rows without keys get lse = +inf: see merge.py."""
-        flash = library(self.module)
+        flash = import_flash(self.module)
         options = _windows(window, -1) | {
             "dropout_p": 0.0,
             "softmax_scale": spec.scale,
@@ -142,12 +142,12 @@ class Flash2:
         lse: Tensor,
         dlse: Tensor | None,
         window: Window,
-        segments: Segments | None,
-        spec: Spec,
+        segments: VarlenArgs | None,
+        spec: ScoreOptions,
         into: Gradients,
     ) -> None:
         """See FlashOp.backward."""
-        flash = library(self.module)
+        flash = import_flash(self.module)
         options = _windows(window, -1) | {
             "dropout_p": 0.0,
             "softmax_scale": spec.scale,
@@ -162,7 +162,7 @@ class Flash2:
             told = self._told(segments, window)
             flash._flash_attn_varlen_backward(dout, q, k, v, out, lse, *into, **told, **options)
 
-    def _told(self, segments: Segments, window: Window) -> dict[str, Any]:
+    def _told(self, segments: VarlenArgs, window: Window) -> dict[str, Any]:
         """What to tell of the segments; their lengths need only be bounds."""
         # Where no segment has more than one query, each is believed to have just one.
         max_q = max(segments.max_q, 2)
@@ -195,17 +195,17 @@ class Flash3:
         """One head dim, a multiple of 8 up to 256, or 192 with values of 128."""
         return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 256)
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, call: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """It has no deterministic gradients of the widest heads."""
         wide = max(call.head_dim, call.v_head_dim) > 192
         deterministic = call.needs_grad and torch.are_deterministic_algorithms_enabled()
         return "no deterministic gradients of head dims above 192" if wide and deterministic else None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: VarlenArgs | None, spec: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """See FlashOp.forward. Rows without keys get lse = -inf."""
-        found = library(self.module)._flash_attn_forward(
+        found = import_flash(self.module)._flash_attn_forward(
             q,
             k,
             v,
@@ -227,12 +227,12 @@ class Flash3:
         lse: Tensor,
         dlse: Tensor | None,
         window: Window,
-        segments: Segments | None,
-        spec: Spec,
+        segments: VarlenArgs | None,
+        spec: ScoreOptions,
         into: Gradients,
     ) -> None:
         """See FlashOp.backward."""
-        library(self.module)._flash_attn_backward(
+        import_flash(self.module)._flash_attn_backward(
             dout,
             q,
             k,
@@ -267,7 +267,7 @@ class Flash4:
         """One head dim, a multiple of 8 up to 128, or 192 with values of 128, or 256: what Blackwell has."""
         return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 128) or _exactly(256, dim, v_dim)
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, call: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """On compute capability 12.x its backward takes no changes of scores, which softcap is to it."""
         if not call.needs_grad or capability[0] != 12:
             return None
@@ -276,10 +276,10 @@ class Flash4:
         return "no deterministic gradients" if torch.are_deterministic_algorithms_enabled() else None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: VarlenArgs | None, spec: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """See FlashOp.forward. Rows without keys get lse = -inf. A limit of -1 is a limit here: none is None."""
-        found = library(self.module)._flash_attn_fwd(
+        found = import_flash(self.module)._flash_attn_fwd(
             q,
             k,
             v,
@@ -302,12 +302,12 @@ class Flash4:
         lse: Tensor,
         dlse: Tensor | None,
         window: Window,
-        segments: Segments | None,
-        spec: Spec,
+        segments: VarlenArgs | None,
+        spec: ScoreOptions,
         into: Gradients,
     ) -> None:
         """See FlashOp.backward."""
-        library(self.module)._flash_attn_bwd(
+        import_flash(self.module)._flash_attn_bwd(
             q,
             k,
             v,
@@ -325,7 +325,7 @@ class Flash4:
         )
 
 
-def _told(segments: Segments | None) -> dict[str, Any]:
+def _told(segments: VarlenArgs | None) -> dict[str, Any]:
     if segments is None:
         return {}
     return {

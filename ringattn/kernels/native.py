@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import BuildError, library
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -43,7 +43,7 @@ class NativeKernel:
         reason = _load()
         return [reason] if reason else []
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """See contract.BlockKernel.unsupported."""
         if call.device_type != "cpu":
             return [f"runs on cpu, not on {call.device_type}"]
@@ -53,7 +53,9 @@ class NativeKernel:
             return [f"has isa={self.isa!r}, which this processor, or {call.dtype}, does not go with"]
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         """See contract.BlockKernel.forward."""
         if tiles:
             softcap = spec.softcap or 0.0
@@ -68,7 +70,7 @@ class NativeKernel:
         lse: Tensor,
         delta: Tensor,
         tiles: Tiles,
-        spec: Spec,
+        spec: ScoreOptions,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
 from ringattn.softmax import merge_
 
 STRIP_ROWS = 256
@@ -28,11 +28,13 @@ class ReferenceKernel:
         """Always runs."""
         return []
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """Refuses nothing."""
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         """See contract.BlockKernel.forward."""
         for strip in _strips(tiles):
             b, i, j = _indices(strip)
@@ -51,7 +53,7 @@ class ReferenceKernel:
         lse: Tensor,
         delta: Tensor,
         tiles: Tiles,
-        spec: Spec,
+        spec: ScoreOptions,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
@@ -85,7 +87,7 @@ def _indices(tile: Tile) -> tuple[slice, slice, slice]:
     return batch, slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
 
 
-def _scores(q: Tensor, k: Tensor, spec: Spec, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, spec: ScoreOptions, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (B, H, Sq, Sk), -inf outside the band, and the softcap's slope there, if any."""
     scores = _grouped_dot(q.to(dtype), k.to(dtype)) * spec.scale
     slope = None

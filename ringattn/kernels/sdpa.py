@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import EVERY_BATCH_ROW, Tiles
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.delta import out_for_delta
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
+from ringattn.kernels.decompose import DenseTile, TileShape, dense_tiles, masked_tiles
 from ringattn.kernels.fused_ops import FusedOp
 from ringattn.kernels.merge import merge_part_
-from ringattn.kernels.pieces import Piece, Shape, masked_tiles, pieces_of
+from ringattn.kernels.out_from_delta import out_for_delta
 from ringattn.kernels.reference import ReferenceKernel
 
 # Intermediate results of a group of heads take at most about this much in all, unless one head takes more.
@@ -53,7 +53,7 @@ class FusedKernel:
             return []
         return ["torch sees no CUDA device"]
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """See contract.BlockKernel.unsupported."""
         ops = [op for op in self.ops if op.device_type == call.device_type]
         if not ops:
@@ -72,7 +72,9 @@ class FusedKernel:
             reasons.append(f"takes head dims up to {op.max_dim}, not {dim}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         """See contract.BlockKernel.forward."""
         op, v_dim = self._op(q), v.shape[3]
         if not op.takes_mask and (edges := masked_tiles(tiles)):
@@ -109,7 +111,7 @@ class FusedKernel:
         lse: Tensor,
         delta: Tensor,
         tiles: Tiles,
-        spec: Spec,
+        spec: ScoreOptions,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
@@ -213,7 +215,7 @@ class _Inputs:
 class _Launch(NamedTuple):
     """A piece, a batch row or all of them, and the form in which the fused kernel takes it."""
 
-    piece: Piece
+    piece: DenseTile
     row: int
     causal: bool
     mask: Tensor | None
@@ -223,9 +225,9 @@ def _launches(tiles: Tiles, q: Tensor, op: FusedOp) -> list[_Launch]:
     """Returns what to launch; strips take the place of the batch, so they go a batch row at a time."""
     masks: dict[tuple[int, ...], Tensor] = {}
     found: list[_Launch] = []
-    for piece in pieces_of(tiles):
+    for piece in dense_tiles(tiles):
         mask = None
-        if piece.shape is Shape.MASKED:
+        if piece.shape is TileShape.MASKED:
             if not op.takes_mask:
                 continue
             key = (piece.rows, piece.cols, piece.lo, piece.hi)
@@ -235,19 +237,19 @@ def _launches(tiles: Tiles, q: Tensor, op: FusedOp) -> list[_Launch]:
         rows: Iterable[int] = (piece.batch,)
         if piece.copies > 1 and piece.batch == EVERY_BATCH_ROW:
             rows = range(q.shape[0])
-        causal = piece.shape in (Shape.CAUSAL, Shape.REVERSED)
+        causal = piece.shape in (TileShape.CAUSAL, TileShape.REVERSED)
         found.extend(_Launch(piece, row, causal, mask) for row in rows)
     return found
 
 
-def _dense_mask(piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _dense_mask(piece: DenseTile, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns what to add to a piece's scores, (rows, cols): 0 inside its band, -inf outside."""
     diagonal = torch.arange(piece.cols, device=device) - torch.arange(piece.rows, device=device)[:, None]
     mask = torch.zeros(piece.rows, piece.cols, dtype=dtype, device=device)
     return mask.masked_fill_((diagonal < piece.lo) | (diagonal > piece.hi), -torch.inf)
 
 
-def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int) -> Tensor:
+def _blocks(x: Tensor, dim: int, start: int, length: int, piece: DenseTile, row: int) -> Tensor:
     """The rows of a piece as a view: those of a batch, or `copies` strips in the place of the batch."""
     if row != EVERY_BATCH_ROW:
         x = x[row : row + 1]
@@ -258,22 +260,22 @@ def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int
     return x.as_strided(size, stride, x.storage_offset() + start * x.stride(dim))
 
 
-def _oriented(x: Tensor, piece: Piece) -> Tensor:
+def _oriented(x: Tensor, piece: DenseTile) -> Tensor:
     """Rows of a piece, (B, H, rows, ...), in the order that makes it causal, or back again."""
-    return x.flip(2) if piece.shape is Shape.REVERSED else x
+    return x.flip(2) if piece.shape is TileShape.REVERSED else x
 
 
-def _rows(x: Tensor, piece: Piece, row: int) -> Tensor:
+def _rows(x: Tensor, piece: DenseTile, row: int) -> Tensor:
     """The query rows of a piece, (B, H, rows, ...)."""
     return _oriented(_blocks(x, 2, piece.q_start, piece.rows, piece, row), piece)
 
 
-def _cols(x: Tensor, piece: Piece, row: int) -> Tensor:
+def _cols(x: Tensor, piece: DenseTile, row: int) -> Tensor:
     """The key rows of a piece, (B, H, cols, D)."""
     return _oriented(_blocks(x, 2, piece.k_start, piece.cols, piece, row), piece)
 
 
-def _add_cols(total: Tensor, part: Tensor, piece: Piece, row: int) -> None:
+def _add_cols(total: Tensor, part: Tensor, piece: DenseTile, row: int) -> None:
     """Adds the gradients of a piece's key rows; strips that overlap are added in turns, those apart together."""
     turns = -(-piece.cols // piece.stride) if piece.copies > 1 else 1
     for turn in range(min(turns, piece.copies)):

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from ringattn.comm.group import Team, agreed, team_of
+from ringattn.comm.group import RankMesh, agree, rank_mesh
 from ringattn.errors import ArgumentError, CheckpointError
 
 Found = TypeVar("Found")
@@ -78,9 +78,9 @@ def save_checkpoint(
         CheckpointError: when this step has been saved already. What the file system raises, on all ranks alike.
     Communication: what torch.distributed.checkpoint needs to share out the work; tensors go to files only.
     """
-    team, target = team_of(group), Path(folder) / f"step-{progress.step:08d}"
+    team, target = rank_mesh(group), Path(folder) / f"step-{progress.step:08d}"
     partial = target.with_name(target.name + _PARTIAL)
-    state = agreed(team, None, lambda: _to_save(stages, optimizer, progress, keep))
+    state = agree(team, None, lambda: _to_save(stages, optimizer, progress, keep))
     _on_first(team, lambda: _make_room(target))
     state["progress"] = torch.tensor([progress.step, progress.samples, team.size])
     state |= {f"random.{team.rank}.{device}": numbers for device, numbers in _random_states().items()}
@@ -113,12 +113,12 @@ def load_checkpoint(
         CheckpointError: when it is one of another model or optimizer, before anything is changed, on all ranks alike.
     Communication: each rank reads from files what it keeps.
     """
-    team = team_of(group)
-    source = agreed(team, None, lambda: _same("the last checkpoint", latest(folder)))
+    team = rank_mesh(group)
+    source = agree(team, None, lambda: _same("the last checkpoint", latest(folder)))
     if source is None:
         return None
     reader = FileSystemReader(source)
-    state, slots, metadata = agreed(team, None, lambda: ({}, _to_fill(reader, stages, optimizer)))
+    state, slots, metadata = agree(team, None, lambda: ({}, _to_fill(reader, stages, optimizer)))
     _check_all_asked_for(state, metadata, source, group)
     progress = torch.zeros(3, dtype=torch.int64)
     random = {
@@ -153,7 +153,7 @@ def _step_of(path: Path) -> int:
 # ---- files; the first rank handles them, and all of them hear what it meets
 
 
-def _on_first(team: Team, act: Callable[[], object]) -> None:
+def _on_first(team: RankMesh, act: Callable[[], object]) -> None:
     """Has the first rank do something, and the others wait for it; what it raises, all raise."""
 
     def prepare() -> tuple[Mapping[str, str], None]:
@@ -161,7 +161,7 @@ def _on_first(team: Team, act: Callable[[], object]) -> None:
             act()
         return {}, None
 
-    agreed(team, None, prepare)
+    agree(team, None, prepare)
 
 
 def _make_room(target: Path) -> None:

@@ -12,19 +12,21 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.attention.context_parallel import context_parallel_attention
-from ringattn.attention.request import Masks
+from ringattn.attention.auto_attention import context_parallel_attention
 from ringattn.attention.sharding import shard_batch
+from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout
 from ringattn.geometry.masks import Mask
-from ringattn.parallel.decoder import Attend
-from ringattn.parallel.mesh import axis_size, batch_place, context_mesh
+from ringattn.parallel.decoder import AttentionFn
+from ringattn.parallel.mesh import axis_size, context_mesh, data_parallel_rank
 
 _OWN_EXCHANGE = {("ring",): "ring", ("ulysses",): "ulysses", ("ring", "ulysses"): "hybrid"}
 
 
-def attend_over(mesh: DeviceMesh, layout: Layout, *, exchange: str | None = None, backend: str | None = None) -> Attend:
+def make_cp_attention(
+    mesh: DeviceMesh, layout: Layout, *, exchange: str | None = None, backend: str | None = None
+) -> AttentionFn:
     """The attention of a decoder on this mesh: of local queries over the keys/values of all ranks of the sequence.
 
     Args:
@@ -49,7 +51,7 @@ def attend_over(mesh: DeviceMesh, layout: Layout, *, exchange: str | None = None
     return attend
 
 
-def share_of(batch: Mapping[str, Any], mesh: DeviceMesh, layout: Layout) -> dict[str, Any]:
+def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh, layout: Layout) -> dict[str, Any]:
     """Returns this rank's share of a batch that every rank has: some of the sequences, and some of their tokens.
 
     Sequences are dealt in order over dp_replicate x dp_shard, tokens by the layout over ring x ulysses. Ranks along
@@ -63,12 +65,12 @@ def share_of(batch: Mapping[str, Any], mesh: DeviceMesh, layout: Layout) -> dict
     Returns:
         what `shard_batch` returns, for B / (dp_replicate x dp_shard) sequences.
     Raises:
-        ArgumentError: when the sequences cannot be dealt evenly; LayoutError, as in `attend_over`.
+        ArgumentError: when the sequences cannot be dealt evenly; LayoutError, as in `make_cp_attention`.
     Communication: none.
     """
     check_rows(layout, mesh)
-    place, count = batch_place(mesh)
-    dealt = {name: _dealt(name, value, place, count) for name, value in batch.items()}
+    place, count = data_parallel_rank(mesh)
+    dealt = {name: _local_part(name, value, place, count) for name, value in batch.items()}
     mask = {"mask": dealt.pop("mask")} if "mask" in dealt else {}
     return shard_batch(dealt, layout, context_mesh(mesh)) | mask
 
@@ -90,7 +92,7 @@ def check_rows(layout: Layout, mesh: DeviceMesh) -> None:
             )
 
 
-def _dealt(name: str, value: object, place: int, count: int) -> object:
+def _local_part(name: str, value: object, place: int, count: int) -> object:
     """Some of the sequences of one entry of a batch. What all sequences share stays as it is."""
     if isinstance(value, Tensor):
         num_sequences = value.shape[0] if value.ndim else 1

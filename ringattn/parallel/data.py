@@ -10,7 +10,7 @@ along dp_shard x ring x ulysses share out one copy of them (`fully_shard`), and 
     1     whole until the step   whole until the last micro-batch   shared out
     0     whole                  whole, all-reduced                 whole
 
-Stage 1 is a way to run micro-batches: either of the two above, with `hold_gradients` around all of them but the last.
+Stage 1 is a way to run micro-batches: either of the two above, with `no_sync` around all of them but the last.
 
 Gradients are summed, never averaged: a rank's loss is its share of the global loss (loss.py), so the sum of the ranks'
 gradients is the gradient. torch's own division is undone.
@@ -48,7 +48,7 @@ def check_data(mesh: DeviceMesh, zero: int) -> None:
         raise ArgumentError(f"zero=0 keeps all weights whole, but dp_shard={size} shares them out: take dp_replicate")
 
 
-def share_out(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPrecisionPolicy | None = None) -> None:
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPrecisionPolicy | None = None) -> None:
     """Has the ranks that see other tokens share out the weights of a decoder, or of a stage, and sum its gradients.
 
     Experts are spread over "ep" already: what there is to share out or to sum lies between the ranks that have the same
@@ -62,10 +62,10 @@ def share_out(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPr
     Communication: none here. A step: with 3, each weight all-gathered in forward and in backward, else once; each
         gradient reduce-scattered, and its shard all-reduced over dp_replicate. With 0, each gradient all-reduced.
     """
-    share_layers(model, list(model.layers.values()), mesh, zero=zero, precision=precision)
+    apply_fsdp_to_layers(model, list(model.layers.values()), mesh, zero=zero, precision=precision)
 
 
-def share_layers(
+def apply_fsdp_to_layers(
     model: nn.Module,
     layers: Sequence[nn.Module],
     mesh: DeviceMesh,
@@ -73,15 +73,15 @@ def share_layers(
     zero: int,
     precision: MixedPrecisionPolicy | None = None,
 ) -> None:
-    """Does what `share_out` does, for any model of which the layers are told: each is gathered by itself.
+    """Does what `apply_fsdp` does, for any model of which the layers are told: each is gathered by itself.
 
-    Args are those of `share_out`, but for `layers`: modules of the model, none within another.
+    Args are those of `apply_fsdp`, but for `layers`: modules of the model, none within another.
     """
     policy = MixedPrecisionPolicy() if precision is None else precision
     spread = {parameter for parameter in model.parameters() if _is_spread(parameter)}
     apart = [module for module in model.modules() if not spread.isdisjoint(module.parameters(recurse=False))]
-    _share(apart, spread, _expert_ranks(mesh, zero), zero, policy)
-    _share([*layers, model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
+    _apply_fsdp(apart, spread, _expert_ranks(mesh, zero), zero, policy)
+    _apply_fsdp([*layers, model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -89,7 +89,7 @@ def share_layers(
 
 
 @contextmanager
-def hold_gradients(model: nn.Module) -> Iterator[None]:
+def no_sync(model: nn.Module) -> Iterator[None]:
     """Within it, backward adds gradients up on each rank and sends nothing, and weights stay whole: ZeRO-1.
 
     For all micro-batches of a step but the last, whose backward then sums what all of them gave.
@@ -105,32 +105,32 @@ def hold_gradients(model: nn.Module) -> Iterator[None]:
         _set_last(model, True)
 
 
-class _Ranks(NamedTuple):
+class _FsdpRanks(NamedTuple):
     """The ranks that have the same weights to learn: `shard` share out one copy, `copies` have copies of that."""
 
     copies: DeviceMesh | None
     shard: DeviceMesh | None
 
 
-def _ranks(mesh: DeviceMesh, zero: int) -> _Ranks:
-    return _Ranks(axis_mesh(mesh, "dp_replicate"), fsdp_mesh(mesh)) if zero else _Ranks(loss_mesh(mesh), None)
+def _ranks(mesh: DeviceMesh, zero: int) -> _FsdpRanks:
+    return _FsdpRanks(axis_mesh(mesh, "dp_replicate"), fsdp_mesh(mesh)) if zero else _FsdpRanks(loss_mesh(mesh), None)
 
 
-def _expert_ranks(mesh: DeviceMesh, zero: int) -> _Ranks:
+def _expert_ranks(mesh: DeviceMesh, zero: int) -> _FsdpRanks:
     copies, shard = axis_mesh(mesh, "dp_replicate"), expert_fsdp_mesh(mesh)
     if zero or shard is None:
-        return _Ranks(copies, shard)
+        return _FsdpRanks(copies, shard)
     if copies is None:
-        return _Ranks(shard, None)
-    return _Ranks(DeviceMesh._concatenate([copies, shard])._flatten("expert_copies"), None)
+        return _FsdpRanks(shard, None)
+    return _FsdpRanks(DeviceMesh._concatenate([copies, shard])._flatten("expert_copies"), None)
 
 
 def _is_spread(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and EXPERT.name in (parameter.device_mesh.mesh_dim_names or ())
 
 
-def _share(
-    parts: Sequence[nn.Module], owned: set[nn.Parameter], ranks: _Ranks, zero: int, policy: MixedPrecisionPolicy
+def _apply_fsdp(
+    parts: Sequence[nn.Module], owned: set[nn.Parameter], ranks: _FsdpRanks, zero: int, policy: MixedPrecisionPolicy
 ) -> None:
     """Shares the parts out, inner ones before outer ones, but only the parameters that are meant."""
     for part in parts:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ringattn.attention.request import Masks
+from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError
 
 # (q, k, v, mask), each tensor (B, S, heads, head_dim), to the attention's output (B, S, heads, head_dim).
-Attend = Callable[[Tensor, Tensor, Tensor, Masks], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Masks], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: AttentionFn) -> Tensor:
         """Returns the logits of each next token.
 
         Args:
@@ -149,17 +149,17 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = SelfAttention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: AttentionFn) -> Tensor:
         """Returns the residual stream after this layer."""
         x = x + self.attention(self.attention_norm(x), positions=positions, mask=mask, attend=attend)
         return x + cast(Tensor, self.feed_forward(self.feed_forward_norm(x)))
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Projections around the attention that it is given, with as many heads as its weights have rows for."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: AttentionFn) -> Tensor:
         """Returns what the rows of x, (B, S, dim), see."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
         out = attend(rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v, mask)

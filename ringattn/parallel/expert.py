@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
-from ringattn.comm.rows import trade_rows
-from ringattn.comm.sums import sum_gradients
+from ringattn.comm.autograd_all_to_all import all_to_all_rows
+from ringattn.comm.grad_all_reduce import sum_gradients
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import DecoderConfig
 from ringattn.parallel.mesh import axis_mesh, axis_size, expert_mesh, loss_mesh
@@ -85,7 +85,7 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A feed-forward layer of which each token uses k experts out of many.
 
-    It works on one process as it is. `spread_experts` gives each rank of an axis its share of the experts.
+    It works on one process as it is. `apply_ep` gives each rank of an axis its share of the experts.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class MixtureOfExperts(nn.Module):
         """
         tokens = x.flatten(0, -2)
         routing: Routing = self.router(tokens, self._sharers)
-        dispatch = Dispatch.of(routing.experts, self.num_experts, self._axis)
+        dispatch = TokenDispatch.of(routing.experts, self.num_experts, self._axis)
         rows = dispatch.there(tokens)
         back = dispatch.back(self.experts(rows, dispatch.num_rows, self._sharers))
         mixed = torch.einsum("tk,tkd->td", routing.weights.to(x.dtype), back)
@@ -181,7 +181,7 @@ class MixtureOfExperts(nn.Module):
 
 
 @dataclass(frozen=True)
-class Dispatch:
+class TokenDispatch:
     """The way of each token's k rows to the experts, and back."""
 
     order: Tensor  # (T * k,): the rows that leave, by expert
@@ -193,7 +193,7 @@ class Dispatch:
     axis: dist.ProcessGroup | None
 
     @staticmethod
-    def of(experts: Tensor, num_experts: int, axis: dist.ProcessGroup | None) -> Dispatch:
+    def of(experts: Tensor, num_experts: int, axis: dist.ProcessGroup | None) -> TokenDispatch:
         """Finds it.
 
         Args:
@@ -212,7 +212,7 @@ class Dispatch:
         coming = [sum(numbers) for numbers in table[1]]
         local = torch.arange(num_experts // ranks, device=came.device).repeat(ranks)
         owners = local.repeat_interleave(came, output_size=sum(coming))
-        return Dispatch(
+        return TokenDispatch(
             order=experts.flatten().argsort(stable=True),
             top_k=experts.shape[1],
             leaving=[sum(numbers) for numbers in table[0]],
@@ -234,7 +234,7 @@ class Dispatch:
         return came[self.order.argsort()].view(len(self.order) // self.top_k, self.top_k, rows.shape[1])
 
     def _traded(self, rows: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
-        return rows if self.axis is None else trade_rows(rows, leaving, coming, self.axis)
+        return rows if self.axis is None else all_to_all_rows(rows, leaving, coming, self.axis)
 
 
 def balance_share(routing: Routing, batch: Sequence[dist.ProcessGroup] = ()) -> Tensor:
@@ -271,7 +271,7 @@ def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
     return attached
 
 
-def mixture(config: DecoderConfig, *, num_micro_batches: int = 1) -> MixtureOfExperts:
+def make_moe(config: DecoderConfig, *, num_micro_batches: int = 1) -> MixtureOfExperts:
     """Returns what stands in the feed-forward slot of a decoder's mixture-of-experts layers.
 
     Args:
@@ -340,7 +340,7 @@ def check_experts(config: DecoderConfig, mesh: DeviceMesh) -> None:
         raise ArgumentError(f"ep={size}: must divide num_experts={config.moe.num_experts}")
 
 
-def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+def apply_ep(model: nn.Module, mesh: DeviceMesh) -> None:
     """Gives each rank along "ep" its share of the experts, in every mixture-of-experts layer of a model, in place.
 
     Afterwards a layer's stacks are DTensors over the axis, so that checkpoints know what they are part of. The gradient

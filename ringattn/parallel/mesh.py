@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ringattn.comm.group import agreed, team_of
+from ringattn.comm.group import agree, rank_mesh
 from ringattn.errors import ArgumentError, ArgumentTypeError
 
 
 @dataclass(frozen=True)
-class Axis:
+class AxisSpec:
     """What an axis of the mesh means."""
 
     name: str
@@ -37,16 +37,18 @@ class Axis:
 
 
 AXES = (
-    Axis("pp", "layers", "activations and their gradients, from stage to stage"),
-    Axis("dp_replicate", "sequences of the batch", "gradients: one all-reduce a step"),
-    Axis("dp_shard", "sequences, weights, optimizer state", "weights: all-gather a layer; gradients: reduce-scatter"),
-    Axis("ring", "tokens of a sequence", "keys and values, round a ring in every layer"),
-    Axis("ulysses", "tokens of a sequence", "heads against tokens, all-to-all in every layer"),
-    Axis(
+    AxisSpec("pp", "layers", "activations and their gradients, from stage to stage"),
+    AxisSpec("dp_replicate", "sequences of the batch", "gradients: one all-reduce a step"),
+    AxisSpec(
+        "dp_shard", "sequences, weights, optimizer state", "weights: all-gather a layer; gradients: reduce-scatter"
+    ),
+    AxisSpec("ring", "tokens of a sequence", "keys and values, round a ring in every layer"),
+    AxisSpec("ulysses", "tokens of a sequence", "heads against tokens, all-to-all in every layer"),
+    AxisSpec(
         "tp", "heads and columns of weights, the vocabulary", "activations: all-gather, reduce-scatter in every layer"
     ),
 )
-EXPERT = Axis("ep", "experts (borrows dp_shard x ring x ulysses)", "tokens to their experts and back, all-to-all")
+EXPERT = AxisSpec("ep", "experts (borrows dp_shard x ring x ulysses)", "tokens to their experts and back, all-to-all")
 
 CONTEXT = ("ring", "ulysses")
 SHARDED = ("dp_shard", *CONTEXT)
@@ -86,7 +88,7 @@ def build_mesh(
         DisagreementError: when the ranks ask for different sizes.
     Communication: one all-gather of a few hundred bytes, and what making the groups costs.
     """
-    team = team_of(None)
+    team = rank_mesh(None)
     sizes = {
         "pp": pp,
         "dp_replicate": dp_replicate,
@@ -101,7 +103,7 @@ def build_mesh(
         found = _device_type() if device_type is None else device_type
         return {"the sizes of the axes": str({**sizes, "ep": ep}), "device_type": found}, found
 
-    device = agreed(team, None, prepare)
+    device = agree(team, None, prepare)
     kept = {name: size for name, size in sizes.items() if size > 1 or (name == "ring" and ulysses == 1)}
     mesh = init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
     # Every rank makes the same groups in the same order: so all of them here, none on first use.
@@ -164,7 +166,7 @@ def expert_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     return _borrowed(mesh, "efsdp")
 
 
-def batch_place(mesh: DeviceMesh) -> tuple[int, int]:
+def data_parallel_rank(mesh: DeviceMesh) -> tuple[int, int]:
     """Returns which share of each batch this rank reads, and how many shares there are.
 
     Ranks along the other axes read the same sequences.

@@ -6,11 +6,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.data import check_data, share_out
+from ringattn.parallel.data import apply_fsdp, check_data
 from ringattn.parallel.decoder import Decoder
-from ringattn.parallel.expert import check_experts, spread_experts
+from ringattn.parallel.expert import apply_ep, check_experts
 from ringattn.parallel.mesh import axis_size
-from ringattn.parallel.tensor import check_tensor, split_weights
+from ringattn.parallel.tensor import apply_tp, check_tensor
 
 
 def parallelize(
@@ -34,9 +34,9 @@ def parallelize(
     Communication: each weight that is split over "tp", once.
     """
     check_mix(model, mesh, zero)
-    split_weights(model, mesh)
-    spread_experts(model, mesh)
-    share_out(model, mesh, zero=zero, precision=precision)
+    apply_tp(model, mesh)
+    apply_ep(model, mesh)
+    apply_fsdp(model, mesh, zero=zero, precision=precision)
     return model
 
 

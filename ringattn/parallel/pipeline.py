@@ -19,16 +19,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ringattn.comm.group import agreed, team_of
+from ringattn.comm.group import agree, rank_mesh
 from ringattn.errors import ArgumentError
-from ringattn.parallel.bubble import Action, Stopwatch, TimedStage
-from ringattn.parallel.course import KINDS, Course
 from ringattn.parallel.decoder import Decoder
 from ringattn.parallel.expert import MixtureOfExperts
-from ringattn.parallel.forward import forward_only
+from ringattn.parallel.pipeline_eval import forward_only
+from ringattn.parallel.pipeline_profile import PipelineTimer, TimedOp, TimedStage
+from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule
 
 
-def cut_stages(model: Decoder, course: Course, rank: int) -> list[Decoder]:
+def cut_stages(model: Decoder, course: PipelineSchedule, rank: int) -> list[Decoder]:
     """Returns a rank's stages: decoders that share their layers, and the names of their parameters, with the model.
 
     Args:
@@ -84,7 +84,7 @@ class Pipeline:
     def __init__(
         self,
         stages: Sequence[nn.Module],
-        course: Course,
+        course: PipelineSchedule,
         axis: DeviceMesh,
         *,
         loss: Callable[[Tensor, Any], Tensor],
@@ -108,7 +108,7 @@ class Pipeline:
         Raises:
             ArgumentError: when these are not the stages of the course, or the schedule cannot run them.
         """
-        kind = KINDS[course.schedule]
+        kind = SCHEDULES[course.schedule]
         self._indices = course.stages_of(axis.get_local_rank())
         if course.num_ranks != axis.size() or len(stages) != len(self._indices):
             raise ArgumentError(
@@ -125,7 +125,7 @@ class Pipeline:
         self.stages, self.course, self.axis = list(stages), course, axis
         self._loss, self._dim, self._dtype, self._row_shards = loss, dim, dtype, row_shards
         self._shape: torch.Size | None = None
-        self._watch = Stopwatch(torch.device(axis.device_type))
+        self._watch = PipelineTimer(torch.device(axis.device_type))
         self._runners: list[TimedStage] = []
         self._schedule: Any = None
 
@@ -199,7 +199,7 @@ class Pipeline:
                 module.reshard()  # as after a backward: what stayed whole would be old after the next optimizer step
         return self._told_by_last(losses, tokens.device)
 
-    def actions(self) -> list[Action]:
+    def actions(self) -> list[TimedOp]:
         """Returns what this rank computed in the last step, and when, in seconds since its start."""
         return self._watch.actions()
 
@@ -221,7 +221,7 @@ class Pipeline:
             names = ("the course", "dim", "dtype", "row_shards", "what is run", "the shapes of micro-batches")
             return dict(zip(names, map(str, told), strict=True)), None
 
-        agreed(team_of(self.axis), ("pipeline", *told), prepare)
+        agree(rank_mesh(self.axis), ("pipeline", *told), prepare)
 
     def _told_by_last(self, losses: Sequence[Tensor], device: torch.device) -> Tensor:
         """Returns the sum of the losses that the last stage has, on every rank of the axis."""
@@ -250,7 +250,7 @@ class Pipeline:
             )
             for stage, index in zip(self.stages, self._indices, strict=True)
         ]
-        kind = KINDS[self.course.schedule]
+        kind = SCHEDULES[self.course.schedule]
         self._schedule = kind.schedule(
             self._runners[0] if kind.most == 1 else self._runners,
             self.course.num_micro_batches,

@@ -50,7 +50,7 @@ def check_tensor(config: DecoderConfig, mesh: DeviceMesh) -> None:
         raise ArgumentError(f"tp={size}: must divide {', '.join(wrong)}{few}")
 
 
-def split_weights(model: Decoder, mesh: DeviceMesh) -> None:
+def apply_tp(model: Decoder, mesh: DeviceMesh) -> None:
     """Splits a decoder's weights over the axis "tp", if there is one; a stage's, where it is a stage.
 
     Weights become DTensors on that axis, rank 0 of it giving its values to the others. Then the stage takes and gives

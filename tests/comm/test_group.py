@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ringattn
 from ringattn.comm import group as group_module
-from ringattn.comm.group import agreed, resolve, team_of
+from ringattn.comm.group import agree, rank_mesh, resolve_group
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from tests.attention.problem import Problem, solve, whole
 from tests.harness.cases import layout_case, mask_case
@@ -56,15 +56,15 @@ def check_exact(results: list[dict[str, Tensor]]) -> None:
 @pytest.mark.parametrize("group", [None, "ring", 3])
 def test_without_torch_distributed(group: object) -> None:
     with pytest.raises(ArgumentError, match=r"init_process_group\(\) first"):
-        resolve(group)
+        resolve_group(group)
 
 
 def resolve_groups(group: dist.ProcessGroup) -> None:
-    assert resolve(group) is group
-    assert resolve(None) is dist.group.WORLD
+    assert resolve_group(group) is group
+    assert resolve_group(None) is dist.group.WORLD
     for bad in ("ring", 3, [0, 1], torch.distributed, True):
         with pytest.raises(ArgumentTypeError, match="must be a ProcessGroup, a 1-D DeviceMesh, or None"):
-            resolve(bad)
+            resolve_group(bad)
 
 
 def test_resolve(pool: RankPool) -> None:
@@ -73,12 +73,12 @@ def test_resolve(pool: RankPool) -> None:
 
 def resolve_meshes(_: dist.ProcessGroup) -> None:
     line = init_device_mesh("cpu", (4,))
-    found = resolve(line)
+    found = resolve_group(line)
     assert (found.rank(), found.size()) == (dist.get_rank(), 4)
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
     with pytest.raises(ArgumentError, match=r"a mesh of 2 dimensions.*mesh\['ring'\]"):
-        resolve(square)
-    ring = resolve(square["ring"])
+        resolve_group(square)
+    ring = resolve_group(square["ring"])
     assert dist.get_process_group_ranks(ring) == [dist.get_rank() % 2, dist.get_rank() % 2 + 2]
 
 
@@ -89,10 +89,10 @@ def test_resolve_meshes(pool: RankPool) -> None:
 def resolve_others(_: dist.ProcessGroup, mesh: bool) -> None:
     other = DeviceMesh("cpu", [1, 3]) if mesh else dist.new_group([1, 3])
     if dist.get_rank() in (1, 3):
-        assert resolve(other).size() == 2
+        assert resolve_group(other).size() == 2
     else:
         with pytest.raises(ArgumentError, match="not a member"):
-            resolve(other)
+            resolve_group(other)
 
 
 def test_groups_of_others_are_refused(pool: RankPool) -> None:
@@ -121,7 +121,7 @@ def test_attention_in_a_group_of_ranks_1_and_3(pool: RankPool) -> None:
 def attend_in_two_groups(_: dist.ProcessGroup) -> dict[str, Tensor]:
     """Two rings side by side, of ranks [0, 2] and [1, 3], each with its own data."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "other"))
-    return solve(resolve(mesh["ring"]), PROBLEM)
+    return solve(resolve_group(mesh["ring"]), PROBLEM)
 
 
 def test_attention_in_groups_side_by_side(pool: RankPool) -> None:
@@ -132,7 +132,7 @@ def test_attention_in_groups_side_by_side(pool: RankPool) -> None:
 
 def attend_on_a_mesh(_: dist.ProcessGroup) -> Tensor:
     mesh, layout = init_device_mesh("cpu", (4,)), PROBLEM.layouts(4)[0]
-    q, k, v = (ringattn.shard(x, layout, resolve(mesh)) for x in PROBLEM.tensors()[:3])
+    q, k, v = (ringattn.shard(x, layout, resolve_group(mesh)) for x in PROBLEM.tensors()[:3])
     mask = PROBLEM.built_mask()
     out = ringattn.ring_attention(q, k, v, mesh, mask=mask, layout=layout)
     assert torch.equal(out, ringattn.ring_attention(q, k, v, None, mask=mask, layout=layout))
@@ -157,7 +157,7 @@ def raise_on(group: dist.ProcessGroup, ranks: list[int], kind: type[Exception], 
             raise kind(message)
         return {"what": "this"}, 1
 
-    agreed(team_of(group), ("raising", message), prepare)
+    agree(rank_mesh(group), ("raising", message), prepare)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -200,7 +200,7 @@ def test_one_rank_alone_raises_as_it_is(pool: RankPool) -> None:
 
 
 def disagree(group: dist.ProcessGroup, values: list[str]) -> None:
-    agreed(team_of(group), ("disagreeing",), lambda: ({"same": "x", "the scale": values[group.rank()]}, 1))
+    agree(rank_mesh(group), ("disagreeing",), lambda: ({"same": "x", "the scale": values[group.rank()]}, 1))
 
 
 @pytest.mark.parametrize("values", [["0.5", "0.25"], ["0.5", "0.5", "0.25"], ["1", "2", "3", "4"]], ids=str)
@@ -217,7 +217,7 @@ def test_disagreement_names_every_ranks_value(pool: RankPool, values: list[str])
 
 def disagree_on_names(group: dist.ProcessGroup) -> None:
     told = {"a": "1"} if group.rank() == 0 else {"a": "1", "b": "2"}
-    agreed(team_of(group), ("names",), lambda: (told, 1))
+    agree(rank_mesh(group), ("names",), lambda: (told, 1))
 
 
 def test_a_name_that_only_some_ranks_tell_is_a_disagreement(pool: RankPool) -> None:
@@ -231,7 +231,7 @@ def remember(group: dist.ProcessGroup) -> list[int]:
     talks = []
     for key in ("a", "a", "b", "a", None, None):
         with counted_gathers() as calls:
-            result = agreed(team_of(group), key, lambda: ({"what": "this"}, group.rank()))
+            result = agree(rank_mesh(group), key, lambda: ({"what": "this"}, group.rank()))
             assert result == group.rank(), "the result is each rank's own"
         talks.append(len(calls))
     return talks
@@ -252,7 +252,7 @@ def prepare_once(group: dist.ProcessGroup) -> int:
         return {}, 1
 
     for _ in range(3):
-        agreed(team_of(group), "prepared once", prepare)
+        agree(rank_mesh(group), "prepared once", prepare)
     return len(prepared)
 
 
@@ -272,7 +272,7 @@ def fail_then_succeed(group: dist.ProcessGroup) -> list[int]:
             return {}, 1
 
         with counted_gathers() as calls, contextlib.suppress(LayoutError):
-            agreed(team_of(group), "after a failure", prepare)
+            agree(rank_mesh(group), "after a failure", prepare)
         talks.append(len(calls))
     return talks
 
@@ -283,18 +283,18 @@ def test_failures_are_not_remembered(pool: RankPool) -> None:
 
 def forget(group: dist.ProcessGroup) -> list[int]:
     """Talks for: many signatures, a recent one, the one used in between, one long unused."""
-    limit = group_module._REMEMBERED
+    limit = group_module._MAX_AGREEMENTS
     talks = []
     for keys in (range(limit), [0], [limit], [0], [limit - 1], [1]):
         with counted_gathers() as calls:
             for key in keys:
-                agreed(team_of(group), ("forgotten", key), lambda: ({}, 1))
+                agree(rank_mesh(group), ("forgotten", key), lambda: ({}, 1))
         talks.append(len(calls))
     return talks
 
 
 def test_memory_is_bounded_and_forgets_what_was_longest_unused(pool: RankPool) -> None:
-    limit = group_module._REMEMBERED
+    limit = group_module._MAX_AGREEMENTS
     assert pool.run(forget, 2) == [[limit, 0, 1, 0, 0, 1]] * 2
 
 
@@ -317,7 +317,7 @@ def groups_are_apart(_: dist.ProcessGroup) -> list[int]:
     talks = []
     for group in groups:
         with counted_gathers() as calls:
-            agreed(team_of(group), "apart", lambda: ({}, 1))
+            agree(rank_mesh(group), "apart", lambda: ({}, 1))
         talks.append(len(calls))
     return talks
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 import ringattn.hf as rhf
 from ringattn.errors import ArgumentError, DisagreementError
 from ringattn.hf import RingCache
-from ringattn.hf.tokens import Past, read_tokens
+from ringattn.hf.generation_inputs import PastTokens, read_inputs
 from tests.harness.ranks import RankPool
 from tests.hf.generating import build, padded, prompts
 
-EMPTY = Past(0, ())
-HELD = Past(7, (2, 0))
+EMPTY = PastTokens(0, ())
+HELD = PastTokens(7, (2, 0))
 IDS = prompts(2, 5)
 
 
@@ -42,19 +42,21 @@ IDS = prompts(2, 5)
         ({"logits_to_keep": -1}, EMPTY, "logits_to_keep=-1"),
     ],
 )
-def test_arguments(arguments: dict[str, Any], past: Past, told: str) -> None:
+def test_arguments(arguments: dict[str, Any], past: PastTokens, told: str) -> None:
     with pytest.raises(ArgumentError) as raised:
-        read_tokens({"input_ids": IDS} | arguments, past)
+        read_inputs({"input_ids": IDS} | arguments, past)
     assert told in str(raised.value)
 
 
 def test_padding_is_read_from_the_mask() -> None:
     _, mask = padded([5, 2, 0], 5)
-    found = read_tokens({"input_ids": prompts(3, 5), "attention_mask": mask}, EMPTY)
+    found = read_inputs({"input_ids": prompts(3, 5), "attention_mask": mask}, EMPTY)
     assert found.pads == (0, 3, 5)
     assert found.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
     mask = torch.cat([mask, torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 1]])], 1)
-    found = read_tokens({"input_ids": prompts(3, 3), "attention_mask": mask, "logits_to_keep": 2}, Past(5, found.pads))
+    found = read_inputs(
+        {"input_ids": prompts(3, 3), "attention_mask": mask, "logits_to_keep": 2}, PastTokens(5, found.pads)
+    )
     assert found.pads == (0, 0, 2)
     assert found.positions.tolist() == [[5, 6, 7], [2, 3, 4], [0, 0, 0]]
     assert found.columns.tolist() == [1, 2]
@@ -63,11 +65,11 @@ def test_padding_is_read_from_the_mask() -> None:
 def test_rows_of_the_same_ids_are_one() -> None:
     ids, mask = padded([3, 2, 3, 2], 3)
     ids[2], ids[3] = ids[0], ids[1]
-    assert read_tokens({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
-    assert read_tokens({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 1)
+    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
+    assert read_inputs({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 1)
     ids[3, 0] = 9  # padding for one mask, a token for the other
-    assert read_tokens({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
-    assert read_tokens({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 3)
+    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
+    assert read_inputs({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 3)
 
 
 def other_seeds(model: Any, cache: RingCache, rank: int) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import ringattn.hf as rhf
 from ringattn.errors import ArgumentError
-from ringattn.hf.memory import Savings
+from ringattn.hf.memory import MemorySavings
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
@@ -45,7 +45,7 @@ def test_is_that_of_the_model(name: str) -> None:
     batch = UNEVEN_LABELS.batch()
     forwards = {module: dict(vars(module)) for module in model.modules()}
     expected = loss_and_gradients(model, **batch)
-    savings = Savings(model, tile_mlp=3, chunk_loss=5)
+    savings = MemorySavings(model, tile_mlp=3, chunk_loss=5)
     savings.apply()
     found = loss_and_gradients(model, **batch)
     output = model(**batch)
@@ -70,7 +70,7 @@ def test_scaled_logits_and_num_items() -> None:
     head = model.lm_head.forward
     model.lm_head.register_forward_hook(lambda module, args, out: out / 4)
     expected = loss_and_gradients(model, **batch, num_items_in_batch=torch.tensor(11))
-    savings = Savings(model, chunk_loss=4)
+    savings = MemorySavings(model, chunk_loss=4)
     savings.apply()
     found = loss_and_gradients(model, **batch, num_items_in_batch=torch.tensor(11))
     savings.undo()
@@ -110,18 +110,18 @@ class Asks(nn.Module):
 
 def test_errors() -> None:
     with pytest.raises(ArgumentError, match="GptOssForCausalLM has no MLP made of linear layers alone"):
-        Savings(build("GptOssForCausalLM"), tile_mlp=2)
+        MemorySavings(build("GptOssForCausalLM"), tile_mlp=2)
     model = build("Qwen2ForCausalLM")
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ArgumentError, match="output head of Qwen2ForCausalLM is Sequential"):
-        Savings(model, chunk_loss=2)
+        MemorySavings(model, chunk_loss=2)
     model = build("Qwen2ForCausalLM")
     model.lm_head.register_forward_hook(Asks())
-    savings = Savings(model, chunk_loss=2)
+    savings = MemorySavings(model, chunk_loss=2)
     savings.apply()
     with pytest.raises(ArgumentError, match="asks its logits for clamp"):
         model(**UNEVEN_LABELS.batch())
     savings.undo()
     model.loss_function = lambda *args, **kwargs: None
     with pytest.raises(ArgumentError, match="does not take its loss"):
-        Savings(model, chunk_loss=2)
+        MemorySavings(model, chunk_loss=2)

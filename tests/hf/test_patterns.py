@@ -11,7 +11,7 @@ import torch
 from transformers import masking_utils as theirs
 
 from ringattn.errors import MaskError
-from ringattn.hf.patterns import CAUSAL, Pattern, pattern_of, windowed
+from ringattn.hf.mask_patterns import CAUSAL, MaskPattern, read_pattern, with_window
 from tests.geometry.brute import slice_counts
 
 LENGTH = 11
@@ -38,7 +38,7 @@ def seen(function: Callable[..., Any], length: int) -> np.ndarray[Any, np.dtype[
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_says_what_transformers_says(name: str) -> None:
-    mask = pattern_of(FUNCTIONS[name]).within(None)
+    mask = read_pattern(FUNCTIONS[name]).within(None)
     np.testing.assert_array_equal(
         slice_counts(mask.slices(LENGTH, LENGTH), LENGTH, LENGTH), seen(FUNCTIONS[name], LENGTH)
     )
@@ -48,7 +48,7 @@ def test_says_what_transformers_says(name: str) -> None:
 def test_says_so_of_each_document(name: str) -> None:
     """Chunks, too, are counted from a document's first token."""
     ends = (0, 5, 5, 6, LENGTH)
-    counts = slice_counts(pattern_of(FUNCTIONS[name]).within(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
+    counts = slice_counts(read_pattern(FUNCTIONS[name]).within(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
     expected = np.zeros((LENGTH, LENGTH), dtype=np.bool_)
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
         expected[start:stop, start:stop] = seen(FUNCTIONS[name], stop - start)
@@ -61,9 +61,9 @@ def test_leaves_out_what_was_seen_in_a_shard() -> None:
     packed = theirs.find_packed_sequence_indices(positions)
     assert packed is not None
     function = theirs.packed_sequence_compatibility_function(theirs.causal_mask_function, positions, packed)
-    assert pattern_of(function) == CAUSAL
+    assert read_pattern(function) == CAUSAL
     padding = theirs.padding_mask_function(torch.ones(1, 6, dtype=torch.bool))
-    assert pattern_of(theirs.and_masks(theirs.causal_mask_function, padding)) == CAUSAL
+    assert read_pattern(theirs.and_masks(theirs.causal_mask_function, padding)) == CAUSAL
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,16 @@ def test_leaves_out_what_was_seen_in_a_shard() -> None:
 )
 def test_refuses_what_it_does_not_know(function: Callable[..., Any]) -> None:
     with pytest.raises(MaskError, match="asks for attention by the mask function"):
-        pattern_of(function)
+        read_pattern(function)
 
 
 def test_windows_told_by_number_alone() -> None:
-    assert windowed(CAUSAL, 4) == pattern_of(theirs.sliding_window_causal_mask_function(4))
-    assert windowed(Pattern(), 4) == Pattern(left=3, right=3)
-    assert windowed(Pattern(left=1, right=0), 4) == Pattern(left=1, right=0)
+    assert with_window(CAUSAL, 4) == read_pattern(theirs.sliding_window_causal_mask_function(4))
+    assert with_window(MaskPattern(), 4) == MaskPattern(left=3, right=3)
+    assert with_window(MaskPattern(left=1, right=0), 4) == MaskPattern(left=1, right=0)
 
 
 def test_refuses_chunks_of_two_sizes() -> None:
     two = theirs.and_masks(theirs.chunked_overlay(4, NO_PADDING), theirs.chunked_overlay(3, NO_PADDING))
     with pytest.raises(MaskError, match="chunks of 4 and of 3"):
-        pattern_of(two)
+        read_pattern(two)

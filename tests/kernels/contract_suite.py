@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Call, Spec, refusals
+from ringattn.kernels import BACKENDS, ProblemSpec, ScoreOptions, refusals
 from ringattn.softmax import accumulation_dtype
 from tests.geometry.brute import tile_counts
 from tests.harness import oracle
@@ -42,11 +42,11 @@ class Case:
     tile_by_tile: bool = False
     narrowed: bool = False  # from float64: too small, or too steep, for plain PyTorch to be a fair measure
 
-    def spec(self, *, lse_grad: bool = False) -> Spec:
-        return Spec(self.scale, self.softcap, lse_grad)
+    def spec(self, *, lse_grad: bool = False) -> ScoreOptions:
+        return ScoreOptions(self.scale, self.softcap, lse_grad)
 
-    def call(self, device: str) -> Call:
-        return Call(device, self.dtype, self.heads, self.kv_heads, self.dim, self.v_dim, True, self.spec())
+    def call(self, device: str) -> ProblemSpec:
+        return ProblemSpec(device, self.dtype, self.heads, self.kv_heads, self.dim, self.v_dim, True, self.spec())
 
     def allowed(self) -> Tensor:
         """(B, rows, blocks * cols) bool; the tiles must be disjoint."""

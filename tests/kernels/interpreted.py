@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Call, Spec, select
+from ringattn.kernels import BACKENDS, ProblemSpec, ScoreOptions, select
 from ringattn.softmax import empty_state
 from tests.harness import oracle
 from tests.harness.cases import Tensors, tensors
 from tests.harness.compare import assert_within_rule
 
-SPEC = Spec(0.4)
+SPEC = ScoreOptions(0.4)
 CAUSAL = Tiles.of(Tile(0, 5, 0, 4, -(1 << 40), 0))
 KERNEL = BACKENDS["triton"]
 
@@ -77,7 +77,7 @@ def test_small_softcaps_are_exact() -> None:
     whole = Tiles.of(Tile(0, 6, 0, 6, -9, 9))
     for softcap in (0.05, 1e4):
         out, lse = empty_state(t.q, 16)
-        KERNEL.forward(t.q, t.k, t.v, whole, Spec(0.4, softcap), out, lse)
+        KERNEL.forward(t.q, t.k, t.v, whole, ScoreOptions(0.4, softcap), out, lse)
         allowed = torch.ones(6, 6, dtype=torch.bool)
         exact, exact_lse = oracle.dense_attention(t.q, t.k, t.v, allowed, scale=0.4, softcap=softcap)
         plain, plain_lse = oracle.plain_attention(t.q, t.k, t.v, allowed, scale=0.4, softcap=softcap)
@@ -86,6 +86,6 @@ def test_small_softcaps_are_exact() -> None:
 
 
 def test_runs_on_the_cpu_where_the_interpreter_is_on() -> None:
-    call = Call("cpu", torch.float32, 2, 2, 16, 16, True, SPEC)
+    call = ProblemSpec("cpu", torch.float32, 2, 2, 16, 16, True, SPEC)
     assert select("triton", call) is KERNEL
     assert not KERNEL.available()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, ScoreOptions
 from ringattn.kernels.reference import ReferenceKernel
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, tiles
@@ -65,7 +65,9 @@ def test_a_backend_that_ignores_a_tile_is_caught() -> None:
     case = next(case for case in CASES if case.name == "several tiles")
 
     class Forgetful(ReferenceKernel):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+        def forward(
+            self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+        ) -> None:
             super().forward(q, k, v, Tiles(tiles.table[1:]), spec, out, lse)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, ScoreOptions
 from tests.kernels.contract_suite import CASES, Case
 from tests.kernels.elsewhere.machine import WITH_BF16, Elsewhere, Machine, PagedElsewhere, not_to_be_emulated
 from tests.kernels.test_native import (  # with another `isa` than there
@@ -45,14 +45,16 @@ def _lacking() -> None:
 class Interpreted(Elsewhere):
     """What is computed is computed by instructions that are interpreted, or the call fails."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         before = self.machine.interpreted
         super().forward(q, k, v, tiles, spec, out, lse)
         assert self.machine.interpreted > before or not tiles
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, spec: Spec,
-        dq: Tensor, dk: Tensor, dv: Tensor,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles,
+        spec: ScoreOptions, dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
         before = self.machine.interpreted
         super().backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)

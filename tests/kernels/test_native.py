@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, ScoreOptions
 from ringattn.kernels.native import NativeKernel, instruction_sets
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, tiles
@@ -91,7 +91,7 @@ def test_huge_scores_take_the_largest(isa: str) -> None:
     sure = best.values[..., 0] - best.values[..., 1] > 1e-2
     out, lse = torch.zeros(t.dout.shape), torch.full(t.dlse.shape, -torch.inf)
     kernel = BACKENDS["native"]
-    kernel.forward(t.q, t.k, t.v, Tiles.of(tile(range(50), range(70))), Spec(1e12), out, lse)
+    kernel.forward(t.q, t.k, t.v, Tiles.of(tile(range(50), range(70))), ScoreOptions(1e12), out, lse)
     batch = torch.arange(2)[:, None, None]
     expected = t.v[:, :, 0][batch, best.indices[..., 0]].float().transpose(1, 2)
     assert sure.float().mean() > 0.9
@@ -178,7 +178,7 @@ def test_merges_with_a_state_of_rows_seen_and_unseen(isa: str) -> None:
     wanted, plainly = out.double() * before + new * after, out.double() * before + plain.double() * after
     unseen = wanted_lse == -torch.inf
     assert unseen.any()
-    BACKENDS["native"].forward(t.q, t.k, t.v, Tiles.of(band), Spec(0.3), out, lse)
+    BACKENDS["native"].forward(t.q, t.k, t.v, Tiles.of(band), ScoreOptions(0.3), out, lse)
     assert_within_rule(out, wanted, plainly.to(dtype), name="merged out", check_dtype=False)
     finite = ~unseen
     plainly_lse = torch.logaddexp(lse.double(), plain_lse.double())
@@ -198,7 +198,7 @@ def test_small_halves(isa: str, exponent: int) -> None:
     q, k = t.q.half(), t.k.half()
     assert (v.abs() < torch.finfo(torch.float16).tiny).any() == (exponent < -14 + 3)
     out, lse = torch.zeros(t.dout.shape), torch.full((1, 1, 40), -torch.inf)
-    BACKENDS["native"].forward(q, k, v, Tiles.of(tile(range(40), range(50))), Spec(0.3), out, lse)
+    BACKENDS["native"].forward(q, k, v, Tiles.of(tile(range(40), range(50))), ScoreOptions(0.3), out, lse)
     every = torch.ones(40, 50, dtype=torch.bool)
     wanted, _ = oracle.dense_attention(q.double(), k.double(), v.double(), every, scale=0.3)
     assert_close(out.double(), wanted, atol=1e-5 * float(wanted.abs().max()), name="out of small halves")
@@ -211,7 +211,7 @@ def test_infinities_stay_with_who_sees_them(isa: str) -> None:
     t.v[:, 110], t.v[:, 59], t.k[:, 115:] = torch.inf, torch.inf, torch.inf
     first, second = tile(range(60), range(59)), tile(range(60, 120), range(60, 115))
     out, lse = torch.zeros(t.dout.shape), torch.full((1, 1, 120), -torch.inf)
-    BACKENDS["native"].forward(t.q, t.k, t.v, Tiles.of(first, second), Spec(0.3), out, lse)
+    BACKENDS["native"].forward(t.q, t.k, t.v, Tiles.of(first, second), ScoreOptions(0.3), out, lse)
     assert out[:, :60].isfinite().all()
     assert (out[:, 60:] == torch.inf).all()
     assert lse.isfinite().all()

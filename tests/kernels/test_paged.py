@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels.choice import refused_by
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
 from ringattn.kernels.native import instruction_sets
-from ringattn.kernels.paged import PAGED_BACKENDS, PagedKernel, PageTables, Sight
-from ringattn.kernels.paged.native import NativePaged
+from ringattn.kernels.paged import PAGED_BACKENDS, PagedKernel, PageTables, VisibleKeys
+from ringattn.kernels.paged.native_paged import NativePaged
+from ringattn.kernels.select_kernel import reasons_against
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.oracle import dense_attention, plain_attention
 
@@ -75,7 +75,7 @@ class Problem:
         self.tables = PageTables(order[:entries].int(), slots, starts)
         stop = torch.tensor(lengths)[:, None] - torch.arange(s.tokens).flip(0)[None, :]
         first = (stop - 60).clamp(min=0) * torch.tensor([0, 0, 1, 0, 1])[:, None]
-        self.sight = Sight(first.int(), stop.clamp(min=0).int())
+        self.sight = VisibleKeys(first.int(), stop.clamp(min=0).int())
         self._poison(live)
 
     def _poison(self, live: bool) -> None:
@@ -93,9 +93,9 @@ class Problem:
         seen = (at >= self.sight.first[b][:, None]) & (at < self.sight.stop[b][:, None])
         return self.tables.pages[entries].long(), seen
 
-    def call(self, device: str) -> Call:
+    def call(self, device: str) -> ProblemSpec:
         s = self.shape
-        return Call(device, self.dtype, s.heads, s.kv_heads, s.dim, s.v_dim, False, Spec(0.3, s.softcap))
+        return ProblemSpec(device, self.dtype, s.heads, s.kv_heads, s.dim, s.v_dim, False, ScoreOptions(0.3, s.softcap))
 
     def halves(self) -> Iterator[PageTables]:
         """The tables in two parts, each of which has a part of each sequence."""
@@ -113,10 +113,10 @@ class Problem:
         out = torch.zeros(len(self.lengths), s.tokens, s.heads, s.v_dim, dtype=acc, device=device)
         lse = torch.full((len(self.lengths), s.heads, s.tokens), -torch.inf, dtype=acc, device=device)
         q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
-        sight = Sight(*(x.to(device) for x in self.sight))
+        sight = VisibleKeys(*(x.to(device) for x in self.sight))
         for half in self.halves():
             tables = PageTables(*(x.to(device) for x in half))
-            kernel.forward(q, k, v, tables, sight, Spec(0.3, s.softcap), out, lse)
+            kernel.forward(q, k, v, tables, sight, ScoreOptions(0.3, s.softcap), out, lse)
         return out.cpu(), lse.cpu()
 
     def check(self, out: Tensor, lse: Tensor, name: str) -> None:
@@ -150,7 +150,7 @@ def variants(backend: str, dtype: torch.dtype) -> list[PagedKernel]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_contract(shape: str, poison: str, dtype: torch.dtype, backend: str, device: str) -> None:
     problem = Problem(SHAPES[shape], dtype, live=poison == "live")
-    reasons = refused_by(PAGED_BACKENDS[backend], problem.call(device))
+    reasons = reasons_against(PAGED_BACKENDS[backend], problem.call(device))
     if (backend, device) in NEVER_SKIPPED and dtype != torch.float64:
         assert not reasons
     if reasons:

@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
-from ringattn.parallel.clip import clip_gradients
-from ringattn.parallel.context import attend_over, share_of
-from ringattn.parallel.course import plan_course
-from ringattn.parallel.decoder import Attend, Decoder
-from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
+from ringattn.parallel.context import local_batch, make_cp_attention
+from ringattn.parallel.decoder import AttentionFn, Decoder
+from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import axis_size, context_mesh
 from ringattn.parallel.parallelize import parallelize
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
+from ringattn.parallel.pipeline_schedule import plan_pipeline
+from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
 from tests.harness.cases import LAYOUT_CASES
 from tests.harness.compare import assert_close
 from tests.parallel.training import (
@@ -67,7 +67,7 @@ class Resumable:
         mesh = mesh_of(tuple(mix.sizes.items()))
         build = next(case.build for case in LAYOUT_CASES if case.name == mix.layout)
         layout = build(mix.length, context_mesh(mesh).size())
-        attend = attend_over(mesh, layout)
+        attend = make_cp_attention(mesh, layout)
         stages, backward = self._prepared(mesh)
         owned = [parameter for stage in stages for parameter in stage.parameters()]
         optimizer = torch.optim.AdamW(owned, lr=LEARNING_RATE)
@@ -75,12 +75,12 @@ class Resumable:
         losses, norms = [], []
         every_batch = batches(mix.mask, mix.length, mix.config.vocab_size, until)
         for step in range(0 if found is None else found.samples // SEQUENCES, until):
-            share = share_of(every_batch[step], mesh, layout)
+            share = local_batch(every_batch[step], mesh, layout)
             optimizer.zero_grad()
             total = backward(cut_batch(share, mix.micro_batches, count_valid(share["shift_labels"], mesh), attend))
             norms.append(float(clip_gradients(owned, mesh, MAX_NORM)))
             optimizer.step()
-            losses.append(float(sum_over_tokens(total, mesh)))
+            losses.append(float(sum_over_token_ranks(total, mesh)))
             if folder is not None and ((step + 1) % every == 0 or step + 1 == until):
                 save_checkpoint(folder, stages, optimizer, Progress(step + 1, (step + 1) * SEQUENCES), keep=2)
             after_step(step + 1)
@@ -105,7 +105,7 @@ class Resumable:
                 return total
 
             return [model], one_after_the_other
-        course = plan_course(self.schedule, mix.config.num_layers, axis_size(mesh, "pp"), mix.micro_batches)
+        course = plan_pipeline(self.schedule, mix.config.num_layers, axis_size(mesh, "pp"), mix.micro_batches)
         stages = cut_stages(model, course, mesh["pp"].get_local_rank())
         for stage in stages:
             parallelize(stage, mesh, zero=mix.zero)
@@ -120,7 +120,7 @@ class Resumable:
         return stages, evaluated_before
 
 
-def cut_batch(share: dict[str, Any], count: int, num_valid: Tensor, attend: Attend) -> list[MicroBatch]:
+def cut_batch(share: dict[str, Any], count: int, num_valid: Tensor, attend: AttentionFn) -> list[MicroBatch]:
     """This rank's share of a batch as micro-batches."""
     return [
         MicroBatch(

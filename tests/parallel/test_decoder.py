@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.attention.request import Masks
+from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
 from tests.harness.oracle import plain_attention

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.expert import Dispatch, MixtureOfExperts, grouped_matmul, segment_matmul
+from ringattn.parallel.expert import MixtureOfExperts, TokenDispatch, grouped_matmul, segment_matmul
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.ranks import RankPool
 
@@ -142,7 +142,7 @@ def dispatched(group: dist.ProcessGroup, counts: tuple[int, ...]) -> tuple[int, 
     num_tokens = counts[group.rank()]
     generator = torch.Generator().manual_seed(group.rank())
     experts = torch.rand(num_tokens, EXPERTS, generator=generator).argsort(dim=-1)[:, :TOP_K]
-    dispatch = Dispatch.of(experts, EXPERTS, group)
+    dispatch = TokenDispatch.of(experts, EXPERTS, group)
     numbers = torch.arange(num_tokens, dtype=torch.float64)[:, None] + 100 * group.rank()
     rows = dispatch.there(numbers)
     assert len(rows) == sum(dispatch.num_rows)

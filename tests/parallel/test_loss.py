@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from ringattn.parallel.clip import clip_gradients, gradient_norm
-from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
+from ringattn.parallel.grad_norm import clip_gradients, gradient_norm
+from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.ranks import RankPool
 from tests.parallel.training import mesh_of
@@ -67,7 +67,7 @@ def _tokens(group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     mesh = mesh_of((("dp_shard", 2), ("tp", 2)))
     labels = torch.tensor([[1, -100, 3]]) if mesh["dp_shard"].get_local_rank() else torch.full((1, 3), -100)
     loss = cross_entropy(torch.zeros(1, 3, 4, dtype=torch.float64), labels, count_valid(labels, mesh), mesh)
-    return loss, sum_over_tokens(loss, mesh)
+    return loss, sum_over_token_ranks(loss, mesh)
 
 
 def test_a_rank_without_a_valid_token_loses_nothing(pool: RankPool) -> None:

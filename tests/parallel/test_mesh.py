@@ -27,7 +27,7 @@ def _shapes(group: dist.ProcessGroup, sizes: dict[str, int]) -> dict[str, object
         "loss": _members(meshes.loss_mesh(mesh)),
         "ep": _members(meshes.expert_mesh(mesh)),
         "efsdp": _members(meshes.expert_fsdp_mesh(mesh)),
-        "batch": meshes.batch_place(mesh),
+        "batch": meshes.data_parallel_rank(mesh),
         "again": meshes.fsdp_mesh(mesh) == meshes.fsdp_mesh(mesh),
         "table": meshes.describe(mesh),
     }

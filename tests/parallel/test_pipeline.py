@@ -18,14 +18,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import ringattn
-from ringattn.attention.request import Masks
+from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError
-from ringattn.parallel.bubble import Move, bubble_formula, bubble_fraction, ideal_actions, ideal_bubble
-from ringattn.parallel.course import KINDS, Course, plan_course
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
-from ringattn.parallel.expert import MixtureOfExperts, mixture
-from ringattn.parallel.forward import check_given
+from ringattn.parallel.expert import MixtureOfExperts, make_moe
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
+from ringattn.parallel.pipeline_eval import check_given
+from ringattn.parallel.pipeline_profile import PipelineOp, bubble_formula, bubble_fraction, ideal_actions, ideal_bubble
+from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule, plan_pipeline
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 
@@ -37,7 +37,7 @@ LENGTH, BATCHES = 14, 4
 def whole_model(moe: MoESpec | None) -> Decoder:
     torch.manual_seed(3)
     config = DecoderConfig(**{**CONFIG.__dict__, "moe": moe})
-    return Decoder(config, moe=partial(mixture, num_micro_batches=BATCHES) if moe else None).double()
+    return Decoder(config, moe=partial(make_moe, num_micro_batches=BATCHES) if moe else None).double()
 
 
 def cuts(index: int) -> list[int]:
@@ -153,28 +153,28 @@ def check(stages: Sequence[Decoder], found: Tensor, moe: MoESpec | None, ring: D
 
 def check_actions(pipeline: Pipeline) -> None:
     """Everything was done once, nothing at the same time as something else."""
-    parts = ("F", "I", "W") if KINDS[pipeline.course.schedule].in_parts else ("F", "B")
+    parts = ("F", "I", "W") if SCHEDULES[pipeline.course.schedule].in_parts else ("F", "B")
     stages = pipeline.course.stages_of(pipeline.axis.get_local_rank())
-    planned = {Move(kind, stage, index) for kind in parts for stage in stages for index in range(BATCHES)}
+    planned = {PipelineOp(kind, stage, index) for kind in parts for stage in stages for index in range(BATCHES)}
     moves = [action for action in pipeline.actions() if action.move.kind != "L"]
     assert len(moves) == len(planned)
     assert {action.move for action in moves} == planned
     assert all(a.start_s <= a.stop_s <= b.start_s for a, b in pairwise(moves))
-    everyone: list[list[Move]] = [[]] * pipeline.axis.size()
+    everyone: list[list[PipelineOp]] = [[]] * pipeline.axis.size()
     dist.all_gather_object(everyone, [action.move for action in moves], group=pipeline.axis.get_group())
     found = ideal_bubble(dict(enumerate(everyone)), len(pipeline.course.layers))
     assert found == pytest.approx(formula(pipeline.course))
 
 
-def formula(course: Course) -> float:
-    waited = 1 / 3 if KINDS[course.schedule].in_parts else 1.0
+def formula(course: PipelineSchedule) -> float:
+    waited = 1 / 3 if SCHEDULES[course.schedule].in_parts else 1.0
     return bubble_formula(course.num_ranks, course.num_micro_batches, len(course.stages_of(0)), waited=waited)
 
 
 def pipelined(group: dist.ProcessGroup, schedule: str, shape: tuple[int, int], moe: MoESpec | None) -> None:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "ring"))
     ring = mesh["ring"] if shape[1] > 1 else None
-    course = plan_course(schedule, CONFIG.num_layers, shape[0], BATCHES)
+    course = plan_pipeline(schedule, CONFIG.num_layers, shape[0], BATCHES)
     stages = cut_stages(copy.deepcopy(whole_model(moe)), course, mesh["pp"].get_local_rank())
     for module in (module for stage in stages for module in stage.modules()):
         if ring is not None and isinstance(module, MixtureOfExperts):
@@ -210,7 +210,7 @@ def local_gradients(pipeline: Pipeline) -> list[Tensor]:
     return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found if grad is not None]
 
 
-@pytest.mark.parametrize("schedule", list(KINDS))
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_pipeline_of_rings_with_experts(pool: RankPool, schedule: str) -> None:
     pool.run(pipelined, 4, schedule, (2, 2), MOE)
 
@@ -220,7 +220,7 @@ def test_pipeline_of_single_ranks(pool: RankPool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("schedule", list(KINDS))
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_pipeline_of_rings(pool: RankPool, schedule: str) -> None:
     pool.run(pipelined, 4, schedule, (2, 2), None)
 
@@ -235,7 +235,7 @@ def test_other_pipelines_of_single_ranks(pool: RankPool, schedule: str) -> None:
 
 
 def started_wrongly(group: dist.ProcessGroup) -> None:
-    plan_course("interleaved-1f1b", CONFIG.num_layers, group.size(), BATCHES)
+    plan_pipeline("interleaved-1f1b", CONFIG.num_layers, group.size(), BATCHES)
 
 
 def nothing(group: dist.ProcessGroup) -> None:
@@ -264,19 +264,19 @@ def test_more_stages_than_layers_raise_on_every_rank(pool: RankPool) -> None:
 )
 def test_what_no_schedule_can_run(arguments: tuple[str, int, int, int], options: dict[str, int], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        plan_course(*arguments, **options)  # type: ignore[arg-type]
+        plan_pipeline(*arguments, **options)  # type: ignore[arg-type]
 
 
 def test_layers_are_cut_evenly_or_by_cost() -> None:
-    assert plan_course("gpipe", 7, 3, 1).layers == (range(3), range(3, 5), range(5, 7))
-    weighted = plan_course("gpipe", 5, 3, 1, costs=[1, 1, 1, 1, 4])
+    assert plan_pipeline("gpipe", 7, 3, 1).layers == (range(3), range(3, 5), range(5, 7))
+    weighted = plan_pipeline("gpipe", 5, 3, 1, costs=[1, 1, 1, 1, 4])
     assert [sum((1, 1, 1, 1, 4)[i] for i in part) for part in weighted.layers] == [2, 2, 4]
 
 
 @pytest.mark.parametrize(("schedule", "num_layers"), [("gpipe", 3), ("interleaved-1f1b", 12), ("zbv-zero-bubble", 8)])
 def test_a_rank_has_one_turn_at_a_tick_and_the_stage_before_had_its_own(schedule: str, num_layers: int) -> None:
     per_rank = {"gpipe": 1, "interleaved-1f1b": 3, "zbv-zero-bubble": 2}[schedule]
-    course = plan_course(schedule, num_layers, num_layers // per_rank, 4, stages_per_rank=per_rank)
+    course = plan_pipeline(schedule, num_layers, num_layers // per_rank, 4, stages_per_rank=per_rank)
     turns = [(stage, index) for stage in range(num_layers) for index in range(7)]
     assert len({(course.rank_of(stage), course.tick_of(stage, index)) for stage, index in turns}) == len(turns)
     for stage, index in turns:
@@ -287,7 +287,7 @@ def test_a_rank_has_one_turn_at_a_tick_and_the_stage_before_had_its_own(schedule
 def test_experts_that_balance_other_micro_batches_are_refused() -> None:
     model = whole_model(MOE)  # made for BATCHES
     with pytest.raises(ArgumentError, match=f"made for num_micro_batches={BATCHES}, but the course has 2"):
-        cut_stages(model, plan_course("gpipe", CONFIG.num_layers, 2, 2), 0)
+        cut_stages(model, plan_pipeline("gpipe", CONFIG.num_layers, 2, 2), 0)
 
 
 def test_what_goes_between_stages_must_be_as_told() -> None:
@@ -299,13 +299,13 @@ def test_what_goes_between_stages_must_be_as_told() -> None:
 
 
 def test_stages_go_round_or_fold() -> None:
-    assert [plan_course("interleaved-1f1b", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 2), (1, 3)]
-    assert [plan_course("zbv-zero-bubble", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 3), (1, 2)]
+    assert [plan_pipeline("interleaved-1f1b", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 2), (1, 3)]
+    assert [plan_pipeline("zbv-zero-bubble", 8, 2, 2).stages_of(rank) for rank in range(2)] == [(0, 3), (1, 2)]
 
 
 def wrong_batches(group: dist.ProcessGroup, count: int, shapes: list[tuple[int, int]]) -> None:
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",))
-    course = plan_course("gpipe", CONFIG.num_layers, 2, count)
+    course = plan_pipeline("gpipe", CONFIG.num_layers, 2, count)
     stages = cut_stages(whole_model(None), course, group.rank())
     pipeline = Pipeline(stages, course, mesh, loss=loss_of, dim=CONFIG.dim, dtype=torch.float64)
     pipeline.step([MicroBatch(torch.zeros(shape, dtype=torch.int64), {}, None) for shape in shapes])
@@ -321,7 +321,7 @@ def test_micro_batches_that_do_not_fit(pool: RankPool, shapes: list[tuple[int, i
 
 def told_differently(group: dist.ProcessGroup, evaluating: bool) -> None:
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",))
-    course = plan_course("gpipe", CONFIG.num_layers, 2, 2)
+    course = plan_pipeline("gpipe", CONFIG.num_layers, 2, 2)
     stages = cut_stages(whole_model(None), course, group.rank())
     pipeline = Pipeline(stages, course, mesh, loss=loss_of, dim=CONFIG.dim, dtype=torch.float64)
     batches = [MicroBatch(torch.zeros(1, 4 + group.rank(), dtype=torch.int64), {}, None)] * 2
@@ -339,16 +339,16 @@ def test_ranks_that_have_other_micro_batches(pool: RankPool, evaluating: bool) -
 # ---- bubbles
 
 
-def one_forward_one_backward(num_ranks: int, count: int) -> dict[int, list[Move]]:
+def one_forward_one_backward(num_ranks: int, count: int) -> dict[int, list[PipelineOp]]:
     """The order of 1F1B, by the paper: rank r does p - r forwards first."""
     order = {}
     for rank in range(num_ranks):
         ahead = min(count, num_ranks - rank)
-        moves = [Move("F", rank, index) for index in range(ahead)]
+        moves = [PipelineOp("F", rank, index) for index in range(ahead)]
         for index in range(count):
-            moves.append(Move("B", rank, index))
+            moves.append(PipelineOp("B", rank, index))
             if index + ahead < count:
-                moves.append(Move("F", rank, index + ahead))
+                moves.append(PipelineOp("F", rank, index + ahead))
         order[rank] = moves
     return order
 
@@ -363,17 +363,17 @@ def test_the_formula_is_what_ideal_actions_give(num_ranks: int, count: int) -> N
         assert bubble_fraction(each, window) == pytest.approx(bubble_formula(num_ranks, count))
 
 
-def planned_by_torch(course: Course) -> dict[int, list[Move]]:
+def planned_by_torch(course: PipelineSchedule) -> dict[int, list[PipelineOp]]:
     """What torch has each rank of a course compute, one after the other."""
     kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
     stages = [
         Mock(group_size=course.num_ranks, group_rank=0, num_stages=len(course.layers), stage_index=index, submod=None)
         for index in course.stages_of(0)
     ]
-    planned = KINDS[course.schedule].schedule(stages, course.num_micro_batches, loss_fn=Mock()).pipeline_order
+    planned = SCHEDULES[course.schedule].schedule(stages, course.num_micro_batches, loss_fn=Mock()).pipeline_order
     return {
         rank: [
-            Move(kinds[each.computation_type.name], each.stage_index, each.microbatch_index)
+            PipelineOp(kinds[each.computation_type.name], each.stage_index, each.microbatch_index)
             for each in actions
             if each is not None and each.computation_type.name in kinds
         ]
@@ -394,9 +394,9 @@ def planned_by_torch(course: Course) -> dict[int, list[Move]]:
     ],
 )
 def test_the_formula_is_what_torch_plans(schedule: str, per_rank: int, num_ranks: int) -> None:
-    enough = 2 * num_ranks - 1 if KINDS[schedule].folded else num_ranks
+    enough = 2 * num_ranks - 1 if SCHEDULES[schedule].folded else num_ranks
     for count in (1, enough, 2 * num_ranks, 3 * num_ranks):
-        course = plan_course(schedule, num_ranks * per_rank, num_ranks, count, stages_per_rank=per_rank)
+        course = plan_pipeline(schedule, num_ranks * per_rank, num_ranks, count, stages_per_rank=per_rank)
         idle, least = ideal_bubble(planned_by_torch(course), len(course.layers)), formula(course)
         assert idle > least + 0.01 if count == 1 else idle == pytest.approx(least)
 

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 import ringattn.hf as rhf
-from ringattn.parallel.clip import clip_gradients
-from ringattn.parallel.loss import sum_over_tokens
-from ringattn.parallel.mesh import batch_place, context_mesh
-from ringattn.parallel.pretrained import parallelize_pretrained
+from ringattn.parallel.grad_norm import clip_gradients
+from ringattn.parallel.mesh import context_mesh, data_parallel_rank
+from ringattn.parallel.parallelize_hf import parallelize_hf
+from ringattn.parallel.vocab_parallel_loss import sum_over_token_ranks
 from tests.harness.ranks import RankPool
 from tests.hf.exact import Exact
 from tests.parallel.test_mixes import compare
@@ -70,9 +70,9 @@ def train_alone(name: str) -> Trained:
 
 def train_together(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> Trained:
     mesh = mesh_of(sizes)
-    model = parallelize_pretrained(make_model(name), mesh, zero=zero)
+    model = parallelize_hf(make_model(name), mesh, zero=zero)
     handle = rhf.patch(model, context_mesh(mesh))
-    place, count = batch_place(mesh)
+    place, count = data_parallel_rank(mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
     losses, norms = [], []
     for batch in batches("causal", LENGTH, VOCABULARY, STEPS):
@@ -84,7 +84,7 @@ def train_together(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int)
         torch.autograd.backward(loss)
         norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))
         optimizer.step()
-        losses.append(float(sum_over_tokens(loss, mesh)))
+        losses.append(float(sum_over_token_ranks(loss, mesh)))
     return Trained(losses, norms, {name: whole(p) for name, p in model.named_parameters()})
 
 
@@ -105,7 +105,7 @@ def test_a_model_trains_as_in_one_process(pool: RankPool, name: str, sizes: Size
 
 
 def _refused(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> None:
-    parallelize_pretrained(make_model(name), mesh_of(sizes), zero=zero)
+    parallelize_hf(make_model(name), mesh_of(sizes), zero=zero)
 
 
 @pytest.mark.parametrize(

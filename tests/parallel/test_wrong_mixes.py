@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.parallel.context import attend_over, share_of
+from ringattn.parallel.context import local_batch, make_cp_attention
 from ringattn.parallel.parallelize import parallelize
 from tests.harness.ranks import RankPool
 from tests.parallel.training import CONFIG, batches, make_model, mesh_of
@@ -45,24 +45,24 @@ def uncut(group: dist.ProcessGroup) -> None:
 
 def odd_rows(group: dist.ProcessGroup) -> None:
     # Only the last rank of the ring has an odd number of rows.
-    attend_over(mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
+    make_cp_attention(mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
 
 
 def odd_rows_of_a_batch(group: dist.ProcessGroup) -> None:
-    share_of({}, mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
+    local_batch({}, mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
 
 
 def other_ranks(group: dist.ProcessGroup) -> None:
-    attend_over(mesh_of((("ring", 2), ("tp", 2))), ringattn.zigzag(16, 4))
+    make_cp_attention(mesh_of((("ring", 2), ("tp", 2))), ringattn.zigzag(16, 4))
 
 
 def odd_sequences(group: dist.ProcessGroup) -> None:
-    share_of({"input_ids": torch.zeros(3, 8)}, mesh_of((("dp_shard", 2), ("tp", 2))), ringattn.contiguous(8, 1))
+    local_batch({"input_ids": torch.zeros(3, 8)}, mesh_of((("dp_shard", 2), ("tp", 2))), ringattn.contiguous(8, 1))
 
 
 def odd_masks(group: dist.ProcessGroup) -> None:
     mesh = mesh_of((("dp_shard", 2), ("tp", 2)))
-    share_of({"input_ids": torch.zeros(2, 8), "mask": [ringattn.causal()] * 3}, mesh, ringattn.contiguous(8, 1))
+    local_batch({"input_ids": torch.zeros(2, 8), "mask": [ringattn.causal()] * 3}, mesh, ringattn.contiguous(8, 1))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_refused_model_is_as_it_was(pool: RankPool) -> None:
 def _shares(group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, int]:
     mesh = mesh_of((("dp_shard", 2), ("ring", 2)))
     (batch,) = batches("packed", 37, 36, steps=1)
-    share = share_of(batch, mesh, ringattn.zigzag(37, 2))
+    share = local_batch(batch, mesh, ringattn.zigzag(37, 2))
     return share["input_ids"], share["position_ids"], len(share["mask"])
 
 

@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import ringattn
-from ringattn.attention.request import Masks
-from ringattn.parallel.clip import clip_gradients
-from ringattn.parallel.context import attend_over, share_of
-from ringattn.parallel.data import hold_gradients
+from ringattn.attention.validate import Masks
+from ringattn.parallel.context import local_batch, make_cp_attention
+from ringattn.parallel.data import no_sync
 from ringattn.parallel.decoder import Decoder, DecoderConfig
-from ringattn.parallel.expert import mixture
-from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
+from ringattn.parallel.expert import make_moe
+from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import build_mesh, context_mesh
 from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
 from tests.harness.cases import LAYOUT_CASES
 from tests.harness.oracle import plain_attention
 
@@ -112,7 +112,7 @@ def batches(mask: str, length: int, vocab_size: int, steps: int) -> list[dict[st
 def make_model(config: DecoderConfig) -> Decoder:
     """The same weights everywhere."""
     torch.manual_seed(0)
-    return Decoder(config, moe=None if config.moe is None else mixture).double()
+    return Decoder(config, moe=None if config.moe is None else make_moe).double()
 
 
 @cache
@@ -154,10 +154,10 @@ def train_together(group: dist.ProcessGroup, mix: Mix, steps: int) -> Trained:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     build = next(case.build for case in LAYOUT_CASES if case.name == mix.layout)
     layout = build(mix.length, context_mesh(mesh).size())
-    attend = attend_over(mesh, layout)
+    attend = make_cp_attention(mesh, layout)
     losses, norms = [], []
     for batch in batches(mix.mask, mix.length, mix.config.vocab_size, steps):
-        share = share_of(batch, mesh, layout)
+        share = local_batch(batch, mesh, layout)
         num_valid = count_valid(share["shift_labels"], mesh)
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -166,14 +166,14 @@ def train_together(group: dist.ProcessGroup, mix: Mix, steps: int) -> Trained:
             logits = model(micro["input_ids"], positions=micro["position_ids"], mask=micro["mask"], attend=attend)
             loss = cross_entropy(logits, micro["shift_labels"], num_valid, mesh)
             if mix.hold and index + 1 < len(micro_batches):
-                with hold_gradients(model):
+                with no_sync(model):
                     torch.autograd.backward(loss)
             else:
                 torch.autograd.backward(loss)
             total += loss.detach()
         norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))
         optimizer.step()
-        losses.append(float(sum_over_tokens(total, mesh)))
+        losses.append(float(sum_over_token_ranks(total, mesh)))
     return Trained(losses, norms, {name: whole(p) for name, p in model.named_parameters()})
 
 

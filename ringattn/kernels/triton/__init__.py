@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
 from ringattn.kernels.triton.configs import MAX_DIM, TARGETS, architecture
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,7 +46,7 @@ class TritonKernel:
             return [f"has configurations for {', '.join(TARGETS)}, not for {torch.cuda.get_device_name()}"]
         return []
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """See contract.BlockKernel.unsupported."""
         reasons = []
         if call.device_type != "cuda" and not (call.device_type == "cpu" and _interpreting()):
@@ -61,7 +61,9 @@ class TritonKernel:
             reasons.append(f"takes head dims up to {MAX_DIM}, not {dim}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         """See contract.BlockKernel.forward."""
         from ringattn.kernels.triton import launch
 
@@ -77,7 +79,7 @@ class TritonKernel:
         lse: Tensor,
         delta: Tensor,
         tiles: Tiles,
-        spec: Spec,
+        spec: ScoreOptions,
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,

@@ -17,10 +17,10 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import FLAGS, sources
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec, ScoreOptions
 from ringattn.kernels.native import NativeKernel, instruction_sets
-from ringattn.kernels.paged.contract import PageTables, Sight
-from ringattn.kernels.paged.native import NativePaged
+from ringattn.kernels.paged.native_paged import NativePaged
+from ringattn.kernels.paged.paged_contract import PageTables, VisibleKeys
 from ringattn.softmax import merge_
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,7 +111,9 @@ class Machine:
         assert self.process.wait(60) == 0
 
 
-def header(operation: int, q: Tensor, kv: Tensor, v_dim: int, keys: int, tiles: int, spec: Spec, isa: int) -> bytes:
+def header(
+    operation: int, q: Tensor, kv: Tensor, v_dim: int, keys: int, tiles: int, spec: ScoreOptions, isa: int
+) -> bytes:
     """The header of driver.cpp; `kv` are keys, or a pool of them, and `isa` is one of the processor's, by number."""
     batch, rows, heads, dim = q.shape
     sizes = (batch, rows, keys, heads, kv.shape[2], dim, v_dim, kv.shape[0], kv.shape[1])
@@ -125,21 +127,23 @@ class Elsewhere(NativeKernel):
 
     machine: Machine = field(kw_only=True)
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         """See NativeKernel.unsupported."""
         reasons = NativeKernel().unsupported(call)
         if self.isa.endswith("bf16") and call.dtype is not torch.bfloat16:
             reasons.append(f"has isa={self.isa!r}, which takes bfloat16 only")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
+    ) -> None:
         if tiles:
             told = header(_FORWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.machine.number(self.isa))
             self.machine.call(told, [torch.from_numpy(tiles.table.copy()), q, k, v, out, lse], [out, lse])
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, spec: Spec,
-        dq: Tensor, dk: Tensor, dv: Tensor,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles,
+        spec: ScoreOptions, dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
         if tiles:
             told = header(_BACKWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.machine.number(self.isa))
@@ -154,7 +158,15 @@ class PagedElsewhere(NativePaged):
     machine: Machine = field(kw_only=True)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: PageTables, sight: Sight, spec: Spec, out: Tensor, lse: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: PageTables,
+        sight: VisibleKeys,
+        spec: ScoreOptions,
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         told = header(_DECODE, q, k, v.shape[3], tables.pages.numel(), 0, spec, self.machine.number(self.isa))
         batch, tokens, heads, v_dim = out.shape

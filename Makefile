@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long test-parallel test-oldest-transformers soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
+.PHONY: demo quick test test-long test-parallel test-oldest-transformers soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks
 
 test: $(READY)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist worksteal
+
+quick: $(READY)  ## the inner loop: geometry, plans, messages, the reference kernel, a ring on ranks; under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'quick and not long' -n $(JOBS) --dist worksteal
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long --ignore tests/parallel

@@ -25,7 +25,6 @@ from benchmarks.measure import peak_bytes
 from benchmarks.session import Session
 from benchmarks.traffic import Traffic
 from ringattn.attention.sharding import IGNORED_LABEL
-from ringattn.attention.validate import Masks
 from ringattn.parallel.context import local_batch, make_cp_attention
 from ringattn.parallel.decoder import AttentionFn, Decoder, DecoderConfig
 from ringattn.parallel.expert import make_moe
@@ -36,6 +35,7 @@ from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from ringattn.parallel.pipeline_profile import TimedOp
 from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule, plan_pipeline
 from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
+from ringattn.types import Masks
 
 LAYOUTS = {"zigzag": ringattn.zigzag, "contiguous": ringattn.contiguous, "striped": ringattn.striped}
 MAX_NORM = 1.0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.attention.dispatch import dispatch
-from ringattn.attention.validate import AttentionCall, Masks
+from ringattn.attention.validate import AttentionCall
 from ringattn.geometry.layout import Layout
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group, Masks
 
 
 def ring_attention(

@@ -7,14 +7,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ringattn.attention.api import Group
 from ringattn.attention.auto_exchange import choose_exchange
 from ringattn.attention.dispatch import dispatch
 from ringattn.attention.validate import (
     AUTO,
     AttentionCall,
     ExchangePreference,
-    Masks,
     check_tensors,
     layouts_of,
     mesh_for,
@@ -25,6 +23,7 @@ from ringattn.cost.select_exchange import Choice, ExchangeProblem
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import normalize_masks
+from ringattn.types import Group, Masks
 
 
 def context_parallel_attention(

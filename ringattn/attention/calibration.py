@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm.group import resolve_group
 from ringattn.comm.link_benchmark import measure_neighbour_link
@@ -20,8 +19,7 @@ from ringattn.kernels import ProblemSpec, ScoreOptions, select
 from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import Phase
 from ringattn.softmax import accumulation_dtype, empty_state
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group
 
 # What `model=None` means, by the type of device: a core of a server and gloo within a machine; a data-centre GPU with
 # NVLink within a machine, and a network card for each GPU between machines. Orders of magnitude, no more.

@@ -22,13 +22,15 @@ from ringattn.attention import autograd
 from ringattn.attention.auto_exchange import with_exchange
 from ringattn.attention.executor import ExecutionPlan
 from ringattn.attention.inductor_order import keep_order
-from ringattn.attention.validate import AttentionCall, ExchangePreference, Masks, check_number, mesh_for, plan_call
+from ringattn.attention.validate import AttentionCall, ExchangePreference, mesh_for, plan_call
 from ringattn.comm.group import agree, mesh_from_name, mesh_name, recall
 from ringattn.cost.cost_model import CostModel, parse_cost_model
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.layout import Layout, contiguous, parse_layout, striped, zigzag
 from ringattn.geometry.masks import Mask, parse_mask
+from ringattn.score import check_number
 from ringattn.softmax import accumulation_dtype
+from ringattn.types import Masks
 
 
 def traced_attention(request: AttentionCall, group: object) -> tuple[Tensor, Tensor]:

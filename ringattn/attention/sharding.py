@@ -7,16 +7,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm.group import RankMesh, agree, rank_mesh
 from ringattn.comm.uneven_all_gather import all_gather_mesh_rows
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group
 
 IGNORED_LABEL = -100
 

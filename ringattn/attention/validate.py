@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn.attention.executor import ExecutionPlan
 from ringattn.comm.group import RankMesh, rank_mesh, resolve_group
 from ringattn.cost.cost_model import CostModel
-from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
+from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError, check_integer
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import Mask, normalize_masks
 from ringattn.kernels import BlockKernel, ProblemSpec, ScoreOptions, select
@@ -22,9 +21,9 @@ from ringattn.plan.exchanges import Exchange, Gather, Ring, build_plan, select_b
 from ringattn.plan.head_parallel import HeadSharding, gathered_layout_in_parts
 from ringattn.plan.head_shards import all_heads, shard_heads
 from ringattn.plan.payload import AttentionShape
+from ringattn.score import check_number
 from ringattn.softmax import accumulation_dtype
-
-Masks = Mask | Sequence[Mask] | None
+from ringattn.types import Masks
 
 # The operation whose exchange is chosen.
 AUTO = "context_parallel_attention"
@@ -220,9 +219,7 @@ def _exchange(request: AttentionCall, team: RankMesh) -> Exchange:
 
 def check_stages(stages: object) -> int:
     """Returns a number of stages if it is one."""
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ArgumentError(f"stages={stages!r}: must be an integer of 1 or more")
-    return stages
+    return check_integer("stages", stages, 1)
 
 
 def layouts_of(request: AttentionCall, team: RankMesh) -> tuple[Layout, Layout]:
@@ -295,12 +292,3 @@ def _check_rows(name: str, x: Tensor, layout: Layout, argument: str, rank: int) 
             f"pass the {argument} that the tensors are sharded by (None means equal, contiguous shards, and keys "
             "where the queries are)"
         )
-
-
-def check_number(name: str, value: object) -> float:
-    """Returns `value` as a float if it is a finite number; raises ArgumentError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name}={value!r:.100}: must be a number or None, not {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ArgumentError(f"{name}={value}: must be finite")
-    return float(value)

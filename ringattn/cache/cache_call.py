@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ringattn.attention.validate import check_number
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
 from ringattn.comm.group import agree
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.masks import Mask
 from ringattn.kernels import ProblemSpec, ScoreOptions
+from ringattn.score import check_number
 
 Kernel = TypeVar("Kernel")
 

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.cache.call_marks import mark_check_on
-from ringattn.cache.pages import PagePools, SlotAllocation, check_count
+from ringattn.cache.pages import PagePools, SlotAllocation
 from ringattn.cache.prefix_cache import PrefixIndex, PrefixMatch
 from ringattn.comm.collectives import PersistentCollective
 from ringattn.comm.group import RankMesh, agree, rank_mesh, resolve_group
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 from ringattn.geometry.layout import Layout, check_layout
 from ringattn.kernels.paged import PageTables
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +36,7 @@ class CacheSpec:
     def check(self) -> None:
         """Raises ArgumentError if something is not allowed."""
         for name in ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "page_size"):
-            check_count(name, getattr(self, name), least=1)
+            check_integer(name, getattr(self, name), 1)
         if self.dtype not in _DTYPES:
             raise ArgumentError(f"dtype={self.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
 
@@ -318,7 +315,7 @@ class DistributedKVCache:
 
     def check(self, layer: int, extension: SlotAllocation) -> None:
         """Raises ArgumentError unless there is such a layer and nothing came after the extension."""
-        if check_count("layer", layer, least=0) >= self.form.num_layers:
+        if check_integer("layer", layer, 0) >= self.form.num_layers:
             raise ArgumentError(f"layer={layer}: the cache has layers 0 to {self.form.num_layers - 1}")
         if not isinstance(extension, SlotAllocation):
             raise ArgumentTypeError(f"extension={extension!r:.100}: must be what cache.extend returned")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.geometry.layout import Ints
+from ringattn.types import Ints
 
 Positions = npt.NDArray[np.int32]
 

@@ -22,8 +22,9 @@ import numpy as np
 
 from ringattn.cache.page_tables import EMPTY_SLOT, Positions, RankTable, SequenceState, make_table
 from ringattn.cache.placement import PlacementPlanner, concatenate
-from ringattn.errors import ArgumentError, OutOfPagesError, SequenceError
-from ringattn.geometry.layout import Ints, Layout, check_layout
+from ringattn.errors import ArgumentError, OutOfPagesError, SequenceError, check_integer
+from ringattn.geometry.layout import Layout, check_layout
+from ringattn.types import Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class PagePools:
 
     def __init__(self, world_size: int, num_pages: int, page_size: int) -> None:
         for name, value in (("world_size", world_size), ("num_pages", num_pages), ("page_size", page_size)):
-            check_count(name, value, least=1)
+            check_integer(name, value, 1)
         self.world_size, self.num_pages, self.page_size = world_size, num_pages, page_size
         # Low pages are taken first, so that a pool that is never full is never touched at its end.
         self._free = [list(range(num_pages - 1, -1, -1)) for _ in range(world_size)]
@@ -147,7 +148,7 @@ class PagePools:
             layout = check_layout(tokens, "tokens", self.world_size)
             num_tokens = layout.seq_len
         else:
-            num_tokens = check_count("tokens", tokens, least=0)
+            num_tokens = check_integer("tokens", tokens, 0)
         if max(chain.length for chain in chains) + num_tokens >= 1 << 31:
             raise ArgumentError(f"tokens={tokens}: positions must stay below {1 << 31:,}")
         budget = PlacementPlanner(self)
@@ -174,7 +175,7 @@ class PagePools:
             SequenceError: when there are not as many.
         """
         chain = self._chain(sequence)
-        if check_count("length", length, least=0) > chain.length:
+        if check_integer("length", length, 0) > chain.length:
             raise SequenceError(f"length={length}: sequence {sequence} has only {chain.length} tokens")
         self._note("truncate", sequence, length)
         self._drop(chain, length, chain.length)
@@ -183,8 +184,8 @@ class PagePools:
     def evict(self, sequence: int, sinks: int, window: int) -> None:
         """Forgets all tokens but the first `sinks` and the last `window`."""
         chain = self._chain(sequence)
-        check_count("sinks", sinks, least=0)
-        check_count("window", window, least=0)
+        check_integer("sinks", sinks, 0)
+        check_integer("window", window, 0)
         self._note("evict", sequence, sinks, window)
         self._drop(chain, sinks, chain.length - window)
 
@@ -327,13 +328,6 @@ class PagePools:
 
     def _note(self, *what: object) -> None:
         self._digest = hashlib.blake2b(self._digest + repr(what).encode(), digest_size=8).digest()
-
-
-def check_count(name: str, value: object, *, least: int) -> int:
-    """Returns `value` if it is an integer of `least` or more; raises ArgumentError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r:.100}: must be an integer of {least} or more")
-    return value
 
 
 def _first_position(slots: Positions) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 
 from ringattn.cache.page_tables import RankTable, SequenceState
 from ringattn.errors import OutOfPagesError
-from ringattn.geometry.layout import Ints, Layout
+from ringattn.geometry.layout import Layout
+from ringattn.types import Ints
 
 
 class PoolView(Protocol):

@@ -25,13 +25,14 @@ from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, causal
-from ringattn.geometry.rows import Rows, count_rows
+from ringattn.geometry.rows import count_rows
 from ringattn.kernels import BlockKernel, ScoreOptions, select
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Gather, build_plan
 from ringattn.plan.head_shards import all_heads
 from ringattn.plan.payload import AttentionShape, Payload
 from ringattn.softmax import AttentionState, accumulation_dtype, add_sink_, empty_state, merge_
+from ringattn.types import Rows
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class CostModel:
             if not isinstance(value, kind) and not (name == "outer_link" and value is None):
                 raise ArgumentTypeError(f"{name}={value!r:.100}: must be a {kind.__name__}")
         limit = self.buffer_bytes
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise ArgumentError(f"buffer_bytes={limit!r}: must be an integer of 0 or more, or None")
+        if limit is not None:
+            check_integer("buffer_bytes", limit, 0)
         parts: list[Link | Compute] = [self.link, self.compute]
         parts += [] if self.outer_link is None else [self.outer_link]
         numbers = [" ".join(float(getattr(part, f.name)).hex() for f in fields(part)) for part in parts]

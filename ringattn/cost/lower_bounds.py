@@ -13,15 +13,14 @@ import numpy as np
 
 from ringattn.cost.cost_model import CostModel, Link
 from ringattn.cost.spread_timetable import bytes_back, bytes_there
-from ringattn.cost.timetable import Floats
 from ringattn.cost.timetables import Scene, flops_per_pair
-from ringattn.geometry.layout import Ints
 from ringattn.geometry.masks import K_START
 from ringattn.geometry.rows import count_rows, halves
 from ringattn.plan.exchanges import Exchange, Gather, Ring
 from ringattn.plan.exchanges.ring_schedule import RingSchedule
 from ringattn.plan.head_parallel import gathered_layout, replicates_kv_heads
 from ringattn.plan.head_shards import HeadShard, shard_heads
+from ringattn.types import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ringattn.cost.timetable import AFTER, BEFORE, NONE, Draft, Floats
-from ringattn.geometry.layout import Ints
+from ringattn.cost.timetable import AFTER, BEFORE, NONE, Draft
 from ringattn.geometry.rows import count_rows, halves
 from ringattn.plan.exchanges.ring_schedule import BackwardSteps, ForwardSteps, RingSchedule, rank_at
+from ringattn.types import Floats, Ints
 
 
 class Loads(Protocol):

@@ -18,7 +18,7 @@ from ringattn.cost.cost_model import CostModel
 from ringattn.cost.lower_bounds import LowerBound, lower_bound, ulysses_lower_bound
 from ringattn.cost.simulation import simulate
 from ringattn.cost.spread_timetable import spread_timetable_for
-from ringattn.cost.timetable import Floats, Timetable
+from ringattn.cost.timetable import Timetable
 from ringattn.cost.timetables import Scene, timetable_for
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask
@@ -26,6 +26,7 @@ from ringattn.plan.exchanges import Exchange, Gather, Ring, select_backward
 from ringattn.plan.head_parallel import gathered_layout
 from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import Phase
+from ringattn.types import Floats
 
 _SPREADING = ("ulysses", "hybrid")
 _ON_MESHES = ("double ring", "hybrid")

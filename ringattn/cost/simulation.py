@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.cost.cost_model import CostModel
-from ringattn.cost.timetable import AFTER, BEFORE, Column, Floats, Timetable
-from ringattn.geometry.layout import Ints
-from ringattn.geometry.tiles import Bools
+from ringattn.cost.timetable import AFTER, BEFORE, Timetable
+from ringattn.types import Bools, Column, Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)

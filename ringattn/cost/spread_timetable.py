@@ -12,10 +12,10 @@ import numpy as np
 
 from ringattn.cost.timetable import BEFORE, Draft, Timetable
 from ringattn.cost.timetables import Scene, write_exchange
-from ringattn.geometry.layout import Ints
 from ringattn.plan.exchanges import Exchange
 from ringattn.plan.head_parallel import gathered_layout, replicates_kv_heads
 from ringattn.plan.head_shards import HeadShard, shard_heads
+from ringattn.types import Ints
 
 
 def spread_timetable_for(exchange: Exchange, scene: Scene, num_groups: int, stages: int) -> Timetable:

@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ringattn.geometry.layout import Ints
-
-Floats = npt.NDArray[np.float64]
-Column = npt.NDArray[Any]
+from ringattn.types import Column, Floats, Ints
 
 NONE = -1  # no message
 BEFORE, AFTER = 0, 1  # a wait is before the step's messages are posted, or after its visits

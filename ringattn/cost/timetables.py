@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.cost.ring_timetable import write_ring
-from ringattn.cost.timetable import AFTER, NONE, Draft, Floats, Timetable
-from ringattn.geometry.layout import Ints, Layout
+from ringattn.cost.timetable import AFTER, NONE, Draft, Timetable
+from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import K_START, Q_START, Mask
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.comm_volume import pairs_by_half, pairs_by_rank, pairs_of_ranks
@@ -20,6 +20,7 @@ from ringattn.plan.exchanges import Exchange, Gather, Ring
 from ringattn.plan.exchanges.ring_schedule import RingSchedule
 from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import Phase
+from ringattn.types import Floats, Ints
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from ringattn.errors import LayoutError
-from ringattn.geometry.layout import Ints, Layout, check_sizes, join_ranges
+from ringattn.errors import LayoutError, check_integer
+from ringattn.geometry.layout import Layout, check_sizes, join_ranges
 from ringattn.geometry.masks import Mask
 from ringattn.geometry.tiles import needed_blocks, work_of_ranges
-
-Floats = npt.NDArray[np.float64]
+from ringattn.types import Floats, Ints
 
 # The work may be uneven by this much: to come closer costs traffic.
 TOLERANCE = 0.02
@@ -46,8 +44,7 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
     seq_len, world_size = check_sizes(seq_len, world_size)
     if chunk is None:
         chunk = max(1, -(-seq_len // ((32 if world_size <= 32 else 16) * world_size)))
-    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
-        raise LayoutError(f"chunk={chunk!r}: must be an integer of 1 or more, or None")
+    chunk = check_integer("chunk", chunk, 1, LayoutError)
     chunks = [range(a, min(a + chunk, seq_len)) for a in range(0, seq_len, chunk)]
     work = work_of_ranges(mask, chunks, seq_len)
     dealt = _heaviest_first(work, world_size)

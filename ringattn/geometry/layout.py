@@ -21,11 +21,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ringattn.errors import ArgumentError, LayoutError
-
-Ints = npt.NDArray[np.int64]
+from ringattn.errors import ArgumentError, LayoutError, check_integer
+from ringattn.types import Ints
 
 
 class RangeTable(NamedTuple):
@@ -169,12 +167,7 @@ class Layout:
 
 def check_sizes(seq_len: int, world_size: int) -> tuple[int, int]:
     """Returns the two numbers that every layout has, as integers; raises LayoutError where they are not allowed."""
-    for name, value, least in (("seq_len", seq_len, 0), ("world_size", world_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise LayoutError(f"{name}={value!r}: must be an integer of {least} or more")
-        if value < least:
-            raise LayoutError(f"{name}={value}: must be {least} or more")
-    return int(seq_len), int(world_size)
+    return check_integer("seq_len", seq_len, 0, LayoutError), check_integer("world_size", world_size, 1, LayoutError)
 
 
 def _even_ranges(seq_len: int, parts: int) -> list[range]:
@@ -234,8 +227,7 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
     Source: Brandon et al. 2023, arXiv:2311.09431.
     """
     seq_len, world_size = check_sizes(seq_len, world_size)
-    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 1:
-        raise LayoutError(f"block={block!r}: must be an integer of 1 or more")
+    block = check_integer("block", block, 1, LayoutError)
     name = f"striped({seq_len}, {world_size}, block={block})"
     if block == 1:
         return Layout(seq_len, tuple((range(r, seq_len, world_size),) for r in range(world_size)), name)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 
-from ringattn.geometry.layout import Ints
-
-Rows: TypeAlias = tuple[range, ...]
+from ringattn.types import Ints, Rows
 
 
 def union_of(start: Ints, stop: Ints) -> Rows:

@@ -13,14 +13,10 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, expand, overlapping_pairs
-from ringattn.geometry.rows import Rows
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from ringattn.types import Bools, Ints, Rows
 
 EVERY_BATCH_ROW = -1
 

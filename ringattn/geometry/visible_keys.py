@@ -7,8 +7,8 @@ from functools import lru_cache
 import numpy as np
 
 from ringattn.errors import MaskError
-from ringattn.geometry.layout import Ints
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask
+from ringattn.types import Ints
 
 
 @lru_cache(maxsize=64)

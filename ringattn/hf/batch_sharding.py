@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.attention.api import Group
 from ringattn.attention.sharding import IGNORED_LABEL, shard
 from ringattn.comm.group import RankMesh
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
@@ -25,6 +24,7 @@ from ringattn.hf.sequence_batch import (
     documents_from_positions,
     real_token_spans,
 )
+from ringattn.types import Group
 
 MakeLayout = Callable[[int, int], Layout]
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import Cache
 
 from ringattn.cache.kv_cache import DistributedKVCache
-from ringattn.cache.pages import check_count
 from ringattn.comm.group import resolve_group
-from ringattn.errors import ArgumentError, DisagreementError
+from ringattn.errors import ArgumentError, DisagreementError, check_integer
 from ringattn.geometry.layout import Layout, contiguous
 from ringattn.hf.attention_call import LayerCall
 from ringattn.hf.cache_io import load_rows, save_rows
@@ -71,7 +70,7 @@ class RingCache(Cache):
     def __init__(self, handle: Handle, *, num_pages: int, page_size: int = 16, shard_from: int = 64) -> None:
         super().__init__(layers=[])
         for name, value in (("num_pages", num_pages), ("page_size", page_size), ("shard_from", shard_from)):
-            check_count(name, value, least=1)
+            check_integer(name, value, 1)
         self._num_layers = _num_layers(handle)
         self._handle, self._num_pages, self._page_size, self._shard_from = handle, num_pages, page_size, shard_from
         self._group = resolve_group(handle.group)

@@ -19,10 +19,11 @@ from ringattn.cache.pages import SlotAllocation
 from ringattn.cache.prefill import prefill_attention
 from ringattn.comm.group import RankMesh
 from ringattn.comm.uneven_all_gather import all_gather_mesh_rows
-from ringattn.geometry.layout import Ints, Layout
+from ringattn.geometry.layout import Layout
 from ringattn.hf.attention_call import LayerCall
 from ringattn.hf.generation_inputs import GenerationInputs
 from ringattn.hf.implicit_positions import rescale_queries
+from ringattn.types import Ints
 
 
 class ForwardPlan(Protocol):

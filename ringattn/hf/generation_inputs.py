@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringattn.errors import ArgumentError
-from ringattn.geometry.layout import Ints
+from ringattn.types import Ints
 
 # What a pass on a cache may be given. Of everything else, None and False say nothing, and the rest is refused.
 _KNOWN = {

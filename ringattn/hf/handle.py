@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ringattn.attention.api import Group
 from ringattn.attention.sharding import unshard
 from ringattn.comm.group import rank_mesh
 from ringattn.errors import ArgumentError
@@ -30,6 +29,7 @@ from ringattn.hf.memory import MemorySavings
 from ringattn.hf.model_support import check_model, copy_configs, model_facts, text_modules, unwrap_model
 from ringattn.hf.multimodal import own_rows, text_model
 from ringattn.hf.sequence_batch import ShardingContext
+from ringattn.types import Group
 
 
 class Handle:

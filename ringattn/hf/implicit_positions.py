@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ringattn.errors import ArgumentError
-from ringattn.geometry.layout import Ints
+from ringattn.types import Ints
 
 
 def rescale_queries(module: nn.Module, q: Tensor, positions: Ints, *, first: int = 0) -> Tensor:

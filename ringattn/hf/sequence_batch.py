@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringattn.attention.api import Group
 from ringattn.attention.auto_attention import context_parallel_attention
-from ringattn.attention.validate import Masks
 from ringattn.comm.group import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
@@ -17,6 +15,7 @@ from ringattn.geometry.masks import Mask, full, key_range
 from ringattn.hf.attention_call import LayerCall
 from ringattn.hf.implicit_positions import rescale_queries
 from ringattn.hf.mask_patterns import MaskPattern
+from ringattn.types import Group, Masks
 
 CuSeqlens = tuple[int, ...]
 Span = tuple[int, int]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 
 Reduction = Literal["mean", "sum"]
 
@@ -196,8 +196,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"{name}={x!r:.100}: must be a tensor, not {type(x).__name__}")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ArgumentError(f"chunk={chunk!r}: must be a positive number of rows")
+    check_integer("chunk", chunk, 1)
     if not hidden.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ArgumentError(
             f"hidden is {hidden.dtype} and labels are {labels.dtype}: must be of a floating dtype, and integers"

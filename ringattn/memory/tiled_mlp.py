@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 
 RowWise = Callable[[Tensor], Tensor]
 
@@ -52,8 +52,7 @@ def tiled(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module={module!r:.100}: must be an nn.Module, not {type(module).__name__}")
-    if isinstance(num_tiles, bool) or not isinstance(num_tiles, int) or num_tiles < 1:
-        raise ArgumentError(f"num_tiles={num_tiles!r}: must be a positive number of tiles")
+    check_integer("num_tiles", num_tiles, 1)
     if x.ndim < 2:
         raise ArgumentError(f"x has shape {tuple(x.shape)}: must be (..., rows, E)")
     _check_parameters(module)

@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.attention.auto_attention import context_parallel_attention
 from ringattn.attention.sharding import shard_batch
-from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout
 from ringattn.geometry.masks import Mask
 from ringattn.parallel.decoder import AttentionFn
 from ringattn.parallel.mesh import axis_size, context_mesh, data_parallel_rank
+from ringattn.types import Masks
 
 _OWN_EXCHANGE = {("ring",): "ring", ("ulysses",): "ulysses", ("ring", "ulysses"): "hybrid"}
 

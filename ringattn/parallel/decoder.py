@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError
+from ringattn.types import Masks
 
 # (q, k, v, mask), each tensor (B, S, heads, head_dim), to the attention's output (B, S, heads, head_dim).
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Masks], Tensor]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringattn.comm.group import agree, rank_mesh
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError, check_integer
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,7 @@ def describe(mesh: DeviceMesh) -> str:
 
 def _check(sizes: Mapping[str, int], ep: int, world_size: int) -> None:
     for name, size in {**sizes, "ep": ep}.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ArgumentTypeError(f"{name}={size!r:.100}: must be an integer, not {type(size).__name__}")
-        if size < 1:
-            raise ArgumentError(f"{name}={size}: must be at least 1, which leaves the axis out")
+        check_integer(name, size, 1)
     if (product := prod(sizes.values())) != world_size:
         told = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "no axis"
         raise ArgumentError(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringattn.geometry.layout import Ints, Layout
+from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import K_START, Q_START, Mask
-from ringattn.geometry.rows import Rows, union_of
-from ringattn.geometry.tiles import Bools, Tiles, needed_blocks, tiles_of_keys, tiles_of_rank
+from ringattn.geometry.rows import union_of
+from ringattn.geometry.tiles import Tiles, needed_blocks, tiles_of_keys, tiles_of_rank
 from ringattn.plan.comm_volume import rows_exchanged, rows_needed
 from ringattn.plan.payload import Payload
+from ringattn.types import Bools, Ints, Rows
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from ringattn.geometry.layout import Ints, Layout
+from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, overlapping_pairs
 from ringattn.geometry.rows import halves
 from ringattn.geometry.tiles import areas, lowered_by_ranks, work_of_intervals
+from ringattn.types import Ints
 
 
 @lru_cache(maxsize=32)

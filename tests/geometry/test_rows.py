@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn.geometry.masks import K_START, Q_START
-from ringattn.geometry.rows import Rows, count_rows, slice_rows, split_rows, union_of
+from ringattn.geometry.rows import count_rows, slice_rows, split_rows, union_of
 from ringattn.geometry.tiles import Tile, Tiles
+from ringattn.types import Rows
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, tiles
 

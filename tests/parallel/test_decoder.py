@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
+from ringattn.types import Masks
 from tests.harness.oracle import plain_attention
 
 CONFIG = DecoderConfig(vocab_size=37, num_layers=3, dim=24, num_heads=6, num_kv_heads=2, hidden=40)

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import ringattn
-from ringattn.attention.validate import Masks
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
 from ringattn.parallel.expert import MixtureOfExperts, make_moe
@@ -26,6 +25,7 @@ from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from ringattn.parallel.pipeline_eval import check_given
 from ringattn.parallel.pipeline_profile import PipelineOp, bubble_formula, bubble_fraction, ideal_actions, ideal_bubble
 from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule, plan_pipeline
+from ringattn.types import Masks
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import ringattn
-from ringattn.attention.validate import Masks
 from ringattn.parallel.context import local_batch, make_cp_attention
 from ringattn.parallel.data import no_sync
 from ringattn.parallel.decoder import Decoder, DecoderConfig
@@ -29,6 +28,7 @@ from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import build_mesh, context_mesh
 from ringattn.parallel.parallelize import parallelize
 from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
+from ringattn.types import Masks
 from tests.harness.cases import LAYOUT_CASES
 from tests.harness.oracle import plain_attention
 

@@ -30,10 +30,10 @@ from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Exchange, Gather, Ring, build_plan, select_backward
 from ringattn.plan.payload import AttentionShape, Payload
 from ringattn.plan.plan import Phase, Plan, Program
-from tests.plan import replay
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, layouts, masks
 from tests.harness.cases import Bools, mask_case
+from tests.plan import replay
 
 
 def plans_of(

@@ -17,8 +17,8 @@ from ringattn.plan.head_parallel import gathered_layout_in_parts
 from ringattn.plan.payload import Payload
 from ringattn.plan.plan import BlockSlice, Phase, Program, Step
 from tests.geometry.brute import tile_counts
-from tests.plan.replay import rows_of
 from tests.geometry.strategies import examples, layouts, masks
+from tests.plan.replay import rows_of
 
 SEQ_LEN = 24
 Counts = npt.NDArray[np.int64]

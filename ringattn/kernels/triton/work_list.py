@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, expand
-from ringattn.geometry.tiles import BATCH, EVERY_BATCH_ROW, Ints
+from ringattn.geometry.tiles import BATCH, EVERY_BATCH_ROW
+from ringattn.types import Ints
 
 Table = npt.NDArray[np.int32]
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ringattn.geometry.rows import Rows, split_rows
+from ringattn.geometry.rows import split_rows
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges.program_builder import ProgramBuilder
 from ringattn.plan.plan import BlockSlice, Program
+from ringattn.types import Rows
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringattn.geometry.layout import Ints
-from ringattn.geometry.tiles import Bools
 from ringattn.plan.comm_pattern import CommPattern
+from ringattn.types import Bools, Ints
 
 
 class RingSchedule:

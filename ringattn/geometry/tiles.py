@@ -263,14 +263,6 @@ def tiles_of_keys(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
     return _by_source(table, q_owner)
 
 
-def lowered_by_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """Yields `_lowered` for the queries of a few ranks at a time, which bounds the memory."""
-    q, k = _Ranges(*layout.runs), _Ranges(*kv_layout.runs)
-    height = max(1, (1 << 17) * layout.world_size // max(1, len(q.owner) * len(k.owner)))
-    for low in range(0, layout.world_size, height):
-        yield _lowered(masks, layout, kv_layout, q.take((q.owner >= low) & (q.owner < low + height)), k)
-
-
 def _lowered(
     masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, q: _Ranges, k: _Ranges
 ) -> tuple[Ints, Ints, Ints]:

@@ -1,6 +1,6 @@
-"""Demand: how many rows, and how many pairs, two ranks have to do with each other. Tables of all ranks.
+"""Communication volume: how many rows each rank receives and sends, and how many pairs it computes.
 
-The sums over either rank of a pair are had without the table, from intervals of positions: of thousands of ranks, too.
+The sums follow from intervals of positions, without a table of all pairs of ranks: fast for thousands of ranks.
 """
 
 from __future__ import annotations
@@ -11,74 +11,13 @@ import numpy as np
 
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, overlapping_pairs
-from ringattn.geometry.rows import halves
-from ringattn.geometry.tiles import areas, lowered_by_ranks, work_of_intervals
+from ringattn.geometry.tiles import work_of_intervals
 from ringattn.types import Ints
 
 
 @lru_cache(maxsize=32)
-def rows_needed(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> Ints:
-    """Returns how many rows of one side have an allowed pair with each rank of the other: (world, world) int64.
-
-    Args:
-        column: K_START counts key rows, [their rank, the queries' rank]; Q_START query rows, [theirs, the keys'].
-    """
-    world = layout.world_size
-    counts = np.zeros(world * world)
-    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
-        counted, seeing = (k_owner, q_owner) if column == K_START else (q_owner, k_owner)
-        pair = counted * world + seeing
-        # Rows of each pair of ranks apart from those of all others, so that one sweep counts every union.
-        base = pair * (max(layout.seq_len, kv_layout.seq_len) + 1)
-        start, stop = base + table[:, column], base + table[:, column + 1]
-        order = np.argsort(start, kind="stable")
-        reach = np.maximum.accumulate(stop[order])
-        new = np.maximum(reach - np.maximum(start[order], np.append(0, reach[:-1])), 0) if len(order) else reach
-        np.add.at(counts, pair[order], new)
-    found = counts.astype(np.int64).reshape(world, world)
-    found.setflags(write=False)
-    return found
-
-
-@lru_cache(maxsize=32)
-def pairs_by_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Ints:
-    """Returns how many allowed pairs two ranks have: (world, world) int64, [the queries' rank, the keys' rank]."""
-    pairs = np.zeros((layout.world_size, layout.world_size), dtype=np.int64)
-    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
-        np.add.at(pairs, (q_owner, k_owner), areas(table))
-    pairs.setflags(write=False)
-    return pairs
-
-
-@lru_cache(maxsize=32)
-def pairs_by_half(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> tuple[Ints, Ints]:
-    """Returns the same of each half of the blocks of one side, as `rows.halves` cuts them.
-
-    Args:
-        column: whose blocks: K_START or Q_START.
-    """
-    held = kv_layout if column == K_START else layout
-    whole = pairs_by_rank(masks, layout, kv_layout)
-    middle = np.zeros_like(whole)
-    runs = [halves(held.num_tokens(rank))[1] for rank in range(held.world_size)]
-    start, stop = (
-        np.array([getattr(r[0], end) if r else 0 for r in runs], dtype=np.int64) for end in ("start", "stop")
-    )
-    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
-        owner = k_owner if column == K_START else q_owner
-        part = table.copy()
-        part[:, column] = np.maximum(part[:, column], start[owner])
-        part[:, column + 1] = np.minimum(part[:, column + 1], stop[owner])
-        np.add.at(middle, (q_owner, k_owner), areas(part))
-    outer = whole - middle
-    for found in (outer, middle):
-        found.setflags(write=False)
-    return outer, middle
-
-
-@lru_cache(maxsize=32)
 def pairs_of_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> Ints:
-    """Returns how many allowed pairs each rank's rows of one side have: (world,) int64, a sum over `pairs_by_rank`.
+    """Returns how many allowed pairs each rank's rows of one side have: (world,) int64.
 
     Args:
         column: Q_START counts those of a rank's queries, K_START those of its keys.
@@ -94,7 +33,7 @@ def pairs_of_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, c
 
 @lru_cache(maxsize=32)
 def rows_exchanged(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> tuple[Ints, Ints]:
-    """Returns how many rows of one side each rank needs of others, and they of it: (world,) int64, as by `rows_needed`.
+    """Returns how many rows of one side each rank needs of others, and others need of it: two of (world,) int64.
 
     Args:
         column: whose rows: K_START or Q_START.

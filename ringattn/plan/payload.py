@@ -1,4 +1,4 @@
-"""What travels, and how many bytes a row of it takes."""
+"""Payloads: what a message carries, and how many bytes a row of it takes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from enum import Enum
 
 
 class Payload(Enum):
-    """What a message carries, a row at a time, over the whole batch."""
+    """What a message carries, one row at a time, over the whole batch."""
 
     KV = "kv"  # keys and values, in their own dtype
     DKV = "dkv"  # their gradients, in the accumulation dtype
-    Q = "q"  # queries and gradients of the output in their own dtype, lse and delta in the accumulation dtype
-    DQ = "dq"  # the queries' gradients, in the accumulation dtype
+    Q_BACKWARD = "q, dout, lse, delta"  # q and dout in their own dtype, lse and delta in the accumulation dtype
+    DQ = "dq"  # gradients of queries, in the accumulation dtype
+    Q = "q"  # queries, in their own dtype
+    STATE = "out, lse"  # partial results of queries, in the accumulation dtype
 
     @property
-    def gradient(self) -> Payload:
-        """What comes back of it."""
-        return Payload.DQ if self is Payload.Q else Payload.DKV
+    def returning(self) -> Payload:
+        """What is computed for the rows of a moving payload, and returns to the rank that holds them."""
+        return {Payload.KV: Payload.DKV, Payload.Q_BACKWARD: Payload.DQ, Payload.Q: Payload.STATE}[self]
+
+    @property
+    def moves_queries(self) -> bool:
+        """Whether rows are those of queries; otherwise of keys and values."""
+        return self not in (Payload.KV, Payload.DKV)
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,12 @@ class AttentionShape:
         return {
             Payload.KV: kv * both * self.itemsize,
             Payload.DKV: kv * both * self.sum_itemsize,
-            Payload.Q: q * (both * self.itemsize + 2 * self.sum_itemsize),
+            Payload.Q_BACKWARD: q * (both * self.itemsize + 2 * self.sum_itemsize),
             Payload.DQ: q * self.head_dim * self.sum_itemsize,
+            Payload.Q: q * self.head_dim * self.itemsize,
+            Payload.STATE: q * (self.v_head_dim + 1) * self.sum_itemsize,
         }[payload]
 
     def of_heads(self, heads: int, kv_heads: int) -> AttentionShape:
-        """Returns the sizes of a part of the heads."""
+        """Returns the shape of a part of the heads."""
         return replace(self, heads=heads, kv_heads=kv_heads)

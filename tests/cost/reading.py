@@ -39,7 +39,7 @@ def timetable_of(
                 num_bytes = program.rows_of(t) * sizes.row_bytes(t.payload)
                 until = index + 1  # about when a gradient is added or passed on
                 if t.payload is program.carried:
-                    until = next(i for i, s in enumerate(programs[t.peer].steps) if t.piece in s.frees)
+                    until = next(i for i, s in enumerate(programs[t.peer].steps) if t.slice in s.frees)
                 found = draft.message(
                     index, np.array([rank]), np.array([t.peer]), num_bytes, until,
                     axis=axis(rank, t.peer), gradient=int(t.payload is not program.carried),
@@ -67,11 +67,11 @@ class _Reader:
         packed = set()
         for index, step in enumerate(self._program.steps):
             for t in step.sends:
-                own = t.payload is self._program.carried and t.piece.block == self._home.block
-                if own and t.piece not in packed:
-                    packed.add(t.piece)
+                own = t.payload is self._program.carried and t.slice.block == self._home.block
+                if own and t.slice not in packed:
+                    packed.add(t.slice)
                     num_bytes = self._program.rows_of(t) * self._sizes.row_bytes(t.payload)
-                    self._draft.pack(index, self._rank, np.array([num_bytes]), freed[t.piece])
+                    self._draft.pack(index, self._rank, np.array([num_bytes]), freed[t.slice])
 
     def read(self, numbers: dict[tuple[int, int, Transfer], int], flops_per_pair: int, copies: int) -> None:
         """Notes waits and visits."""
@@ -79,21 +79,21 @@ class _Reader:
         for index, step in enumerate(self._program.steps):
             for t in step.sends:
                 if t.payload is self._program.carried:
-                    self._wait(index, BEFORE, self._pieces.pop(t.piece, NONE))
+                    self._wait(index, BEFORE, self._pieces.pop(t.slice, NONE))
                 else:
-                    self._add_sums(index, BEFORE, t.piece)
+                    self._add_sums(index, BEFORE, t.slice)
             for t in step.receives:
-                number = numbers[index, t.peer, Transfer(t.payload, t.piece, rank)]
+                number = numbers[index, t.peer, Transfer(t.payload, t.slice, rank)]
                 if t.payload is self._program.carried:
-                    self._pieces[t.piece] = number
+                    self._pieces[t.slice] = number
                 else:
                     self._number[t] = number
                     self._sums.setdefault(self._target(t), []).append(t)
             for order, visit in enumerate(step.visits):
-                coming = self._sums.pop(visit.piece, []) if visit.piece != self._home else []
+                coming = self._sums.pop(compute.slice, []) if compute.slice != self._home else []
                 total = self._number.pop(coming[0]) if coming else NONE
                 flops = visit.tiles.area(copies) * flops_per_pair
-                piece = self._pieces.pop(visit.piece, NONE)
+                piece = self._pieces.pop(compute.slice, NONE)
                 self._draft.visit(index, self._rank, np.array([float(flops)]), piece, total, order)
             for t in step.added:
                 if t in self._sums.get(self._target(t), []):
@@ -112,8 +112,8 @@ class _Reader:
 
     def _bytes_added(self, t: Transfer) -> int:
         """What is added to the sum at home; elsewhere what comes is the sum."""
-        at_home = t.piece.block == self._home.block
+        at_home = t.slice.block == self._home.block
         return self._program.rows_of(t) * self._sizes.row_bytes(t.payload) if at_home else 0
 
     def _target(self, t: Transfer) -> BlockSlice:
-        return self._home if t.piece.block == self._home.block else t.piece
+        return self._home if t.slice.block == self._home.block else t.slice

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from ringattn.cost.cost_model import CostModel
+from ringattn.cost.lower_bound import LowerBound
 from ringattn.geometry.masks import K_START, K_STOP, Q_START, Q_STOP
+from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Exchange, Gather, Ring
 from ringattn.plan.payload import Payload
 from ringattn.plan.plan import BlockSlice, ComputeTiles, Program, Step, Transfer
+from ringattn.plan.workload import Workload
 
 Shares = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, repr=False)
+class OnMesh(Exchange):
+    """An exchange on a mesh of two axes, the slow one of `num_outer` ranks."""
+
+    exchange: Exchange
+    num_outer: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.exchange.name} on {self.num_outer} groups"
+
+    def _on_mesh(self, pattern: CommPattern) -> CommPattern:
+        return replace(pattern, mesh=(self.num_outer, pattern.world_size // self.num_outer))
+
+    def program(self, pattern: CommPattern, rank: int, *, returns: bool) -> Program:
+        return self.exchange.program(self._on_mesh(pattern), rank, returns=returns)
+
+    def rows_moved(self, pattern: CommPattern) -> tuple[int, int]:
+        return self.exchange.rows_moved(self._on_mesh(pattern))
+
+    def lower_bound(self, workload: Workload, model: CostModel) -> LowerBound:
+        mesh = (self.num_outer, workload.layout.world_size // self.num_outer)
+        return self.exchange.lower_bound(replace(workload, mesh=mesh), model)
+
+
 def exchanges_of(world_size: int) -> list[Exchange]:
     """Every exchange that so many ranks can do."""
-    doubles = [Ring(outer) for outer in range(2, world_size + 1) if world_size % outer == 0]
+    doubles = [OnMesh(Ring(), outer) for outer in range(2, world_size + 1) if world_size % outer == 0]
     return [Ring(), *doubles, Gather(), Gather(3)]
 
 
@@ -29,22 +59,22 @@ def rows_of(piece: BlockSlice, block_rows: Sequence[int]) -> list[int]:
     return [row for run in piece.rows for row in run]
 
 
-def rows_visited(visit: ComputeTiles, carried: Payload, num_rows: int) -> npt.NDArray[np.bool_]:
+def rows_visited(visit: ComputeTiles, moving: Payload, num_rows: int) -> npt.NDArray[np.bool_]:
     """Which of the piece's rows a visit computes anything of."""
-    start, stop = (K_START, K_STOP) if carried is Payload.KV else (Q_START, Q_STOP)
+    start, stop = (K_START, K_STOP) if moving is Payload.KV else (Q_START, Q_STOP)
     change = np.zeros(num_rows + 1, dtype=np.int64)
     np.add.at(change, visit.tiles.table[:, start], 1)
     np.add.at(change, visit.tiles.table[:, stop], -1)
     return change.cumsum()[:-1] > 0
 
 
-def check(programs: Sequence[Program], *, backward: bool) -> None:
+def check(programs: Sequence[Program], *, returns: bool) -> None:
     """Everything that can be told without tiles: messages match, nothing is used unheld, kept, lost or added twice."""
     assert len({len(p.steps) for p in programs}) == 1
-    assert len({(p.carried, p.block_rows) for p in programs}) == 1
+    assert len({(p.moving, p.block_rows) for p in programs}) == 1
     for step in zip(*(p.steps for p in programs), strict=True):
         check_messages(step)
-    if backward:
+    if returns:
         check_home(programs)
     for rank, program in enumerate(programs):
         check_lifetimes(rank, program)
@@ -56,9 +86,9 @@ def check_messages(step: Sequence[Step]) -> None:
     received: dict[tuple[int, int], list[object]] = {}
     for rank, here in enumerate(step):
         for t in here.sends:
-            sent.setdefault((rank, t.peer), []).append((t.payload, t.piece))
+            sent.setdefault((rank, t.peer), []).append((t.payload, t.slice))
         for t in here.receives:
-            received.setdefault((t.peer, rank), []).append((t.payload, t.piece))
+            received.setdefault((t.peer, rank), []).append((t.payload, t.slice))
     assert sent == received
     for (sender, receiver), messages in sent.items():
         assert sender != receiver
@@ -71,58 +101,58 @@ def check_lifetimes(rank: int, program: Program) -> None:
     held, coming, sending = {own}, set[BlockSlice](), Counter[Transfer]()
     adding, last_use = Counter[Transfer](), {own: 0}
     for index, step in enumerate(program.steps):
-        held |= {t.piece for t in step.sends if t.piece.block == rank and t.payload is program.carried}
-        used = [v.piece for v in step.visits]
-        used += [t.piece for t in step.sends if t.payload is program.carried]
+        held |= {t.slice for t in step.sends if t.slice.block == rank and t.payload is program.moving}
+        used = [v.slice for v in step.computes]
+        used += [t.slice for t in step.sends if t.payload is program.moving]
         for piece in used:
             if piece in coming:  # awaited here
                 coming.remove(piece)
                 held.add(piece)
             assert piece in held, f"rank {rank} uses {piece} in step {index} without holding it"
             last_use[piece] = index
-        sums = {v.piece for v in step.visits}
-        sums |= {t.piece for t in step.sends if t.payload is not program.carried}
+        sums = {v.slice for v in step.computes}
+        sums |= {t.slice for t in step.sends if t.payload is not program.moving}
         for t in step.receives:
-            if t.payload is program.carried:
-                assert t.piece not in held | coming
-                coming.add(t.piece)
-                last_use[t.piece] = index
+            if t.payload is program.moving:
+                assert t.slice not in held | coming
+                coming.add(t.slice)
+                last_use[t.slice] = index
         # A send needs what came before; a visit also what comes in its own step.
-        at_post = {t.piece for t in step.sends if t.payload is not program.carried}
-        for t in [t for t in adding if t.piece in at_post]:
+        at_post = {t.slice for t in step.sends if t.payload is not program.moving}
+        for t in [t for t in adding if t.slice in at_post]:
             del adding[t]
         for t in step.receives:
-            if t.payload is not program.carried:
+            if t.payload is not program.moving:
                 assert not adding[t]
                 adding[t] += 1
-        for t in [t for t in adding if t.piece in sums and t.piece not in at_post]:
+        for t in [t for t in adding if t.slice in sums and t.slice not in at_post]:
             del adding[t]
         for t in step.sends:
             assert not sending[t], f"{t} cannot be told from one under way"
             sending[t] += 1
-        for t in step.sent:
+        for t in step.wait_sends:
             assert sending[t] == 1
             del sending[t]
-            if t.payload is program.carried:
-                last_use[t.piece] = index
-        for t in step.added:
-            assert t.piece.block != rank or adding[t] == 1, "what comes home is added when the program says so"
+            if t.payload is program.moving:
+                last_use[t.slice] = index
+        for t in step.wait_returns:
+            assert t.slice.block != rank or adding[t] == 1, "what comes home is added when the program says so"
             del adding[t]
-        assert set(step.frees) <= held | coming
-        assert not any(t.piece in step.frees for t in sending if t.payload is program.carried)
-        held -= set(step.frees)
-        coming -= set(step.frees)
+        assert set(step.release) <= held | coming
+        assert not any(t.slice in step.release for t in sending if t.payload is program.moving)
+        held -= set(step.release)
+        coming -= set(step.release)
     assert not held
     assert not coming
     assert not sending
     assert not adding
-    assert {piece: i for i, step in enumerate(program.steps) for piece in step.frees} == last_use
+    assert {piece: i for i, step in enumerate(program.steps) for piece in step.release} == last_use
 
 
 def check_home(programs: Sequence[Program]) -> None:
     """Every visit's share of a gradient reaches the block's own rank once, in all of its rows."""
     world, rows = len(programs), programs[0].block_rows
-    carried = programs[0].carried
+    moving = programs[0].moving
     sums: list[dict[BlockSlice, Shares]] = [{} for _ in range(world)]
 
     def blank(piece: BlockSlice) -> Shares:
@@ -132,30 +162,30 @@ def check_home(programs: Sequence[Program]) -> None:
         flying: dict[tuple[int, int, BlockSlice], Shares] = {}
         for rank, here in enumerate(step):
             for t in here.sends:
-                if t.payload is not carried:
+                if t.payload is not moving:
                     # Of a piece with no work here yet there are zeros to send.
-                    flying[rank, t.peer, t.piece] = sums[rank].pop(t.piece, blank(t.piece))
+                    flying[rank, t.peer, t.slice] = sums[rank].pop(t.slice, blank(t.slice))
         for rank, here in enumerate(step):
             for t in here.receives:
-                if t.payload is carried:
+                if t.payload is moving:
                     continue
-                target = BlockSlice(rank) if t.piece.block == rank else t.piece
-                place = rows_of(t.piece, rows) if t.piece.block == rank else slice(None)
+                target = BlockSlice(rank) if t.slice.block == rank else t.slice
+                place = rows_of(t.slice, rows) if t.slice.block == rank else slice(None)
                 total = sums[rank].setdefault(target, blank(target))
-                total[place] += flying.pop((t.peer, rank, t.piece))
+                total[place] += flying.pop((t.peer, rank, t.slice))
         assert not flying
         for rank, here in enumerate(step):
-            for v in here.visits:
-                total = sums[rank].setdefault(v.piece, blank(v.piece))
-                total[:, rank] += rows_visited(v, carried, len(total))
+            for v in here.computes:
+                total = sums[rank].setdefault(v.slice, blank(v.slice))
+                total[:, rank] += rows_visited(v, moving, len(total))
     for block in range(world):
         expected = blank(BlockSlice(block))
         for rank, program in enumerate(programs):
             for own_step in program.steps:
-                for v in own_step.visits:
-                    if v.piece.block == block:
-                        place = rows_of(v.piece, rows)
-                        expected[place, rank] += rows_visited(v, carried, len(place))
+                for v in own_step.computes:
+                    if v.slice.block == block:
+                        place = rows_of(v.slice, rows)
+                        expected[place, rank] += rows_visited(v, moving, len(place))
         assert expected.max(initial=0) <= 1, "a row is visited twice"
         np.testing.assert_array_equal(sums[block].pop(BlockSlice(block), blank(BlockSlice(block))), expected)
     assert not any(sums), "sums that found no way home"

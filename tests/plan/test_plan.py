@@ -50,27 +50,32 @@ def plans_of(
 def check_plans(plans: Sequence[Plan], exchange: Exchange, travel: CommPattern) -> None:
     """Everything that can be told without spelling out pairs."""
     forward, backward = [p.forward for p in plans], [p.backward for p in plans]
-    replay.check(forward, backward=False)
-    replay.check(backward, backward=True)
-    replay.check([p.without_gradients() for p in backward], backward=False)
+    replay.check(forward, returns=False)
+    replay.check(backward, returns=True)
+    replay.check([p.without_returns() for p in backward], returns=False)
     for plan in plans:
-        assert not any(t.payload is not plan.forward.carried for s in plan.forward.steps for t in s.sends)
+        assert not any(t.payload is not plan.forward.moving for s in plan.forward.steps for t in s.sends)
         moved = any(s.sends or s.receives for s in (*plan.forward.steps, *plan.backward.steps))
         assert plan.communicates == moved
         check_counts(plan)
-    for payload, moved_rows in zip((travel.carried, travel.carried.gradient), exchange.rows_moved(travel), strict=True):
+    for payload, moved_rows in zip((travel.moving, travel.moving.returning), exchange.rows_moved(travel), strict=True):
         assert sum(p.rows_sent(payload) for p in backward) == moved_rows
 
 
 def check_counts(plan: Plan) -> None:
     """rows_sent and bytes_sent are what the steps say."""
     sizes = AttentionShape(2, 6, 3, 4, 5, 2, 4)
-    bytes_of = {Payload.KV: 2 * 3 * 9 * 2, Payload.DKV: 2 * 3 * 9 * 4, Payload.Q: 2 * 6 * 26, Payload.DQ: 2 * 6 * 16}
+    bytes_of = {
+        Payload.KV: 2 * 3 * 9 * 2,
+        Payload.DKV: 2 * 3 * 9 * 4,
+        Payload.Q_BACKWARD: 2 * 6 * 26,
+        Payload.DQ: 2 * 6 * 16,
+    }
     for program in (plan.forward, plan.backward):
         rows: Counter[Payload] = Counter()
         for step in program.steps:
             for t in step.sends:
-                rows[t.payload] += len(replay.rows_of(t.piece, program.block_rows))
+                rows[t.payload] += len(replay.rows_of(t.slice, program.block_rows))
         assert {payload: program.rows_sent(payload) for payload in rows} == rows
         assert program.bytes_sent(sizes) == sum(count * bytes_of[payload] for payload, count in rows.items())
 
@@ -79,13 +84,13 @@ def check_pairs(program: Sequence[Program], layout: Layout, kv_layout: Layout, a
     """Over all ranks and steps each allowed pair is computed once, and no other."""
     counts = np.zeros((len(allowed), layout.seq_len, kv_layout.seq_len), dtype=np.int64)
     for rank, own_steps in enumerate(program):
-        for visit in (v for step in own_steps.steps for v in step.visits):
-            rows = replay.rows_of(visit.piece, own_steps.block_rows)
+        for visit in (v for step in own_steps.steps for v in step.computes):
+            rows = replay.rows_of(visit.slice, own_steps.block_rows)
             q, k = layout.positions(rank), kv_layout.positions(rank)
-            if own_steps.carried is Payload.KV:
-                k = kv_layout.positions(visit.piece.block)[rows]
+            if own_steps.moving is Payload.KV:
+                k = kv_layout.positions(visit.slice.block)[rows]
             else:
-                q = layout.positions(visit.piece.block)[rows]
+                q = layout.positions(visit.slice.block)[rows]
             local = tile_counts(visit.tiles, len(allowed), len(q), len(k))
             for row in range(len(allowed)):
                 counts[row][np.ix_(q, k)] += local[row]
@@ -108,7 +113,7 @@ def check_all(
     for exchange in exchanges or replay.exchanges_of(layout.world_size):
         for backward in (Phase.BACKWARD, Phase.BACKWARD_BY_QUERIES):
             plans = plans_of(built, layout, kv_layout, exchange, backward)
-            check_plans(plans, exchange, CommPattern(backward.carried, tuple(built), layout, kv_layout))
+            check_plans(plans, exchange, CommPattern(backward.moving, tuple(built), layout, kv_layout))
             check_pairs([p.forward for p in plans], layout, kv_layout, allowed)
             check_pairs([p.backward for p in plans], layout, kv_layout, allowed)
             check_work(plans[0], layout, allowed)
@@ -119,7 +124,7 @@ def check_all(
 def check_least(plans: Sequence[Plan], layout: Layout, kv_layout: Layout, allowed: list[Bools]) -> None:
     """A gather moves each row once to each rank that has an allowed pair in it, and to no other."""
     either = np.any(allowed, axis=0)
-    if plans[0].backward.carried is Payload.Q:
+    if plans[0].backward.moving is Payload.Q_BACKWARD:
         check_received([p.backward for p in plans], either.T, layout, kv_layout)
     else:
         check_received([p.backward for p in plans], either, kv_layout, layout)
@@ -134,8 +139,8 @@ def check_received(programs: Sequence[Program], needs: Bools, held: Layout, need
             int(position)
             for step in program.steps
             for t in step.receives
-            if t.payload is program.carried
-            for position in held.positions(t.piece.block)[replay.rows_of(t.piece, program.block_rows)]
+            if t.payload is program.moving
+            for position in held.positions(t.slice.block)[replay.rows_of(t.slice, program.block_rows)]
         ]
         assert sorted(received) == sorted(least)
 
@@ -171,7 +176,7 @@ def _balanced(seq_len: int, world: int) -> Layout:
     return balanced(causal(), seq_len, world)
 
 
-@pytest.mark.parametrize("exchange", [Ring(), Ring(4), Gather(3)], ids=repr)
+@pytest.mark.parametrize("exchange", [Ring(), replay.OnMesh(Ring(), 4), Gather(3)], ids=repr)
 @pytest.mark.parametrize("make", [zigzag, striped, _balanced])
 @pytest.mark.parametrize(
     "mask",
@@ -181,11 +186,11 @@ def _balanced(seq_len: int, world: int) -> Layout:
 def test_many_ranks(mask: Mask, make: Callable[[int, int], Layout], exchange: Exchange) -> None:
     layout = make(140, 12)
     for backward in (Phase.BACKWARD, Phase.BACKWARD_BY_QUERIES):
-        travel = CommPattern(backward.carried, (mask,), layout, layout)
+        travel = CommPattern(backward.moving, (mask,), layout, layout)
         check_plans(plans_of([mask], layout, None, exchange, backward), exchange, travel)
 
 
-@pytest.mark.parametrize("exchange", [Ring(), Ring(8), Gather()], ids=repr)
+@pytest.mark.parametrize("exchange", [Ring(), replay.OnMesh(Ring(), 8), Gather()], ids=repr)
 @pytest.mark.parametrize(
     "mask", [causal(), pytest.param(sliding_window(20, 9), marks=pytest.mark.long)], ids=["causal", "window"]
 )
@@ -247,7 +252,7 @@ def test_documents_cost_a_gather_what_crosses_a_boundary() -> None:
     layout = Layout(70, tuple((range(a, min(a + 16, 70)),) for a in range(0, 70, 16)))
     plans = plans_of([mask], layout, None, Gather())
     received = [
-        {t.piece.block: plan.forward.rows_of(t) for s in plan.forward.steps for t in s.receives} for plan in plans
+        {t.slice.block: plan.forward.rows_of(t) for s in plan.forward.steps for t in s.receives} for plan in plans
     ]
     assert received == [{}, {0: 3}, {}, {2: 16}, {3: 4}]
 
@@ -293,20 +298,20 @@ def outer_rows(plan: Plan, program: Program, num_inner: int, payload: Payload) -
 
 def test_a_double_ring_crosses_the_slow_axis_once_a_turn() -> None:
     """Two groups of four: each rank's block crosses once, at the turn's beginning, and has all of it for its way."""
-    for plan in plans_of([full()], contiguous(128, 8), None, Ring(2)):
+    for plan in plans_of([full()], contiguous(128, 8), None, replay.OnMesh(Ring(), 2)):
         assert outer_rows(plan, plan.forward, 4, Payload.KV) == [[16]] + [[]] * 7
         first, *_, last = [
             i
             for i, s in enumerate(plan.forward.steps)
-            if any(t.peer // 4 != plan.rank // 4 for t in (*s.sends, *s.sent))
+            if any(t.peer // 4 != plan.rank // 4 for t in (*s.sends, *s.wait_sends))
         ]
         assert (first, last) == (0, 3)
-        crossing = [t.piece for t in plan.forward.steps[0].receives if t.peer // 4 != plan.rank // 4]
-        assert [v.piece for v in plan.forward.steps[4].visits] == crossing
+        crossing = [t.slice for t in plan.forward.steps[0].receives if t.peer // 4 != plan.rank // 4]
+        assert [v.slice for v in plan.forward.steps[4].computes] == crossing
         # The gradients' sum of the whole group crosses once, too, in halves, and work is left for it to hide under.
         home = outer_rows(plan, plan.backward, 4, Payload.DKV)
         assert [step for step in home if step] == [[8], [8]]
-        assert all(step.visits for step in plan.backward.steps)
+        assert all(step.computes for step in plan.backward.steps)
         single = build_plan(Ring(), (full(),), contiguous(128, 8), contiguous(128, 8), plan.rank)
         assert plan.forward.rows_sent(Payload.KV) == single.forward.rows_sent(Payload.KV)
 
@@ -314,7 +319,7 @@ def test_a_double_ring_crosses_the_slow_axis_once_a_turn() -> None:
 def test_messages_of_a_double_ring_stay_on_one_axis() -> None:
     for num_outer in (2, 3, 4, 6):
         inner = 12 // num_outer
-        for plan in plans_of([causal()], zigzag(200, 12), None, Ring(num_outer)):
+        for plan in plans_of([causal()], zigzag(200, 12), None, replay.OnMesh(Ring(), num_outer)):
             for step in (*plan.forward.steps, *plan.backward.steps):
                 for t in (*step.sends, *step.receives):
                     assert t.peer // inner == plan.rank // inner or t.peer % inner == plan.rank % inner
@@ -324,7 +329,7 @@ def sizes(heads: int, kv_heads: int, itemsize: int = 2) -> AttentionShape:
     return AttentionShape(1, heads, kv_heads, 64, 64, itemsize, 8 if itemsize == 8 else 4)
 
 
-@pytest.mark.parametrize("exchange", [Ring(), Ring(2), Gather()])
+@pytest.mark.parametrize("exchange", [Ring(), replay.OnMesh(Ring(), 2), Gather()])
 def test_queries_travel_where_that_is_fewer_bytes(exchange: Exchange) -> None:
     """Queries and their gradients are 8 + 1/8 bytes a number, keys and values with theirs 12 for each kv head."""
     layout = zigzag(128, 4)
@@ -369,7 +374,7 @@ def test_blocks_stop_where_nobody_needs_them_further() -> None:
     """Causal, contiguous: the last rank needs block s, W - 1 - s hops away; so rank r passes on blocks 0 to r."""
     plans = plans_of([causal()], contiguous(128, 8))
     for plan in plans:
-        passed_on = [t.piece.block for s in plan.forward.steps for t in s.sends]
+        passed_on = [t.slice.block for s in plan.forward.steps for t in s.sends]
         assert sorted(passed_on) == ([] if plan.rank == 7 else list(range(plan.rank + 1)))
 
 
@@ -410,5 +415,5 @@ def test_a_million_tokens_on_a_thousand_ranks() -> None:
         took_s.append(time.perf_counter() - start_s)
         assert build_plan(Ring(), (mask,), layout, layout, rank) is plan
     assert min(took_s) < 2
-    assert sum(v.tiles.area() for s in plan.forward.steps for v in s.visits) == plan.work[0]
+    assert sum(v.tiles.area() for s in plan.forward.steps for v in s.computes) == plan.work[0]
     assert sum(plan.work) == int(sum(n * (n + 1) // 2 for n in np.diff([0, *cuts, seq_len]).tolist()))

@@ -1,43 +1,93 @@
-"""Exchanges: how what is needed gets to whoever needs it. Each is a value that writes plans; a new one is one more."""
+"""Exchanges: how blocks travel between ranks. EXCHANGES is the table of names; a new exchange is one file and one line.
+
+@register_exchange_class
+@dataclass(frozen=True, repr=False)
+class MyExchange(Exchange): ...
+
+register_exchange("mine", MyExchange)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
+from ringattn.errors import check_integer
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import K_START, Q_START, Mask
 from ringattn.geometry.tiles import pairs_of_queries
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.comm_volume import pairs_of_ranks
+from ringattn.plan.exchanges.exchange import Exchange, parse_exchange, register_exchange_class
 from ringattn.plan.exchanges.gather import Gather
 from ringattn.plan.exchanges.ring import Ring
+from ringattn.plan.exchanges.ulysses import Ulysses
 from ringattn.plan.payload import AttentionShape
-from ringattn.plan.plan import Phase, Plan, Program
+from ringattn.plan.plan import Phase, Plan
 
-__all__ = ["Exchange", "Gather", "Ring", "build_plan", "select_backward"]
+__all__ = [
+    "EXCHANGES",
+    "Exchange",
+    "Gather",
+    "Ring",
+    "Ulysses",
+    "build_plan",
+    "parse_exchange",
+    "register_exchange",
+    "register_exchange_class",
+    "select_backward",
+]
 
 # How much busier than the busiest rank of a backward by keys one may be in a backward by queries, which is fewer bytes.
 _MAX_IMBALANCE = 1.05
 
 
-class Exchange(Protocol):
-    """A way for blocks to travel: a value, the same on every rank."""
+@dataclass(frozen=True)
+class NamedExchange:
+    """An exchange that a call may ask for by name, and that the automatic choice tries.
 
-    def __hash__(self) -> int: ...
+    Args:
+        name: as `exchange=` takes it.
+        make: returns the exchange, given its stages.
+        num_axes: the number of axes of the mesh that it runs on.
+        stages: how many the automatic choice tries; () where it has none.
+    """
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        ...
+    name: str
+    make: Callable[[int], Exchange]
+    num_axes: int = 1
+    stages: tuple[int, ...] = ()
 
-    def program(self, travel: CommPattern, rank: int, backward: bool) -> Program:
-        """Returns rank's steps; in the backward the gradients of what travels come home."""
-        ...
 
-    def rows_moved(self, travel: CommPattern) -> tuple[int, int]:
-        """Returns how many rows all ranks together send: of what is carried, and of its gradients in a backward."""
-        ...
+EXCHANGES: dict[str, NamedExchange] = {}
+
+
+def register_exchange(
+    name: str, cls: Callable[..., Exchange], *, num_axes: int = 1, stages: tuple[int, ...] = ()
+) -> None:
+    """Enters an exchange into the table, behind those that are there.
+
+    Args:
+        name: as `exchange=` takes it.
+        cls: makes the exchange; takes `stages=` if `stages` is not empty.
+        num_axes: the number of axes of the mesh that it runs on, 1 or 2.
+        stages: how many the automatic choice tries; () where it has none.
+    """
+
+    def make(number: int) -> Exchange:
+        check_integer("stages", number, 1)
+        return cls(stages=number) if stages else cls()
+
+    EXCHANGES[name] = NamedExchange(name, make, num_axes, stages)
+
+
+# The plainest first: of exchanges that are equally fast, the automatic choice takes the first.
+register_exchange("ring", Ring)
+register_exchange("gather", Gather, stages=(1, 4))
+register_exchange("ulysses", Ulysses, stages=(1, 2))
+register_exchange("double ring", Ring, num_axes=2)
+register_exchange("hybrid", Ulysses, num_axes=2, stages=(1, 2))
 
 
 @lru_cache(maxsize=128)
@@ -48,25 +98,31 @@ def build_plan(
     kv_layout: Layout,
     rank: int,
     backward: Phase = Phase.BACKWARD,
+    *,
+    forward: Phase = Phase.FORWARD,
+    mesh: tuple[int, ...] = (),
 ) -> Plan:
     """Returns rank's plan, built once per combination of arguments.
 
     Args:
-        exchange: how blocks travel, such as Ring().
+        exchange: such as Ring().
         masks: one for all batch rows, or one for each.
-        layout: who holds which queries.
-        kv_layout: who holds which keys and values; of as many ranks as `layout`.
+        layout: which queries each rank holds.
+        kv_layout: which keys and values each rank holds; of as many ranks as `layout`.
         rank: whose plan.
-        backward: what travels in the backward.
+        backward, forward: what moves in each direction.
+        mesh: the number of ranks along each axis, the slow one first; () is one axis.
     Raises:
         MaskError: when a mask does not fit the lengths of the layouts.
     """
-    forward, back = (
-        exchange.program(CommPattern(phase.carried, masks, layout, kv_layout), rank, phase.is_backward)
-        for phase in (Phase.FORWARD, backward)
-    )
+    programs = [
+        exchange.program(
+            CommPattern(phase.moving, masks, layout, kv_layout, mesh), rank, returns=phase.returning is not None
+        )
+        for phase in (forward, backward)
+    ]
     work = pairs_of_queries(masks, layout, kv_layout.seq_len)
-    return Plan(exchange.name, rank, layout.world_size, forward, back, work)
+    return Plan(exchange.name, rank, layout.world_size, *programs, work)
 
 
 @lru_cache(maxsize=128)
@@ -75,25 +131,25 @@ def select_backward(
     masks: tuple[Mask, ...],
     layout: Layout,
     kv_layout: Layout,
-    sizes: AttentionShape,
+    shape: AttentionShape,
     wanted: tuple[bool, bool] = (True, True),
+    mesh: tuple[int, ...] = (),
 ) -> Phase:
-    """Returns what should travel in the backward: what is fewer bytes over all ranks, the same on each of them.
+    """Returns what should move in the backward: what is fewer bytes over all ranks, the same on each of them.
 
-    Where queries travel, a rank computes what its own keys have to do with. Layouts make the work of queries even, and
-    that of keys may be anything: queries do not travel where they would make the busiest rank busier.
+    Where queries move, a rank computes everything that its own keys take part in. Layouts make the work of queries
+    even, not that of keys: queries do not move where that would make the busiest rank busier.
 
     Args:
-        exchange, masks, layout, kv_layout: of the plan.
-        sizes: of the tensors.
+        exchange, masks, layout, kv_layout, mesh: of the plan.
+        shape: of the tensors.
         wanted: whether gradients of (q, k or v) are wanted; those that are not do not travel.
     """
     total = {}
-    for phase, comes_home in ((Phase.BACKWARD, wanted[1]), (Phase.BACKWARD_BY_QUERIES, wanted[0])):
-        travel = CommPattern(phase.carried, masks, layout, kv_layout)
-        carried, summed = exchange.rows_moved(travel)
-        total[phase] = carried * sizes.row_bytes(phase.carried)
-        total[phase] += summed * sizes.row_bytes(phase.carried.gradient) if comes_home else 0
+    for phase, returns in ((Phase.BACKWARD, wanted[1]), (Phase.BACKWARD_BY_QUERIES, wanted[0])):
+        moved, returned = exchange.rows_moved(CommPattern(phase.moving, masks, layout, kv_layout, mesh))
+        total[phase] = moved * shape.row_bytes(phase.moving)
+        total[phase] += returned * shape.row_bytes(phase.moving.returning) if returns else 0
     if total[Phase.BACKWARD_BY_QUERIES] >= total[Phase.BACKWARD]:
         return Phase.BACKWARD
     of_keys, of_queries = (pairs_of_ranks(masks, layout, kv_layout, column).max() for column in (K_START, Q_START))

@@ -1,4 +1,4 @@
-"""Writing down a program: which message in which step; what ends where follows."""
+"""Writing a program: which message in which step. When buffers and gradients are awaited follows."""
 
 from __future__ import annotations
 
@@ -15,97 +15,97 @@ _ORDER = {payload: index for index, payload in enumerate(Payload)}
 
 @dataclass
 class _StepDraft:
-    visits: list[ComputeTiles] = field(default_factory=list)
+    computes: list[ComputeTiles] = field(default_factory=list)
     sends: list[Transfer] = field(default_factory=list)
     receives: list[Transfer] = field(default_factory=list)
-    sent: list[Transfer] = field(default_factory=list)
-    added: list[Transfer] = field(default_factory=list)
-    frees: list[BlockSlice] = field(default_factory=list)
+    wait_sends: list[Transfer] = field(default_factory=list)
+    wait_returns: list[Transfer] = field(default_factory=list)
+    release: list[BlockSlice] = field(default_factory=list)
 
 
 class ProgramBuilder:
-    """The steps of one rank while a builder writes them.
+    """The steps of one rank while an exchange writes them.
 
     Args:
-        travel: what travels.
+        pattern: what moves.
         rank: whose steps.
-        num_steps: as many as every rank has.
+        num_steps: the number of steps, the same on every rank.
     """
 
-    def __init__(self, travel: CommPattern, rank: int, num_steps: int) -> None:
-        self._travel, self._rank = travel, rank
+    def __init__(self, pattern: CommPattern, rank: int, num_steps: int) -> None:
+        self._pattern, self._rank = pattern, rank
         self._steps = [_StepDraft() for _ in range(num_steps)]
         self._last_use = {BlockSlice(rank): 0}
 
-    def visit(self, step: int, piece: BlockSlice, tiles: Tiles) -> None:
-        """Computes tiles of a piece in a step."""
-        self._steps[step].visits.append(ComputeTiles(piece, tiles))
-        self._use(piece, step)
+    def compute(self, step: int, block_slice: BlockSlice, tiles: Tiles) -> None:
+        """Computes tiles of a slice in a step."""
+        self._steps[step].computes.append(ComputeTiles(block_slice, tiles))
+        self._use(block_slice, step)
 
-    def visit_own(self, steps: tuple[int, int], tiles: Tiles | None) -> None:
-        """Computes the rank's own block, in two halves if the steps are two: nothing has to come for it."""
+    def compute_own(self, steps: tuple[int, int], tiles: Tiles | None) -> None:
+        """Computes the rank's own block, in two halves if the steps are two: it waits for no message."""
         first, second = steps
         if tiles and first == second:
-            self.visit(first, BlockSlice(self._rank), tiles)
+            self.compute(first, BlockSlice(self._rank), tiles)
         elif tiles:
-            for step, rows in zip(steps, halves(self._travel.block_rows[self._rank]), strict=True):
-                part = tiles.of_rows(rows, self._travel.column)
+            for step, rows in zip(steps, halves(self._pattern.block_rows[self._rank]), strict=True):
+                part = tiles.of_rows(rows, self._pattern.column)
                 if part:
-                    self.visit(step, BlockSlice(self._rank), part)
+                    self.compute(step, BlockSlice(self._rank), part)
 
-    def carry(self, step: int, piece: BlockSlice, *, to: int, until: int | None = None) -> None:
-        """Sends a piece; its buffer is needed until the end of step `until`, by default the same one."""
-        self._send(step, Transfer(self._travel.carried, piece, to), until)
-        self._use(piece, step if until is None else until)
+    def send(self, step: int, block_slice: BlockSlice, *, to: int, until: int | None = None) -> None:
+        """Sends a slice; its buffer is needed until the end of step `until`, by default the same one."""
+        self._send(step, Transfer(self._pattern.moving, block_slice, to), until)
+        self._use(block_slice, step if until is None else until)
 
-    def receive(self, step: int, piece: BlockSlice, *, of: int) -> None:
-        """Receives a piece, to be used in later steps."""
-        self._steps[step].receives.append(Transfer(self._travel.carried, piece, of))
-        self._use(piece, step)
+    def receive(self, step: int, block_slice: BlockSlice, *, source: int) -> None:
+        """Receives a slice, to be used in later steps."""
+        self._steps[step].receives.append(Transfer(self._pattern.moving, block_slice, source))
+        self._use(block_slice, step)
 
-    def give_sum(self, step: int, piece: BlockSlice, *, to: int, until: int | None = None) -> None:
-        """Sends the sum of a piece's gradients; its buffer is needed until the end of step `until`."""
-        self._send(step, Transfer(self._travel.carried.gradient, piece, to), until)
+    def send_return(self, step: int, block_slice: BlockSlice, *, to: int, until: int | None = None) -> None:
+        """Sends what was accumulated for a slice; its buffer is needed until the end of step `until`."""
+        self._send(step, Transfer(self._pattern.moving.returning, block_slice, to), until)
 
-    def take_sum(self, step: int, piece: BlockSlice, *, of: int, until: int | None = None) -> None:
-        """Receives gradients; they are added by the end of step `until`, or where a visit or a send needs the sum."""
-        transfer = Transfer(self._travel.carried.gradient, piece, of)
+    def receive_return(self, step: int, block_slice: BlockSlice, *, source: int, until: int | None = None) -> None:
+        """Receives a return, accumulated by the end of step `until`, or where a compute or a send needs the sum."""
+        transfer = Transfer(self._pattern.moving.returning, block_slice, source)
         self._steps[step].receives.append(transfer)
         if until is not None:
-            self._steps[until].added.append(transfer)
+            self._steps[until].wait_returns.append(transfer)
 
     def program(self) -> Program:
         """Returns what was written."""
-        for piece, step in self._last_use.items():
-            self._steps[step].frees.append(piece)
-        return Program(self._travel.carried, self._travel.block_rows, tuple(map(self._step, self._steps)))
+        for block_slice, step in self._last_use.items():
+            self._steps[step].release.append(block_slice)
+        return Program(self._pattern.moving, self._pattern.block_rows, tuple(map(self._step, self._steps)))
 
     def _send(self, step: int, transfer: Transfer, until: int | None) -> None:
         self._steps[step].sends.append(transfer)
-        self._steps[step if until is None else until].sent.append(transfer)
+        self._steps[step if until is None else until].wait_sends.append(transfer)
 
-    def _use(self, piece: BlockSlice, step: int) -> None:
-        self._last_use[piece] = max(self._last_use.get(piece, step), step)
+    def _use(self, block_slice: BlockSlice, step: int) -> None:
+        self._last_use[block_slice] = max(self._last_use.get(block_slice, step), step)
 
     def _step(self, draft: _StepDraft) -> Step:
-        # In one order at both ends of every message, which is what backends without tags go by; and gradients are
-        # added in the order of ranks.
+        # One order at both ends of every message, which backends without tags rely on; and gradients are added in the
+        # order of ranks.
         def ordered(transfers: list[Transfer]) -> tuple[Transfer, ...]:
             return tuple(sorted(transfers, key=_order_of))
 
         return Step(
-            tuple(draft.visits),
+            tuple(draft.computes),
             ordered(draft.sends),
             ordered(draft.receives),
-            ordered(draft.sent),
-            ordered(draft.added),
-            tuple(sorted(draft.frees, key=_order_of_slice)),
+            ordered(draft.wait_sends),
+            ordered(draft.wait_returns),
+            tuple(sorted(draft.release, key=_order_of_slice)),
         )
 
 
 def _order_of(transfer: Transfer) -> tuple[int, int, tuple[int, int]]:
-    return transfer.peer, _ORDER[transfer.payload], _order_of_slice(transfer.piece)
+    return transfer.peer, _ORDER[transfer.payload], _order_of_slice(transfer.slice)
 
 
-def _order_of_slice(piece: BlockSlice) -> tuple[int, int]:
-    return piece.block, piece.rows[0].start if piece.rows else -1
+def _order_of_slice(block_slice: BlockSlice) -> tuple[int, int]:
+    return block_slice.block, block_slice.rows[0].start if block_slice.rows else -1

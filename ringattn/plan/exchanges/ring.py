@@ -1,24 +1,25 @@
-"""The ring, and the ring of rings: blocks go round, and each stops at the last rank that needs it.
+"""The ring, of one level or two: blocks move from rank to rank, and each stops at the last rank that needs it.
 
-One level: in step t a rank attends to the block of rank - t and passes it on to rank + 1.
+One level: in step t a rank computes with the block of rank - t and passes it on to rank + 1.
 
-Two levels, for a slow axis of O groups and a fast one of I ranks in each: in turn u the blocks of group o - u go once
-round the I ranks of group o. Meanwhile, for the whole turn, the block that a rank began the turn with is on its way
-to the same place in group o + 1. Every message stays on one axis.
+Two levels, for a slow axis of O groups and a fast axis of I ranks in each: in outer step u the blocks of group o - u
+pass through the I ranks of group o. Meanwhile, for the whole outer step, the block that a rank began with travels to
+the same place in group o + 1. Every message stays on one axis.
 
-    turn 0    block (o, i), (o, i - 1), ...     fast axis; (o, i) itself goes to (o + 1, i) on the slow axis
-    turn 1    block (o - 1, i), ...             the same, with what came meanwhile
+    outer step 0    block (o, i), (o, i - 1), ...   fast axis; (o, i) itself goes to (o + 1, i) on the slow axis
+    outer step 1    block (o - 1, i), ...           the same, with the blocks that have arrived
 
-In the backward blocks go in two halves, one after the other. The sum of a half's gradients begins with the first rank
-that it visits, and follows it, under the other half's work. What a rank adds for its own block stays with it. At the
-end of a turn a sum goes back to the block's own place in the fast axis; and from there on the slow axis straight
-home, where it is added. The second half of a rank's own block is computed last, for that to travel under.
+In the backward blocks move in two halves, one after the other. The sum of a half's gradients begins with the first rank
+that computes with it, and follows it while the other half is computed. What a rank adds for its own block stays there.
+At the end of an outer step a sum returns to the block's place in the fast axis, and from there over the slow axis
+straight to its rank, where it is added. The second half of a rank's own block is computed last, so that this return
+travels under it.
 
-    step 0      own block, 1st half      1st half of the neighbour's block comes
-    step 1      neighbour's, 1st half    2nd half comes
-    step 2      neighbour's, 2nd half    gradients of the 1st half go on; the next block's 1st half comes
+    step 0      own block, 1st half      1st half of the neighbour's block arrives
+    step 1      neighbour's, 1st half    2nd half arrives
+    step 2      neighbour's, 2nd half    gradients of the 1st half move on; the next block's 1st half arrives
     ...
-    last step   own block, 2nd half      the last gradients go home
+    last step   own block, 2nd half      the last gradients return
 
 Source: Liu et al. 2023, arXiv:2310.01889; Li et al. 2021, arXiv:2105.13120; for two levels Gu et al. 2024,
 arXiv:2406.18485.
@@ -30,168 +31,238 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.geometry.rows import halves
+from ringattn.cost.cost_model import CostModel, Link
+from ringattn.cost.lower_bound import LowerBound
+from ringattn.geometry.rows import count_rows, halves
 from ringattn.plan.comm_pattern import CommPattern
+from ringattn.plan.exchanges.exchange import Exchange, register_exchange_class
 from ringattn.plan.exchanges.program_builder import ProgramBuilder
 from ringattn.plan.exchanges.ring_schedule import BackwardSteps, ForwardSteps, RingSchedule
 from ringattn.plan.plan import BlockSlice, Program
+from ringattn.plan.workload import Workload
+from ringattn.types import Floats, Ints
 
 
-@dataclass(frozen=True)
-class Ring:
-    """Blocks go round; `num_outer` groups of ranks on the slow axis, of which a plain ring has one."""
+@register_exchange_class
+@dataclass(frozen=True, repr=False)
+class Ring(Exchange):
+    """Blocks move from rank to rank: on one axis, or on a mesh with a slow and a fast axis as a ring of rings."""
 
-    num_outer: int = 1
+    mesh_axes = ("outer", "inner")
 
     @property
     def name(self) -> str:
-        """For people."""
-        return "ring" if self.num_outer == 1 else "double ring"
+        """What people call it."""
+        return "ring"
 
-    def program(self, travel: CommPattern, rank: int, backward: bool) -> Program:
-        """Returns rank's steps; in the backward the gradients' sums travel, too."""
-        writer = _BackwardWriter if backward else _ForwardWriter
-        return writer(travel, rank, RingSchedule(travel, self.num_outer)).program()
+    def program(self, pattern: CommPattern, rank: int, *, returns: bool) -> Program:
+        """Returns rank's steps; with `returns`, the sums for each block follow it."""
+        writer = _BackwardWriter if returns else _ForwardWriter
+        return writer(pattern, rank, RingSchedule(pattern)).program()
 
-    def rows_moved(self, travel: CommPattern) -> tuple[int, int]:
-        """Returns how many rows all ranks together send: of what is carried, and of its gradients' sums."""
-        turns = RingSchedule(travel, self.num_outer)
-        rows = np.array(travel.block_rows, dtype=np.int64)
-        carried = np.maximum(turns.reach, 0).sum(axis=1) + turns.outer_reach
-        # Along the way from the first rank that adds to the last; to the block's own place; then home.
-        along = np.where(turns.first <= turns.reach, turns.reach - turns.first + (turns.reach > 0), 0).sum(axis=1)
-        home = (turns.reach[:, 1:] >= 0).sum(axis=1)
-        return int((rows * carried).sum()), int((rows * (along + home)).sum())
+    def rows_moved(self, pattern: CommPattern) -> tuple[int, int]:
+        """Returns how many rows all ranks together send: of what moves, and of what returns."""
+        schedule = RingSchedule(pattern)
+        rows = np.array(pattern.block_rows, dtype=np.int64)
+        moved = np.maximum(schedule.reach, 0).sum(axis=1) + schedule.outer_reach
+        # From the first rank that adds to the last; to the block's own place; then over the slow axis.
+        along, back = _return_hops(schedule)
+        return int((rows * moved).sum()), int((rows * (along + back).sum(axis=1)).sum())
+
+    def lower_bound(self, workload: Workload, model: CostModel) -> LowerBound:
+        """Returns the least time: busy ranks, busy links, and the block that moves furthest."""
+        schedule, rows, links = RingSchedule(workload.pattern), workload.block_rows, model.links
+        block, total = rows * workload.row_bytes, rows * workload.returning_row_bytes
+        inner_hops = np.maximum(schedule.reach, 0)
+        along, back = _return_hops(schedule)
+        crosses = schedule.outer_reach > 0
+        moves = (inner_hops[:, 0] > 0) | crosses
+        copied = block * moves + total * ((inner_hops[:, 0] > 0) + back.sum(axis=1))
+        busy_s = workload.compute_s(model, workload.pattern.needed.sum(axis=0))
+        busy_s = busy_s + copied / model.compute.copy_bytes_per_s
+        # On each axis the busiest rank sends at least as much as the average one.
+        fast = (block * inner_hops.sum(axis=1) + total * along.sum(axis=1)).mean()
+        slow = (block * schedule.outer_reach + total * back.sum(axis=1)).mean()
+        link_s = max(fast / links[0].bytes_per_s, slow / links[1].bytes_per_s)
+        first_half = _larger_halves(rows) * workload.row_bytes if workload.phase.returning else block
+        path_s = _longest_path(schedule, first_half, links)
+        num_messages = inner_hops.sum() + schedule.outer_reach.sum()
+        num_messages += along.sum() + back.sum() if workload.returning_row_bytes else 0
+        # In the middle of a ring a rank holds two blocks; in a backward three halves, and two of sums.
+        halved = workload.phase.returning is not None
+        held = (1.5 * block + total if halved else 2.0 * block) * moves + 2.0 * block * crosses
+        return LowerBound(
+            max(float(busy_s.max()), link_s, path_s),
+            workload.flops_of_ranks,
+            busy_s,
+            link_s,
+            path_s,
+            np.full(len(rows), fast + slow),
+            np.full(len(rows), num_messages * (2 if halved else 1) / len(rows)),
+            float(held.max()),
+        )
+
+
+def _return_hops(schedule: RingSchedule) -> tuple[Ints, Ints]:
+    """Returns how many hops sums make on the fast axis, and on the slow one: two of (block, outer step)."""
+    reach = schedule.reach
+    along: Ints = np.where(schedule.first <= reach, reach - schedule.first + (reach > 0), 0)
+    back: Ints = (reach >= 0).astype(np.int64)
+    back[:, 0] = 0
+    return along, back
+
+
+def _longest_path(schedule: RingSchedule, num_bytes: Ints, links: tuple[Link, Link]) -> float:
+    """Seconds until the last block is where it is needed: one hop after the other, on both axes."""
+    inner_s, outer_s = (link.latency_s + num_bytes / link.bytes_per_s for link in links)
+    path: Floats = np.maximum(schedule.reach, 0) * inner_s[:, None]
+    path += np.arange(schedule.num_outer) * outer_s[:, None]
+    return float(np.where((schedule.reach >= 0) & (num_bytes > 0)[:, None], path, 0.0).max())
+
+
+def _larger_halves(rows: Ints) -> Ints:
+    different, index = np.unique(rows, return_inverse=True)
+    found: Ints = np.array([max(map(count_rows, halves(n))) for n in different.tolist()], dtype=np.int64)[index]
+    return found
 
 
 class _Writer:
     """Writes the steps of the rank at place `inner` of group `outer`."""
 
-    def __init__(self, travel: CommPattern, rank: int, turns: RingSchedule, num_steps: int) -> None:
-        self._travel, self._rank, self._turns = travel, rank, turns
-        self._outer, self._inner = divmod(rank, turns.num_inner)
-        self._tiles = travel.tiles(rank)
-        self._schedule = ProgramBuilder(travel, rank, num_steps)
-        self._after, self._before = self._at(self._outer, self._inner + 1), self._at(self._outer, self._inner - 1)
+    def __init__(self, pattern: CommPattern, rank: int, schedule: RingSchedule, num_steps: int) -> None:
+        self._pattern, self._rank, self._schedule = pattern, rank, schedule
+        self._outer, self._inner = divmod(rank, schedule.num_inner)
+        self._tiles = pattern.tiles(rank)
+        self._builder = ProgramBuilder(pattern, rank, num_steps)
+        self._next, self._previous = self._at(self._outer, self._inner + 1), self._at(self._outer, self._inner - 1)
 
     def _at(self, outer: int, inner: int) -> int:
-        return outer % self._turns.num_outer * self._turns.num_inner + inner % self._turns.num_inner
+        return outer % self._schedule.num_outer * self._schedule.num_inner + inner % self._schedule.num_inner
 
-    def _block(self, turn: int, hop: int) -> int:
-        return self._at(self._outer - turn, self._inner - hop)
+    def _block(self, outer_step: int, inner_step: int) -> int:
+        return self._at(self._outer - outer_step, self._inner - inner_step)
 
 
 class _ForwardWriter(_Writer):
-    def __init__(self, travel: CommPattern, rank: int, turns: RingSchedule) -> None:
-        self._steps = ForwardSteps(turns)
-        super().__init__(travel, rank, turns, self._steps.num_steps)
+    def __init__(self, pattern: CommPattern, rank: int, schedule: RingSchedule) -> None:
+        self._steps = ForwardSteps(schedule)
+        super().__init__(pattern, rank, schedule, self._steps.num_steps)
 
     def program(self) -> Program:
-        for turn, length in enumerate(self._turns.lengths):
-            for hop in range(length):
-                self._write_hop(turn, hop)
-            self._write_outer(turn)
-        return self._schedule.program()
+        for outer_step, length in enumerate(self._schedule.lengths):
+            for inner_step in range(length):
+                self._write_inner(outer_step, inner_step)
+            self._write_outer(outer_step)
+        return self._builder.program()
 
-    def _write_hop(self, turn: int, hop: int) -> None:
-        """The block that is here at this hop: attend to it, and pass it on."""
-        step, block = self._steps.starts[turn] + hop, self._block(turn, hop)
-        reach = int(self._turns.reach[block, turn])
-        if 0 < hop <= reach:
-            self._schedule.receive(step - 1, BlockSlice(block), of=self._before)
+    def _write_inner(self, outer_step: int, inner_step: int) -> None:
+        """Computes with the block that is here, and passes it on."""
+        step, block = self._steps.starts[outer_step] + inner_step, self._block(outer_step, inner_step)
+        reach = int(self._schedule.reach[block, outer_step])
+        if 0 < inner_step <= reach:
+            self._builder.receive(step - 1, BlockSlice(block), source=self._previous)
         if block in self._tiles:
-            self._schedule.visit(step, BlockSlice(block), self._tiles[block])
-        if hop < reach:
-            self._schedule.carry(step, BlockSlice(block), to=self._after)
+            self._builder.compute(step, BlockSlice(block), self._tiles[block])
+        if inner_step < reach:
+            self._builder.send(step, BlockSlice(block), to=self._next)
 
-    def _write_outer(self, turn: int) -> None:
-        """The block that the turn begins with goes to the next group, and the next turn's comes."""
-        start, stop = self._steps.starts[turn], self._steps.starts[turn + 1]
-        here, coming = self._block(turn, 0), self._block(turn + 1, 0)
-        if self._turns.outer_reach[here] > turn:
-            self._schedule.carry(start, BlockSlice(here), to=self._at(self._outer + 1, self._inner), until=stop - 1)
-        if self._turns.outer_reach[coming] > turn:
-            self._schedule.receive(start, BlockSlice(coming), of=self._at(self._outer - 1, self._inner))
+    def _write_outer(self, outer_step: int) -> None:
+        """Sends the first block of this outer step to the next group, and receives that of the next one."""
+        start, stop = self._steps.starts[outer_step], self._steps.starts[outer_step + 1]
+        here, coming = self._block(outer_step, 0), self._block(outer_step + 1, 0)
+        if self._schedule.outer_reach[here] > outer_step:
+            self._builder.send(start, BlockSlice(here), to=self._at(self._outer + 1, self._inner), until=stop - 1)
+        if self._schedule.outer_reach[coming] > outer_step:
+            self._builder.receive(start, BlockSlice(coming), source=self._at(self._outer - 1, self._inner))
 
 
 class _BackwardWriter(_Writer):
-    def __init__(self, travel: CommPattern, rank: int, turns: RingSchedule) -> None:
-        self._steps = BackwardSteps(turns)
-        super().__init__(travel, rank, turns, self._steps.num_steps)
-        self._block_rows = travel.block_rows
+    def __init__(self, pattern: CommPattern, rank: int, schedule: RingSchedule) -> None:
+        self._steps = BackwardSteps(schedule)
+        super().__init__(pattern, rank, schedule, self._steps.num_steps)
+        self._block_rows = pattern.block_rows
 
     def program(self) -> Program:
-        self._schedule.visit_own(self._steps.own, self._tiles.get(self._rank))
+        self._builder.compute_own(self._steps.own, self._tiles.get(self._rank))
         for half in range(2):
-            for turn, length in enumerate(self._turns.lengths):
-                for hop in range(length):
-                    self._write_carried(turn, hop, half)
-                    if turn or hop:
-                        self._write_hop(turn, hop, half)
-                self._write_outer(turn, half)
-                self._write_home(turn, half)
-        return self._schedule.program()
+            for outer_step, length in enumerate(self._schedule.lengths):
+                for inner_step in range(length):
+                    self._write_moving(outer_step, inner_step, half)
+                    if outer_step or inner_step:
+                        self._write_compute(outer_step, inner_step, half)
+                self._write_outer(outer_step, half)
+                self._write_return(outer_step, half)
+        return self._builder.program()
 
-    def _piece(self, block: int, half: int) -> BlockSlice | None:
-        """Half a block; None if there is nothing in it."""
+    def _slice(self, block: int, half: int) -> BlockSlice | None:
+        """Half a block; None if it is empty."""
         rows = halves(self._block_rows[block])[half]
         return BlockSlice(block, rows) if rows else None
 
-    def _write_carried(self, turn: int, hop: int, half: int) -> None:
-        """The half that is here at this hop came from the rank before, and is passed on."""
-        block = self._block(turn, hop)
-        piece, reach = self._piece(block, half), int(self._turns.reach[block, turn])
-        if piece is None:
+    def _write_moving(self, outer_step: int, inner_step: int, half: int) -> None:
+        """Receives a half from the previous rank, and passes it on."""
+        block = self._block(outer_step, inner_step)
+        block_slice, reach = self._slice(block, half), int(self._schedule.reach[block, outer_step])
+        if block_slice is None:
             return
-        if 0 < hop <= reach:
-            self._schedule.receive(self._steps.posted(turn, hop, half), piece, of=self._before)
-        if hop < reach:
-            step = self._steps.posted(turn, hop + 1, half)
-            self._schedule.carry(step, piece, to=self._after, until=max(step, half))
+        if 0 < inner_step <= reach:
+            self._builder.receive(self._steps.send(outer_step, inner_step, half), block_slice, source=self._previous)
+        if inner_step < reach:
+            step = self._steps.send(outer_step, inner_step + 1, half)
+            self._builder.send(step, block_slice, to=self._next, until=max(step, half))
 
-    def _write_hop(self, turn: int, hop: int, half: int) -> None:
-        """Its gradients are added to the sum that came one step before the work, and goes on one step after it."""
-        step, block = self._steps.at(turn, hop, half), self._block(turn, hop)
-        piece, tiles = self._piece(block, half), self._tiles.get(block)
-        if piece is None:
+    def _write_compute(self, outer_step: int, inner_step: int, half: int) -> None:
+        """Adds gradients to the sum, which arrives one step before the work and leaves one step after it."""
+        step, block = self._steps.compute(outer_step, inner_step, half), self._block(outer_step, inner_step)
+        block_slice, tiles = self._slice(block, half), self._tiles.get(block)
+        if block_slice is None:
             return
-        assert piece.rows is not None
-        here = tiles.within(piece.rows, self._travel.column) if tiles else None
+        assert block_slice.rows is not None
+        here = tiles.within(block_slice.rows, self._pattern.column) if tiles else None
         if here:
-            self._schedule.visit(step, piece, here)
-        reach, first = int(self._turns.reach[block, turn]), int(self._turns.first[block, turn])
-        if first < hop <= reach:
-            self._schedule.take_sum(self._steps.at(turn, hop - 1, half) + 1, piece, of=self._before)
-        if first <= hop < reach:
-            self._schedule.give_sum(step + 1, piece, to=self._after)
-        elif hop == reach > 0:
-            self._schedule.give_sum(step + 1, piece, to=self._at(self._outer, self._inner - hop))
+            self._builder.compute(step, block_slice, here)
+        reach, first = int(self._schedule.reach[block, outer_step]), int(self._schedule.first[block, outer_step])
+        if first < inner_step <= reach:
+            before = self._steps.compute(outer_step, inner_step - 1, half) + 1
+            self._builder.receive_return(before, block_slice, source=self._previous)
+        if first <= inner_step < reach:
+            self._builder.send_return(step + 1, block_slice, to=self._next)
+        elif inner_step == reach > 0:
+            self._builder.send_return(step + 1, block_slice, to=self._at(self._outer, self._inner - inner_step))
 
-    def _write_outer(self, turn: int, half: int) -> None:
-        """The block that the turn begins with goes to the next group, and the next turn's comes."""
-        start = self._steps.at(turn, 0, half) if turn else 0
-        here, coming = self._block(turn, 0), self._block(turn + 1, 0)
-        piece = self._piece(here, half)
-        if piece and self._turns.outer_reach[here] > turn:
-            until = self._steps.at(turn + 1, 0, half) - 1
-            self._schedule.carry(start, piece, to=self._at(self._outer + 1, self._inner), until=until)
-        piece = self._piece(coming, half)
-        if piece and self._turns.outer_reach[coming] > turn:
-            self._schedule.receive(start, piece, of=self._at(self._outer - 1, self._inner))
+    def _write_outer(self, outer_step: int, half: int) -> None:
+        """Sends the first block of this outer step to the next group, and receives that of the next one."""
+        start = self._steps.compute(outer_step, 0, half) if outer_step else 0
+        here, coming = self._block(outer_step, 0), self._block(outer_step + 1, 0)
+        block_slice = self._slice(here, half)
+        if block_slice and self._schedule.outer_reach[here] > outer_step:
+            until = self._steps.compute(outer_step + 1, 0, half) - 1
+            self._builder.send(start, block_slice, to=self._at(self._outer + 1, self._inner), until=until)
+        block_slice = self._slice(coming, half)
+        if block_slice and self._schedule.outer_reach[coming] > outer_step:
+            self._builder.receive(start, block_slice, source=self._at(self._outer - 1, self._inner))
 
-    def _write_home(self, turn: int, half: int) -> None:
-        """The sum of what this group added comes to the block's place, and goes home."""
-        guest = self._block(turn, 0)
-        piece, reach = self._piece(guest, half), int(self._turns.reach[guest, turn])
-        if turn and piece and reach >= 0:
+    def _write_return(self, outer_step: int, half: int) -> None:
+        """Collects the sum of what this group added at the block's place, and sends it to the block's rank."""
+        visitor = self._block(outer_step, 0)
+        block_slice, reach = self._slice(visitor, half), int(self._schedule.reach[visitor, outer_step])
+        if outer_step and block_slice and reach >= 0:
             if reach > 0:
                 last = self._at(self._outer, self._inner + reach)
-                self._schedule.take_sum(self._steps.at(turn, reach, half) + 1, piece, of=last)
-            when = self._steps.home(turn, reach, half), self._steps.there(turn, reach, half)
-            self._schedule.give_sum(when[0], piece, to=self._at(self._outer - turn, self._inner), until=when[1])
-        # The same of this rank's own block, seen from home.
-        piece, reach = self._piece(self._rank, half), int(self._turns.reach[self._rank, turn])
-        if piece and (reach > 0 or (turn and reach == 0)):
-            last = self._at(self._outer + turn, self._inner if turn else self._inner + reach)
-            when = self._steps.home(turn, reach, half), self._steps.there(turn, reach, half)
-            self._schedule.take_sum(when[0], piece, of=last, until=when[1])
+                step = self._steps.compute(outer_step, reach, half) + 1
+                self._builder.receive_return(step, block_slice, source=last)
+            leaves, arrives = self._return_steps(outer_step, reach, half)
+            target = self._at(self._outer - outer_step, self._inner)
+            self._builder.send_return(leaves, block_slice, to=target, until=arrives)
+        # The same for this rank's own block, at its end.
+        block_slice, reach = self._slice(self._rank, half), int(self._schedule.reach[self._rank, outer_step])
+        if block_slice and (reach > 0 or (outer_step and reach == 0)):
+            source = self._at(self._outer + outer_step, self._inner if outer_step else self._inner + reach)
+            leaves, arrives = self._return_steps(outer_step, reach, half)
+            self._builder.receive_return(leaves, block_slice, source=source, until=arrives)
+
+    def _return_steps(self, outer_step: int, reach: int, half: int) -> tuple[int, int]:
+        return (
+            self._steps.send_return(outer_step, reach, half),
+            self._steps.wait_return(outer_step, reach, half),
+        )

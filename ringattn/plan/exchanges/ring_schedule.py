@@ -1,4 +1,7 @@
-"""Turns: how far each block of a ring goes, and when; the same on every rank, for one of them or for all as arrays."""
+"""The schedule of a ring: how far each block moves, and in which step; the same on every rank.
+
+A ring of two levels makes *outer steps*, each with several *inner steps*; a plain ring has one outer step.
+"""
 
 from __future__ import annotations
 
@@ -9,94 +12,90 @@ from ringattn.types import Bools, Ints
 
 
 class RingSchedule:
-    """How far each block goes in each turn, and how many hops a turn has.
+    """How far each block moves in each outer step, and how many inner steps that takes.
 
     Args:
-        travel: who needs whose block.
-        num_outer: groups of ranks on the slow axis.
+        pattern: which rank needs which block, and the mesh.
     """
 
-    def __init__(self, travel: CommPattern, num_outer: int) -> None:
-        self.num_outer, self.num_inner = num_outer, travel.world_size // num_outer
-        # [block, turn]: the furthest hop at which it is needed, -1 if at none; the nearest one but its own rank's.
-        self.reach, self.first = _hops(travel.needed, num_outer)
-        turn = np.arange(num_outer)
-        self.outer_reach: Ints = np.where(self.reach >= 0, turn, 0).max(axis=1)
-        self.num_turns = int(self.outer_reach.max()) + 1
-        lengths: Ints = np.maximum(self.reach[:, : self.num_turns].max(axis=0), 0) + 1
+    def __init__(self, pattern: CommPattern) -> None:
+        self.num_outer = pattern.num_outer
+        self.num_inner = pattern.world_size // self.num_outer
+        # [block, outer step]: the last inner step in which a rank needs it, -1 if none does; the first one but its own.
+        self.reach, self.first = _inner_steps(pattern.needed, self.num_outer)
+        outer_step = np.arange(self.num_outer)
+        self.outer_reach: Ints = np.where(self.reach >= 0, outer_step, 0).max(axis=1)
+        self.num_outer_steps = int(self.outer_reach.max()) + 1
+        lengths: Ints = np.maximum(self.reach[:, : self.num_outer_steps].max(axis=0), 0) + 1
         self.lengths: list[int] = lengths.tolist()
 
 
 class ForwardSteps:
-    """The steps of a forward: one for each hop, turn after turn."""
+    """The steps of a forward: one for each inner step, one outer step after the other."""
 
-    def __init__(self, turns: RingSchedule) -> None:
-        self.starts: list[int] = [0, *np.cumsum(turns.lengths).tolist()]
+    def __init__(self, schedule: RingSchedule) -> None:
+        self.starts: list[int] = [0, *np.cumsum(schedule.lengths).tolist()]
         self.num_steps = self.starts[-1]
 
 
 class BackwardSteps:
-    """The steps of a backward: two for each hop, as blocks travel in halves; the own block's at both ends.
+    """The steps of a backward: two for each inner step, since blocks move in halves; those of the own block at both ends.
 
-    So a half's gradients are on their way while the other half is computed, and the last ones go home under the own
-    block's second half. On two levels some of the own group's hops are kept for the end, too, for what goes home over
-    the slow axis to travel under.
+    So the gradients of one half travel while the other is computed, and the last ones return under the second half of
+    the own block. On two levels some inner steps of the own group come last, too, so that returns over the slow axis
+    travel under them.
     """
 
-    def __init__(self, turns: RingSchedule) -> None:
-        self._turns = turns
-        own_turn = range(1, turns.lengths[0])
-        early = len(own_turn) // 2 if turns.num_turns > 1 else len(own_turn)
-        guests = [(turn, hop) for turn in range(1, turns.num_turns) for hop in range(turns.lengths[turn])]
-        hops = [(0, hop) for hop in own_turn[:early]] + guests + [(0, hop) for hop in own_turn[early:]]
-        self._step = {hop: 2 * index + 1 for index, hop in enumerate(hops)}
-        self.own = (0, 2 * len(hops) + 1) if hops else (0, 0)  # in which this rank's own halves are computed
+    def __init__(self, schedule: RingSchedule) -> None:
+        self._schedule = schedule
+        own_group = range(1, schedule.lengths[0])
+        early = len(own_group) // 2 if schedule.num_outer_steps > 1 else len(own_group)
+        others = [
+            (outer, inner) for outer in range(1, schedule.num_outer_steps) for inner in range(schedule.lengths[outer])
+        ]
+        order = [(0, inner) for inner in own_group[:early]] + others + [(0, inner) for inner in own_group[early:]]
+        self._step = {steps: 2 * index + 1 for index, steps in enumerate(order)}
+        self.own = (0, 2 * len(order) + 1) if order else (0, 0)  # in which this rank's own halves are computed
         self.num_steps = self._count()
 
-    def at(self, turn: int, hop: int, half: int) -> int:
-        """Returns the step in which half a block is computed; not that of a rank's own."""
-        return self._step[turn, hop] + half
+    def compute(self, outer: int, inner: int, half: int) -> int:
+        """Returns the step in which half a block is computed; not for a rank's own block."""
+        return self._step[outer, inner] + half
 
-    def posted(self, turn: int, hop: int, half: int) -> int:
+    def send(self, outer: int, inner: int, half: int) -> int:
         """Returns the step in which it is sent there, on the fast axis."""
-        return max(self.at(turn, hop, half) - 2, 0)
+        return max(self.compute(outer, inner, half) - 2, 0)
 
-    def home(self, turn: int, reach: int, half: int) -> int:
-        """Returns the step in which its gradients set out for home, having been furthest at hop `reach`."""
-        return self.at(turn, reach, half) + (2 if turn and reach else 1)
+    def send_return(self, outer: int, reach: int, half: int) -> int:
+        """Returns the step in which its gradients leave for its own rank, their last rank being at inner step `reach`."""
+        return self.compute(outer, reach, half) + (2 if outer and reach else 1)
 
-    def there(self, turn: int, reach: int, half: int) -> int:
-        """Returns the step by whose end they are there: on the slow axis they have a turn's time."""
-        time = 2 * self._turns.lengths[turn] - 1 if turn else 0
-        return min(self.home(turn, reach, half) + time, self.num_steps - 1)
+    def wait_return(self, outer: int, reach: int, half: int) -> int:
+        """Returns the step by whose end they have arrived: on the slow axis they may take a whole outer step."""
+        time = 2 * self._schedule.lengths[outer] - 1 if outer else 0
+        return min(self.send_return(outer, reach, half) + time, self.num_steps - 1)
 
     def _count(self) -> int:
         last = self.own[1]
-        for turn in range(self._turns.num_turns):
-            furthest = int(self._turns.reach[:, turn].max())
-            # The second half last; a shorter way may have one step more than the furthest, but never ends later.
-            if furthest > 0 or (turn and furthest == 0):
-                last = max(last, self.home(turn, furthest, 1))
+        for outer in range(self._schedule.num_outer_steps):
+            furthest = int(self._schedule.reach[:, outer].max())
+            # The second half is last; a shorter path may take one step more than the furthest, but never ends later.
+            if furthest > 0 or (outer and furthest == 0):
+                last = max(last, self.send_return(outer, furthest, 1))
         return last + 1
 
 
-def _hops(needed: Bools, num_outer: int) -> tuple[Ints, Ints]:
+def _inner_steps(needed: Bools, num_outer: int) -> tuple[Ints, Ints]:
     world = len(needed)
-    inner = world // num_outer
+    num_inner = world // num_outer
     rank = np.arange(world)
-    hop = (rank[None, :] % inner - rank[:, None] % inner) % inner
-    turn = (rank[None, :] // inner - rank[:, None] // inner) % num_outer
+    inner = (rank[None, :] % num_inner - rank[:, None] % num_inner) % num_inner
+    outer = (rank[None, :] // num_inner - rank[:, None] // num_inner) % num_outer
     reach = np.full((world, num_outer), -1, dtype=np.int64)
-    first = np.full((world, num_outer), inner, dtype=np.int64)
-    for u in range(num_outer):
-        here = needed & (turn == u)
-        reach[:, u] = np.where(here, hop, -1).max(axis=1)
+    first = np.full((world, num_outer), num_inner, dtype=np.int64)
+    for step in range(num_outer):
+        here = needed & (outer == step)
+        reach[:, step] = np.where(here, inner, -1).max(axis=1)
         others = here & (rank[None, :] != rank[:, None])
-        first[:, u] = np.where(others, hop, inner).min(axis=1)
+        first[:, step] = np.where(others, inner, num_inner).min(axis=1)
     return reach, first
-
-
-def rank_at(turns: RingSchedule, outer: Ints, inner: Ints) -> Ints:
-    """Returns the ranks at these places, counted around both axes; for numbers, and for arrays of them."""
-    found: Ints = outer % turns.num_outer * turns.num_inner + inner % turns.num_inner
-    return found

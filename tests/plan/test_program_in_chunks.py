@@ -34,13 +34,13 @@ def pairs(step: Step, program: Program, batch: int, stays: Sequence[int]) -> lis
     """How often the step computes each pair of this rank's rows, in parts, with the rows of each block."""
     starts = [0, *accumulate(stays)]
     found = [np.zeros((batch, sum(stays), rows), dtype=np.int64) for rows in program.block_rows]
-    for visit in step.visits:
-        held, own = rows_of(visit.piece, program.block_rows), stays[visit.part]
-        shape = (own, len(held)) if program.carried is Payload.KV else (len(held), own)
+    for visit in step.computes:
+        held, own = rows_of(visit.slice, program.block_rows), stays[visit.chunk]
+        shape = (own, len(held)) if program.moving is Payload.KV else (len(held), own)
         counts = tile_counts(visit.tiles, batch, *shape)
-        if program.carried is Payload.Q:
+        if program.moving is Payload.Q_BACKWARD:
             counts = counts.transpose(0, 2, 1)
-        found[visit.piece.block][:, starts[visit.part] : starts[visit.part + 1], held] += counts
+        found[visit.slice.block][:, starts[visit.chunk] : starts[visit.chunk + 1], held] += counts
     return found
 
 
@@ -54,23 +54,23 @@ def test_parts(exchange: Ring | Gather, backward: Phase, data: st.DataObject, wo
     for rank in range(world):
         plan = build_plan(exchange, tuple(built), layout, kv_layout, rank, backward)
         q_rows, kv_rows = (parted(data, held.num_tokens(rank)) for held in (layout, kv_layout))
-        cut = plan.in_parts(q_rows, kv_rows)
+        cut = plan.in_chunks(q_rows, kv_rows)
         for whole, program in ((plan.forward, cut.forward), (plan.backward, cut.backward)):
-            stays, own = (q_rows, kv_rows) if program.carried is Payload.KV else (kv_rows, q_rows)
+            stays, own = (q_rows, kv_rows) if program.moving is Payload.KV else (kv_rows, q_rows)
             runs = [range(*ends) for ends in pairwise(accumulate(own, initial=0))]
             for before, after in zip(whole.steps, program.steps, strict=True):
                 expected = pairs(before, whole, len(built), [sum(stays)])
                 for theirs, ours in zip(expected, pairs(after, program, len(built), stays), strict=True):
                     np.testing.assert_array_equal(theirs, ours)
-                for visit in after.visits:
+                for visit in after.computes:
                     assert visit.tiles
-                    if visit.piece.block == rank and len(own) > 1:
-                        assert visit.piece in [BlockSlice(rank, (run,)) for run in runs]
+                    if visit.slice.block == rank and len(own) > 1:
+                        assert visit.slice in [BlockSlice(rank, (run,)) for run in runs]
 
 
 def test_stripes_meet_stripes() -> None:
     """Queries of one stripe beside keys of all positions would take a tile for each row."""
     layout, (rows,) = gathered_layout_in_parts(striped(64, 4), 1, 4)
     num_rows = [part.total for part in rows]
-    plan = build_plan(Ring(), (causal(),), layout, layout, 0).in_parts(num_rows, num_rows)
-    assert [len(visit.tiles) for visit in plan.forward.visits] == [1] * 16
+    plan = build_plan(Ring(), (causal(),), layout, layout, 0).in_chunks(num_rows, num_rows)
+    assert [len(visit.tiles) for visit in plan.forward.computes] == [1] * 16

@@ -133,13 +133,13 @@ class Program:
                 yield visit
                 return
             for rows in _runs(own):
-                if tiles := visit.tiles.within((rows,), own_column):
+                if tiles := visit.tiles.select((rows,), own_column, renumber=True):
                     yield replace(visit, piece=BlockSlice(rank, (rows,)), tiles=tiles)
 
         def cut(visits: tuple[ComputeTiles, ...]) -> Iterator[ComputeTiles]:
             for whole in visits:
                 for visit, (number, rows) in product(of_own(whole), enumerate(_runs(stays))):
-                    if tiles := visit.tiles.within((rows,), column):
+                    if tiles := visit.tiles.select((rows,), column, renumber=True):
                         yield replace(visit, tiles=tiles, part=number)
 
         return replace(self, steps=tuple(replace(step, visits=tuple(cut(step.visits))) for step in self.steps))

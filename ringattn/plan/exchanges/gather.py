@@ -43,7 +43,7 @@ class Gather:
             for stage, rows in pieces:
                 piece = BlockSlice(source, rows)
                 schedule.receive(stage, piece, of=source)
-                schedule.visit(stage + 1, piece, tiles[source].within(rows, travel.column))
+                schedule.visit(stage + 1, piece, tiles[source].select(rows, travel.column, renumber=True))
                 if backward:
                     schedule.give_sum(stage + 2, piece, to=source, until=min(stage + 3, last))
         for peer, pieces in _pieces(travel.rows_given(rank), lambda peer: (peer - rank) % world, self.stages):

@@ -49,7 +49,7 @@ class ProgramBuilder:
             self.visit(first, BlockSlice(self._rank), tiles)
         elif tiles:
             for step, rows in zip(steps, halves(self._travel.block_rows[self._rank]), strict=True):
-                part = tiles.of_rows(rows, self._travel.column)
+                part = tiles.select(rows, self._travel.column, renumber=False)
                 if part:
                     self.visit(step, BlockSlice(self._rank), part)
 

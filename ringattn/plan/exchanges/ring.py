@@ -156,7 +156,7 @@ class _BackwardWriter(_Writer):
         if piece is None:
             return
         assert piece.rows is not None
-        here = tiles.within(piece.rows, self._travel.column) if tiles else None
+        here = tiles.select(piece.rows, self._travel.column, renumber=True) if tiles else None
         if here:
             self._schedule.visit(step, piece, here)
         reach, first = int(self._turns.reach[block, turn]), int(self._turns.first[block, turn])

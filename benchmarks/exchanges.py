@@ -35,7 +35,7 @@ from benchmarks.wire import device_bytes, over_devices, watched
 from ringattn.attention.autograd import AttentionFunction
 from ringattn.attention.executor import ExecutionPlan
 from ringattn.attention.validate import AttentionCall, plan_call, shape_of
-from ringattn.comm.group import RankMesh, rank_mesh
+from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels import ScoreOptions
 from ringattn.kernels.reference import ReferenceKernel

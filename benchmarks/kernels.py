@@ -73,7 +73,7 @@ def backend_work(kernel: BlockKernel, problem: Problem, tensors: Sequence[Tensor
 
         def forward() -> tuple[Tensor, ...]:
             kernel.forward(q, k, v, tiles, spec, out, lse)
-            return (out[:, tiles.frame.q],)
+            return (out[:, tiles.bounding_box.q],)
 
         return forward
     kernel.forward(q, k, v, tiles, spec, out, lse)
@@ -93,7 +93,7 @@ def rival_work(way: Way, problem: Problem, tensors: Sequence[Tensor]) -> Work:
     q, k, v = (way.pack(x).detach().requires_grad_(problem.backward) for x in tensors[:3])
     if not problem.backward:
         return lambda: (way.attention(q, k, v),)
-    dout = way.pack(tensors[3][:, problem.pattern.tiles.frame.q])
+    dout = way.pack(tensors[3][:, problem.pattern.tiles.bounding_box.q])
     out = way.attention(q, k, v)
     return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 

@@ -156,14 +156,14 @@ def whole(case: Case, tensors: Sequence[Tensor]) -> Attention:
 
 def single_key(tiles: Tiles) -> Tiles:
     """Returns the rows of the tiles, each with the first key that any of them sees."""
-    frame = tiles.frame
+    box = tiles.bounding_box
     unbounded = 1 << 40
-    return Tiles.of(Tile(frame.q.start, frame.q.stop, frame.k.start, frame.k.start + 1, -unbounded, unbounded))
+    return Tiles.of(Tile(box.q.start, box.q.stop, box.k.start, box.k.start + 1, -unbounded, unbounded))
 
 
 def state_bytes(case: Case, tiles: Tiles) -> int:
     """Returns the bytes that a call with a single key must move: the state of its rows in and out, and q (and dout)."""
-    rows = int(tiles.frame.q.stop - tiles.frame.q.start)
+    rows = int(tiles.bounding_box.q.stop - tiles.bounding_box.q.start)
     size = torch.empty(0, dtype=getattr(torch, case.dtype)).element_size()
     inputs = (2 if case.backward else 1) * case.head_dim * size
     # Forward: out and lse, in and out. Backward: dq in and out, lse and delta in.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks import exchanges, network
 from benchmarks.namespaces import PREFIX, Link, Network
 from benchmarks.wire import watched
-from ringattn.comm.group import rank_mesh
+from ringattn.comm.topology import rank_mesh
 from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
 from tests.test_benchmarks import PNG, ROOT, lines

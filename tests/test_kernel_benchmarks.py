@@ -316,8 +316,8 @@ def test_simulated_ring_computes_what_the_dense_call_does(backward: bool) -> Non
     for one in steps:
         for _, tiles in one:
             single = simulated_ring.single_key(tiles)
-            assert single.frame.q == tiles.frame.q
-            assert single.area() == tiles.frame.q.stop - tiles.frame.q.start
+            assert single.bounding_box.q == tiles.bounding_box.q
+            assert single.area() == tiles.bounding_box.q.stop - tiles.bounding_box.q.start
 
 
 @pytest.mark.usefixtures("_hasty")

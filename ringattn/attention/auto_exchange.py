@@ -8,7 +8,8 @@ from typing import Any
 
 from ringattn.attention.calibration import default_model
 from ringattn.attention.validate import AttentionCall, check_call, check_stages, shape_of
-from ringattn.comm.group import RankMesh, agree
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh
 from ringattn.cost.cost_model import CostModel
 from ringattn.cost.select_exchange import EXCHANGES, STAGED, Candidate, Choice, ExchangeProblem, select_exchange
 from ringattn.errors import ArgumentError, ArgumentTypeError

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ringattn.attention.backward_modes import GradBuffers, KeyBlock, QueryBlock
 from ringattn.attention.executor import ExecutionPlan, run_backward, run_forward
 from ringattn.attention.ulysses import ulysses_backward, ulysses_forward
-from ringattn.comm.group import RankMesh
+from ringattn.comm.topology import RankMesh
 from ringattn.plan.plan import Payload
 from ringattn.softmax import AttentionState, sink_gradient
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ringattn.attention.chunked_rows import ROW_DIM, ChunkedRows
-from ringattn.comm.group import RankMesh
 from ringattn.comm.messages import Message, PendingMessage, post
 from ringattn.comm.packet import Field, Packet, size_of
+from ringattn.comm.topology import RankMesh
 from ringattn.plan.plan import BlockSlice, Payload, Program, Step, Transfer
 
 _TAGS = {payload: tag for tag, payload in enumerate(Payload)}

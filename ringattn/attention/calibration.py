@@ -9,8 +9,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ringattn.comm.group import resolve_group
 from ringattn.comm.link_benchmark import measure_neighbour_link
+from ringattn.comm.topology import resolve_group
 from ringattn.cost.cost_model import Compute, CostModel, Link
 from ringattn.cost.timetables import flops_per_pair
 from ringattn.errors import ArgumentError

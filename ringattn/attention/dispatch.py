@@ -11,7 +11,8 @@ from ringattn.attention import operators
 from ringattn.attention.auto_exchange import with_exchange
 from ringattn.attention.autograd import AttentionFunction
 from ringattn.attention.validate import AttentionCall, apply_autocast, mesh_for, plan_call
-from ringattn.comm.group import RankMesh, agree
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh
 
 
 def dispatch(request: AttentionCall, group: object) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 from ringattn.attention.backward_modes import BackwardMode, GradBuffers, KeyBlock, QueryBlock, backward_mode
 from ringattn.attention.block_buffers import BlockBuffers
 from ringattn.attention.chunked_rows import ChunkedRows
-from ringattn.comm.group import RankMesh
+from ringattn.comm.topology import RankMesh
 from ringattn.kernels import BlockKernel, ScoreOptions
 from ringattn.plan.head_parallel import HeadSharding
 from ringattn.plan.head_shards import HeadSlice

@@ -23,7 +23,8 @@ from ringattn.attention.auto_exchange import with_exchange
 from ringattn.attention.executor import ExecutionPlan
 from ringattn.attention.inductor_order import keep_order
 from ringattn.attention.validate import AttentionCall, ExchangePreference, mesh_for, plan_call
-from ringattn.comm.group import agree, mesh_from_name, mesh_name, recall
+from ringattn.comm.agreement import agree, recall
+from ringattn.comm.topology import mesh_from_name, mesh_name
 from ringattn.cost.cost_model import CostModel, parse_cost_model
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.layout import Layout, contiguous, parse_layout, striped, zigzag

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.comm.group import RankMesh, agree, rank_mesh
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.comm.uneven_all_gather import all_gather_mesh_rows
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout

@@ -20,8 +20,8 @@ from ringattn.attention.backward_modes import GradBuffers, KeyBlock, QueryBlock
 from ringattn.attention.chunked_rows import ROW_DIM
 from ringattn.attention.executor import ExecutionPlan, run_backward, run_forward
 from ringattn.comm.all_to_all import AllToAll
-from ringattn.comm.group import RankMesh
 from ringattn.comm.packet import Field, Packet
+from ringattn.comm.topology import RankMesh
 from ringattn.plan.head_parallel import GatheredRows, HeadSharding
 from ringattn.plan.head_shards import HeadShard
 from ringattn.softmax import AttentionState, accumulation_dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.attention.executor import ExecutionPlan
-from ringattn.comm.group import RankMesh, rank_mesh, resolve_group
+from ringattn.comm.topology import RankMesh, rank_mesh, resolve_group
 from ringattn.cost.cost_model import CostModel
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError, check_integer
 from ringattn.geometry.layout import Layout, check_layout, contiguous
@@ -199,14 +199,14 @@ def _shard_heads(
 ) -> tuple[HeadSharding, int, Layout, Layout]:
     """Returns how heads are spread over the last axis, and the rank and layouts that remain for the plan."""
     axis = team.axes[-1]
-    num_groups = team.size // len(axis.members)
-    group = team.rank // len(axis.members)
+    num_groups = team.size // len(axis.ranks)
+    group = team.rank // len(axis.ranks)
     # On a CPU a copy costs more than a call of the kernel, elsewhere it is the other way round.
-    num_parts = len(axis.members) if request.q.device.type == "cpu" else 1
+    num_parts = len(axis.ranks) if request.q.device.type == "cpu" else 1
     layout, q_rows = gathered_layout_in_parts(layout, num_groups, num_parts)
     kv_layout, kv_rows = gathered_layout_in_parts(kv_layout, num_groups, num_parts)
-    stages = shard_heads(request.q.shape[2], request.k.shape[2], len(axis.members), check_stages(request.stages))
-    return HeadSharding(axis.place, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
+    stages = shard_heads(request.q.shape[2], request.k.shape[2], len(axis.ranks), check_stages(request.stages))
+    return HeadSharding(axis.coordinate, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
 
 
 def _exchange(request: AttentionCall, team: RankMesh) -> Exchange:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
-from ringattn.comm.group import agree
+from ringattn.comm.agreement import agree
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.masks import Mask
 from ringattn.kernels import ProblemSpec, ScoreOptions

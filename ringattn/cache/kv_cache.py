@@ -12,8 +12,9 @@ from torch import Tensor
 from ringattn.cache.call_marks import mark_check_on
 from ringattn.cache.pages import PagePools, SlotAllocation
 from ringattn.cache.prefix_cache import PrefixIndex, PrefixMatch
+from ringattn.comm.agreement import agree
 from ringattn.comm.collectives import PersistentCollective
-from ringattn.comm.group import RankMesh, agree, rank_mesh, resolve_group
+from ringattn.comm.topology import RankMesh, rank_mesh, resolve_group
 from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 from ringattn.geometry.layout import Layout, check_layout
 from ringattn.kernels.paged import PageTables

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ringattn.cache.kv_cache import CacheSpec, DistributedKVCache
 from ringattn.cache.pages import PageMove, PagePools
-from ringattn.comm.group import rank_mesh, resolve_group
 from ringattn.comm.messages import Message, post
+from ringattn.comm.topology import rank_mesh, resolve_group
 from ringattn.errors import ArgumentError, DisagreementError
 from ringattn.types import Group
 

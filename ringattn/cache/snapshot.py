@@ -23,7 +23,8 @@ from ringattn.cache.kv_cache import CacheSpec, DistributedKVCache
 from ringattn.cache.page_tables import RankTable
 from ringattn.cache.pages import PageMove, PagePools
 from ringattn.cache.tensor_files import read_tensors, write_tensors
-from ringattn.comm.group import RankMesh, agree, rank_mesh, resolve_group
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh, rank_mesh, resolve_group
 from ringattn.errors import RingAttnError, SnapshotError
 from ringattn.types import Group
 

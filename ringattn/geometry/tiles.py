@@ -73,8 +73,8 @@ class Tiles:
         return len(self.table) > 0
 
     @cached_property
-    def frame(self) -> BoundingBox:
-        """The smallest rectangle around all tiles, and the tiles in its own row numbers."""
+    def bounding_box(self) -> BoundingBox:
+        """The smallest rectangle around all tiles, and the tiles in row numbers that count from its corner."""
         if not len(self.table):
             return BoundingBox(slice(0, 0), slice(0, 0), self)
         q_start, k_start = (int(self.table[:, c].min()) for c in (Q_START, K_START))
@@ -83,28 +83,22 @@ class Tiles:
         inner = Tiles(self.table - shift) if q_start or k_start else self
         return BoundingBox(slice(q_start, q_stop), slice(k_start, k_stop), inner)
 
-    def within(self, rows: Rows, column: int) -> Tiles:
-        """Returns the tiles' pairs in these rows only, renumbered: the rows follow one another from 0.
+    def select(self, rows: Rows, column: int, *, renumber: bool) -> Tiles:
+        """Returns the pairs of the tiles that lie in these rows of one side.
 
         Args:
-            rows: of the one side.
-            column: which side: Q_START or K_START.
+            rows: rows of the side, ascending.
+            column: the side: Q_START for query rows, K_START for key rows.
+            renumber: whether the selected rows are numbered 0, 1, ... in their order, as in a block that holds these
+                rows only; otherwise they keep their numbers.
         """
-        length = np.array([len(r) for r in rows], dtype=np.int64)
-        t, run = self._clipped(rows, column)
-        shift = (np.cumsum(length) - length - np.array([r.start for r in rows], dtype=np.int64))[run]
-        t[:, column : column + 2] += shift[:, None]
-        t[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
-        return _tighten_and_join(t)
-
-    def of_rows(self, rows: Rows, column: int) -> Tiles:
-        """Returns the tiles' pairs in these rows only, numbered as they were.
-
-        Args:
-            rows: of the one side.
-            column: which side: Q_START or K_START.
-        """
-        return _tighten_and_join(self._clipped(rows, column)[0])
+        table, run = self._clipped(rows, column)
+        if renumber:
+            length = np.array([len(r) for r in rows], dtype=np.int64)
+            shift = (np.cumsum(length) - length - np.array([r.start for r in rows], dtype=np.int64))[run]
+            table[:, column : column + 2] += shift[:, None]
+            table[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
+        return _tighten_and_join(table)
 
     def _clipped(self, rows: Rows, column: int) -> tuple[Ints, Ints]:
         """Each tile within each run of rows that it meets: a table, and which run."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ringattn.attention.sharding import IGNORED_LABEL, shard
-from ringattn.comm.group import RankMesh
+from ringattn.comm.topology import RankMesh
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.balance import balanced
 from ringattn.geometry.layout import Layout, check_layout, contiguous, striped, zigzag

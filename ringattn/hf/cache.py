@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ringattn.cache.kv_cache import DistributedKVCache
-from ringattn.comm.group import resolve_group
+from ringattn.comm.topology import resolve_group
 from ringattn.errors import ArgumentError, DisagreementError, check_integer
 from ringattn.geometry.layout import Layout, contiguous
 from ringattn.hf.attention_call import LayerCall

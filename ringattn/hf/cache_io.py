@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.snapshot import load_cache, save_cache
-from ringattn.comm.group import agree, rank_mesh
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import rank_mesh
 from ringattn.errors import SnapshotError
 
 _ROWS = "rows.json"

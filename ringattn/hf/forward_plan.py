@@ -17,7 +17,7 @@ from ringattn.cache.decode import decode_attention
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
 from ringattn.cache.prefill import prefill_attention
-from ringattn.comm.group import RankMesh
+from ringattn.comm.topology import RankMesh
 from ringattn.comm.uneven_all_gather import all_gather_mesh_rows
 from ringattn.geometry.layout import Layout
 from ringattn.hf.attention_call import LayerCall

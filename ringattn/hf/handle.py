@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringattn.attention.sharding import unshard
-from ringattn.comm.group import rank_mesh
+from ringattn.comm.topology import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.hf.attention import NAME

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringattn.attention.auto_attention import context_parallel_attention
-from ringattn.comm.group import rank_mesh
+from ringattn.comm.topology import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, full, key_range

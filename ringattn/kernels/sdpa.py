@@ -79,7 +79,7 @@ class FusedKernel:
         op, v_dim = self._op(q), v.shape[3]
         if not op.takes_mask and (edges := masked_tiles(tiles)):
             _EDGES.forward(q, k, v, edges, spec, out, lse)
-        i, j, tiles = tiles.frame
+        i, j, tiles = tiles.bounding_box
         q, k, v, out, lse = q[:, i], k[:, j], v[:, j], out[:, i], lse[:, :, i]
         inputs = _Inputs(op, _padded(op, q.shape[3], v_dim))
         launches = _launches(tiles, q, op)
@@ -124,7 +124,7 @@ class FusedKernel:
             return
         if not op.takes_mask and (edges := masked_tiles(tiles)):
             _EDGES.backward(dout, q, k, v, lse, delta, edges, spec, dq, dk, dv)
-        i, j, tiles = tiles.frame
+        i, j, tiles = tiles.bounding_box
         dout, q, dq, lse, delta = dout[:, i], q[:, i], dq[:, i], lse[:, :, i], delta[:, :, i]
         k, v, dk, dv = k[:, j], v[:, j], dk[:, j], dv[:, j]
         inputs = _Inputs(op, _padded(op, dim, v_dim + spec.lse_grad))

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from ringattn.comm.group import RankMesh, agree, rank_mesh
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.errors import ArgumentError, CheckpointError
 
 Found = TypeVar("Found")

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ringattn.comm.group import agree, rank_mesh
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import rank_mesh
 from ringattn.errors import ArgumentError, check_integer
 
 

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ringattn.comm.group import agree, rank_mesh
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder
 from ringattn.parallel.expert import MixtureOfExperts

@@ -167,13 +167,13 @@ class Program:
                 yield compute
                 return
             for rows in _consecutive(own):
-                if tiles := compute.tiles.within((rows,), own_column):
+                if tiles := compute.tiles.select((rows,), own_column, renumber=True):
                     yield replace(compute, slice=BlockSlice(rank, (rows,)), tiles=tiles)
 
         def cut(computes: tuple[ComputeTiles, ...]) -> Iterator[ComputeTiles]:
             for whole in computes:
                 for compute, (number, rows) in product(cut_own(whole), enumerate(_consecutive(staying))):
-                    if tiles := compute.tiles.within((rows,), column):
+                    if tiles := compute.tiles.select((rows,), column, renumber=True):
                         yield replace(compute, tiles=tiles, chunk=number)
 
         return replace(self, steps=tuple(replace(step, computes=tuple(cut(step.computes))) for step in self.steps))

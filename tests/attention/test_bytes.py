@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn.attention.validate import AttentionCall, plan_call, shape_of
-from ringattn.comm.group import RankMesh, rank_mesh
+from ringattn.comm.topology import RankMesh, rank_mesh
 from tests.attention.problem import (
     FLAT_WAYS,
     MESH_WAYS,

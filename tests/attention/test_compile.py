@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import ringattn
 from ringattn.attention import autograd
 from ringattn.attention.executor import ExecutionPlan
-from ringattn.comm.group import RankMesh
+from ringattn.comm.topology import RankMesh
 from ringattn.geometry.layout import parse_layout
 from ringattn.geometry.masks import parse_mask
 from tests.attention.problem import FLAT_WAYS, MESH_WAYS, RING, Problem, Way, mesh_of, share_of

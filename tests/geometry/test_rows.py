@@ -49,7 +49,7 @@ def test_tiles_within_rows(found: list[Tile], cuts: list[tuple[int, int]], of_ke
     rows = tuple(run[: max(length - run.start, 0)] for run in rows if run.start < length)
     apart = [Tiles.of(tile) for tile in found]
     for whole in apart:
-        part = whole.within(rows, K_START if of_keys else Q_START)
+        part = whole.select(rows, K_START if of_keys else Q_START, renumber=True)
         counts = tile_counts(whole, 2, 20, 26)
         expected = counts[:, :, spelled(rows)] if of_keys else counts[:, spelled(rows)]
         np.testing.assert_array_equal(tile_counts(part, 2, *expected.shape[1:]), expected)

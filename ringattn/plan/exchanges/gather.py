@@ -60,7 +60,7 @@ class Gather(Exchange):
             for stage, rows in parts:
                 block_slice = BlockSlice(source, rows)
                 builder.receive(stage, block_slice, source=source)
-                builder.compute(stage + 1, block_slice, tiles[source].within(rows, pattern.column))
+                builder.compute(stage + 1, block_slice, tiles[source].select(rows, pattern.column, renumber=True))
                 if returns:
                     builder.send_return(stage + 2, block_slice, to=source, until=min(stage + 3, last))
         for peer, parts in _parts(pattern.rows_sent(rank), lambda peer: (peer - rank) % world, self.stages):

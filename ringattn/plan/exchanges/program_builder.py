@@ -49,7 +49,7 @@ class ProgramBuilder:
             self.compute(first, BlockSlice(self._rank), tiles)
         elif tiles:
             for step, rows in zip(steps, halves(self._pattern.block_rows[self._rank]), strict=True):
-                part = tiles.of_rows(rows, self._pattern.column)
+                part = tiles.select(rows, self._pattern.column, renumber=False)
                 if part:
                     self.compute(step, BlockSlice(self._rank), part)
 

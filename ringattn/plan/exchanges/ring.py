@@ -218,7 +218,7 @@ class _BackwardWriter(_Writer):
         if block_slice is None:
             return
         assert block_slice.rows is not None
-        here = tiles.within(block_slice.rows, self._pattern.column) if tiles else None
+        here = tiles.select(block_slice.rows, self._pattern.column, renumber=True) if tiles else None
         if here:
             self._builder.compute(step, block_slice, here)
         reach, first = int(self._schedule.reach[block, outer_step]), int(self._schedule.first[block, outer_step])

@@ -1,4 +1,4 @@
-"""Groups: which one is meant, and ranks that agree, or all raise the same."""
+"""Agreement: ranks that make the same call go on; otherwise all of them raise the same error."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 import ringattn
-from ringattn.comm import group as group_module
-from ringattn.comm.group import agree, rank_mesh, resolve_group
-from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
-from tests.attention.problem import Problem, solve, whole
+from ringattn.comm import agreement
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh, rank_mesh
+from ringattn.errors import ArgumentError, ArgumentTypeError, DisagreementError, LayoutError
+from tests.attention.problem import Problem, solve
 from tests.harness.cases import layout_case, mask_case
-from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 
-Told = tuple[dict[str, str], int]
+Prepared = tuple[dict[str, str], int]
 PROBLEM = Problem(mask_case("documents&causal"), layout_case("zigzag"), 23, batch=2, heads=4, kv_heads=2)
 
 
@@ -44,115 +43,12 @@ def counted_gathers() -> Iterator[list[object]]:
         dist.all_gather_object = original
 
 
-def check_exact(results: list[dict[str, Tensor]]) -> None:
-    expected = PROBLEM.expected()
-    for name, actual in whole(PROBLEM, results).items():
-        assert_close(actual, getattr(expected, name), atol=1e-10, name=name)
-
-
-# ---- resolve
-
-
-@pytest.mark.parametrize("group", [None, "ring", 3])
-def test_without_torch_distributed(group: object) -> None:
-    with pytest.raises(ArgumentError, match=r"init_process_group\(\) first"):
-        resolve_group(group)
-
-
-def resolve_groups(group: dist.ProcessGroup) -> None:
-    assert resolve_group(group) is group
-    assert resolve_group(None) is dist.group.WORLD
-    for bad in ("ring", 3, [0, 1], torch.distributed, True):
-        with pytest.raises(ArgumentTypeError, match="must be a ProcessGroup, a 1-D DeviceMesh, or None"):
-            resolve_group(bad)
-
-
-def test_resolve(pool: RankPool) -> None:
-    pool.run(resolve_groups, 4)
-
-
-def resolve_meshes(_: dist.ProcessGroup) -> None:
-    line = init_device_mesh("cpu", (4,))
-    found = resolve_group(line)
-    assert (found.rank(), found.size()) == (dist.get_rank(), 4)
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
-    with pytest.raises(ArgumentError, match=r"a mesh of 2 dimensions.*mesh\['ring'\]"):
-        resolve_group(square)
-    ring = resolve_group(square["ring"])
-    assert dist.get_process_group_ranks(ring) == [dist.get_rank() % 2, dist.get_rank() % 2 + 2]
-
-
-def test_resolve_meshes(pool: RankPool) -> None:
-    pool.run(resolve_meshes, 4)
-
-
-def resolve_others(_: dist.ProcessGroup, mesh: bool) -> None:
-    other = DeviceMesh("cpu", [1, 3]) if mesh else dist.new_group([1, 3])
-    if dist.get_rank() in (1, 3):
-        assert resolve_group(other).size() == 2
-    else:
-        with pytest.raises(ArgumentError, match="not a member"):
-            resolve_group(other)
-
-
-def test_groups_of_others_are_refused(pool: RankPool) -> None:
-    pool.run(resolve_others, 4, False)
-
-
-def test_meshes_of_others_are_refused(pool: RankPool) -> None:
-    """Torch's own get_group() fails with a bare IndexError there."""
-    pool.run(resolve_others, 4, True)
-
-
-# ---- groups that do not begin with rank 0
-
-
-def attend_in_subgroup(_: dist.ProcessGroup) -> dict[str, Tensor] | None:
-    group = dist.new_group([1, 3])
-    return solve(group, PROBLEM) if dist.get_rank() in (1, 3) else None
-
-
-def test_attention_in_a_group_of_ranks_1_and_3(pool: RankPool) -> None:
-    results = pool.run(attend_in_subgroup, 4)
-    assert results[0] is results[2] is None
-    check_exact([result for result in results if result is not None])
-
-
-def attend_in_two_groups(_: dist.ProcessGroup) -> dict[str, Tensor]:
-    """Two rings side by side, of ranks [0, 2] and [1, 3], each with its own data."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "other"))
-    return solve(resolve_group(mesh["ring"]), PROBLEM)
-
-
-def test_attention_in_groups_side_by_side(pool: RankPool) -> None:
-    results = pool.run(attend_in_two_groups, 4)
-    check_exact(results[::2])
-    check_exact(results[1::2])
-
-
-def attend_on_a_mesh(_: dist.ProcessGroup) -> Tensor:
-    mesh, layout = init_device_mesh("cpu", (4,)), PROBLEM.layouts(4)[0]
-    q, k, v = (ringattn.shard(x, layout, resolve_group(mesh)) for x in PROBLEM.tensors()[:3])
-    mask = PROBLEM.built_mask()
-    out = ringattn.ring_attention(q, k, v, mesh, mask=mask, layout=layout)
-    assert torch.equal(out, ringattn.ring_attention(q, k, v, None, mask=mask, layout=layout))
-    return out
-
-
-def test_attention_on_a_mesh(pool: RankPool) -> None:
-    outs = [{"out": out} for out in pool.run(attend_on_a_mesh, 4)]
-    check_exact(outs)
-
-
-# ---- agreed
-
-
 class NotOurs(Exception):
     """An error that is none of ours."""
 
 
 def raise_on(group: dist.ProcessGroup, ranks: list[int], kind: type[Exception], message: str) -> None:
-    def prepare() -> Told:
+    def prepare() -> Prepared:
         if group.rank() in ranks:
             raise kind(message)
         return {"what": "this"}, 1
@@ -175,13 +71,13 @@ def test_all_ranks_raising_the_same_name_no_rank(pool: RankPool) -> None:
     assert {(error.type_name, error.message) for error in errors} == {("LayoutError", "q has 3 rows")}
 
 
-def test_the_first_of_several_is_told(pool: RankPool) -> None:
+def test_the_first_of_several_errors_is_raised(pool: RankPool) -> None:
     errors = pool.expect_error(raise_on, 4, [3, 2], LayoutError, "no")
     assert {error.message for error in errors} == {"on rank 2 of 4: no"}
 
 
 @pytest.mark.parametrize("kind", [NotOurs, ZeroDivisionError, KeyError])
-def test_errors_of_others_are_told_to_all_as_well(pool: RankPool, kind: type[Exception]) -> None:
+def test_errors_of_other_libraries_are_raised_on_all_ranks(pool: RankPool, kind: type[Exception]) -> None:
     errors = pool.expect_error(raise_on, 3, [1], kind, "oops")
     assert {error.type_name for error in errors} == {"RingAttnError"}
     assert len({error.message for error in errors}) == 1
@@ -216,18 +112,18 @@ def test_disagreement_names_every_ranks_value(pool: RankPool, values: list[str])
 
 
 def disagree_on_names(group: dist.ProcessGroup) -> None:
-    told = {"a": "1"} if group.rank() == 0 else {"a": "1", "b": "2"}
-    agree(rank_mesh(group), ("names",), lambda: (told, 1))
+    fingerprint = {"a": "1"} if group.rank() == 0 else {"a": "1", "b": "2"}
+    agree(rank_mesh(group), ("names",), lambda: (fingerprint, 1))
 
 
-def test_a_name_that_only_some_ranks_tell_is_a_disagreement(pool: RankPool) -> None:
+def test_a_name_that_only_some_ranks_have_is_a_disagreement(pool: RankPool) -> None:
     errors = pool.expect_error(disagree_on_names, 2)
     assert {error.type_name for error in errors} == {"DisagreementError"}
     assert all("disagree on b" in error.message for error in errors)
 
 
 def remember(group: dist.ProcessGroup) -> list[int]:
-    """How often ranks talk: for a first call, for the same again, for another, for one without a key twice."""
+    """The gathers of: a first call, the same again, another, the first again, two without a signature."""
     talks = []
     for key in ("a", "a", "b", "a", None, None):
         with counted_gathers() as calls:
@@ -247,7 +143,7 @@ def test_ranks_that_agreed_talk_no_more(pool: RankPool, world: int) -> None:
 def prepare_once(group: dist.ProcessGroup) -> int:
     prepared = []
 
-    def prepare() -> Told:
+    def prepare() -> Prepared:
         prepared.append(1)
         return {}, 1
 
@@ -262,11 +158,11 @@ def test_arguments_are_checked_once(pool: RankPool, world: int) -> None:
 
 
 def fail_then_succeed(group: dist.ProcessGroup) -> list[int]:
-    """What went wrong is not remembered: the next call of the signature compares notes again."""
+    """A failure is not stored: the next call of the signature compares the ranks again."""
     talks = []
     for fails in (True, True, False, False):
 
-        def prepare(fails: bool = fails) -> Told:
+        def prepare(fails: bool = fails) -> Prepared:
             if fails and group.rank() == 0:
                 raise LayoutError("not yet")
             return {}, 1
@@ -283,7 +179,7 @@ def test_failures_are_not_remembered(pool: RankPool) -> None:
 
 def forget(group: dist.ProcessGroup) -> list[int]:
     """Talks for: many signatures, a recent one, the one used in between, one long unused."""
-    limit = group_module._MAX_AGREEMENTS
+    limit = agreement._MAX_AGREEMENTS
     talks = []
     for keys in (range(limit), [0], [limit], [0], [limit - 1], [1]):
         with counted_gathers() as calls:
@@ -294,7 +190,7 @@ def forget(group: dist.ProcessGroup) -> list[int]:
 
 
 def test_memory_is_bounded_and_forgets_what_was_longest_unused(pool: RankPool) -> None:
-    limit = group_module._MAX_AGREEMENTS
+    limit = agreement._MAX_AGREEMENTS
     assert pool.run(forget, 2) == [[limit, 0, 1, 0, 0, 1]] * 2
 
 
@@ -312,7 +208,7 @@ def test_attention_talks_no_more_after_the_first_call(pool: RankPool) -> None:
 
 
 def groups_are_apart(_: dist.ProcessGroup) -> list[int]:
-    """Agreement is of one group: another of the same ranks compares notes itself."""
+    """Two groups of the same ranks store their agreements apart."""
     groups = [dist.new_group([0, 1, 2, 3]) for _ in range(2)]
     talks = []
     for group in groups:
@@ -339,5 +235,65 @@ def forget_group(_: dist.ProcessGroup) -> bool:
 
 
 def test_a_destroyed_group_is_not_kept_alive(pool: RankPool) -> None:
-    """What ranks agreed on must not hold the group that it is remembered under."""
+    """A stored agreement must not hold a reference to the group under which it is stored."""
     assert pool.run(forget_group, 4) == [True] * 4
+
+
+# ---- meshes
+
+
+def wrong_on_one_rank(group: dist.ProcessGroup, wrong: str, operation: str) -> tuple[str, str]:
+    """All ranks of a mesh raise the same error, though each talks to its row and column only; then a call works."""
+    axes = ("ring", "ulysses") if operation == "hybrid" else ("outer", "inner")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=axes)
+    call = getattr(ringattn, f"{operation}_attention")
+    last = group.rank() == 3
+    x = torch.randn(1, 4, 2, 4)
+    q = x
+    options: dict[str, object]
+    if wrong == "rows":
+        q, options = torch.randn(1, 5, 2, 4) if last else x, {"layout": ringattn.contiguous(16, 4)}
+    elif wrong == "scale":
+        options = {"scale": 0.5 if last else 0.25}
+    else:
+        options = {"stages": 0 if last else 1}
+    with pytest.raises(ringattn.RingAttnError) as caught:
+        call(q, x, x, mesh, **options)
+    assert call(x, x, x, mesh).shape == x.shape
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "error", "message"),
+    [
+        ("ring", "rows", LayoutError, "on rank 3 of 4: q has 5 rows"),
+        ("hybrid", "rows", LayoutError, "on rank 3 of 4: q has 5 rows"),
+        (
+            "ring",
+            "scale",
+            DisagreementError,
+            "disagree on scale (rank 0: 0.25; rank 1: 0.25; rank 2: 0.25; rank 3: 0.5)",
+        ),
+        ("hybrid", "stages", ArgumentError, "on rank 3 of 4: stages=0: must be an integer of 1 or more"),
+    ],
+)
+def test_all_ranks_of_a_mesh_raise(
+    pool: RankPool, operation: str, wrong: str, error: type[Exception], message: str
+) -> None:
+    for kind, text in pool.run(wrong_on_one_rank, 4, wrong, operation):
+        assert kind == error.__name__
+        assert message in text
+
+
+def agree_on_meshes(group: dist.ProcessGroup) -> int:
+    """X."""
+    first, second = (init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")) for _ in range(2))
+    meshes = [rank_mesh(first), RankMesh((rank_mesh(first).axes[0], rank_mesh(second).axes[1]))]
+    made = []
+    for mesh in (*meshes, *meshes):
+        agree(mesh, "together", lambda: made.append(1) or ({}, 1))  # type: ignore[func-returns-value]
+    return len(made)
+
+
+def test_meshes_do_not_share_agreements(pool: RankPool) -> None:
+    assert pool.run(agree_on_meshes, 4) == [2] * 4

@@ -23,7 +23,6 @@ from ringattn.cache.prefill import prefill_attention
 from ringattn.cache.resharding import reshard
 from ringattn.cache.snapshot import load_cache, save_cache
 from ringattn.cost.cost_model import Compute, CostModel, Link
-from ringattn.cost.select_exchange import Choice
 from ringattn.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -40,6 +39,8 @@ from ringattn.errors import (
 from ringattn.geometry.balance import balanced
 from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
 from ringattn.geometry.masks import Mask, causal, chunked, documents, full, key_range, prefix_lm, sliding_window
+from ringattn.plan.exchanges import Gather, Ring, Ulysses
+from ringattn.plan.select_exchange import Choice
 
 __version__ = "0.1.0"
 
@@ -53,15 +54,18 @@ __all__ = [
     "CostModel",
     "DisagreementError",
     "DistributedKVCache",
+    "Gather",
     "Layout",
     "LayoutError",
     "Link",
     "Mask",
     "MaskError",
     "OutOfPagesError",
+    "Ring",
     "RingAttnError",
     "SequenceError",
     "SnapshotError",
+    "Ulysses",
     "balanced",
     "causal",
     "chunked",

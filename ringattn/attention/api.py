@@ -1,14 +1,54 @@
-"""The public operations: what each promises. What was asked for is checked in request.py, and run by executor.py."""
+"""The public functions: aliases of `attention`, which runs any exchange."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.attention.dispatch import dispatch
 from ringattn.attention.validate import AttentionCall
+from ringattn.cost.cost_model import CostModel
 from ringattn.geometry.layout import Layout
+from ringattn.plan.exchanges import Exchange
+from ringattn.score import Score
 from ringattn.types import Group, Masks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def attention(
+    operation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group,
+    exchange: Exchange | str,
+    score: Score,
+    *,
+    mask: Masks,
+    layout: Layout | None,
+    kv_layout: Layout | None,
+    backend: str | None,
+    stages: int | None = None,
+    model: CostModel | None = None,
+    returns_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of attention over the ranks of a group, by any exchange.
+
+    Args:
+        operation: the public function, for messages.
+        q, k, v, group, mask, layout, kv_layout, backend: as in `ring_attention`.
+        exchange: a value, or a name.
+        score: scale, softcap, sink.
+        stages, model: as in `context_parallel_attention`.
+        returns_lse: whether the caller gets lse.
+    """
+    call = AttentionCall(
+        operation, q, k, v, score, mask, layout, kv_layout, backend, exchange, stages, model, returns_lse
+    )
+    return dispatch(call, group)
 
 
 def ring_attention(
@@ -61,8 +101,10 @@ def ring_attention(
         theirs.
     Source: Liu et al. 2023, arXiv:2310.01889; the ring of rings Gu et al. 2024, arXiv:2406.18485.
     """
-    request = AttentionCall("ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend)
-    return dispatch(request, group)[0]
+    return attention(
+        "ring_attention", q, k, v, group, "ring", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend,
+    )[0]  # fmt: skip
 
 
 def ring_attention_with_lse(
@@ -87,10 +129,10 @@ def ring_attention_with_lse(
         out, (B, S_local, H, Dv) in q.dtype, and lse, (B, H, S_local), natural log, fp32 (float64 for float64);
         lse takes in the sink, and is -inf for rows that attend to nothing.
     """
-    request = AttentionCall(
-        "ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, returns_lse=True
-    )
-    return dispatch(request, group)
+    return attention(
+        "ring_attention", q, k, v, group, "ring", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, returns_lse=True,
+    )  # fmt: skip
 
 
 def gather_attention(
@@ -125,8 +167,10 @@ def gather_attention(
         those rows back in the accumulation dtype; or the like for queries, where that is fewer bytes.
     Source: the all-gather of Llama 3, Dubey et al. 2024, arXiv:2407.21783, less what is not needed.
     """
-    request = AttentionCall("gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return dispatch(request, group)[0]
+    return attention(
+        "gather_attention", q, k, v, group, "gather", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages,
+    )[0]  # fmt: skip
 
 
 def gather_attention_with_lse(
@@ -151,10 +195,10 @@ def gather_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    request = AttentionCall(
-        "gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
-    )
-    return dispatch(request, group)
+    return attention(
+        "gather_attention", q, k, v, group, "gather", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages, returns_lse=True,
+    )  # fmt: skip
 
 
 def ulysses_attention(
@@ -189,10 +233,10 @@ def ulysses_attention(
         of replicated kv heads in the accumulation dtype).
     Source: Jacobs et al. 2023, arXiv:2309.14509.
     """
-    request = AttentionCall(
-        "ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages
-    )
-    return dispatch(request, group)[0]
+    return attention(
+        "ulysses_attention", q, k, v, group, "ulysses", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages,
+    )[0]  # fmt: skip
 
 
 def ulysses_attention_with_lse(
@@ -217,10 +261,10 @@ def ulysses_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    request = AttentionCall(
-        "ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
-    )
-    return dispatch(request, group)
+    return attention(
+        "ulysses_attention", q, k, v, group, "ulysses", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages, returns_lse=True,
+    )  # fmt: skip
 
 
 def hybrid_attention(
@@ -254,8 +298,10 @@ def hybrid_attention(
     Communication: that of `ulysses_attention` along the one axis, and that of `ring_attention` along the other.
     Source: Fang and Zhao 2024, arXiv:2405.07719.
     """
-    request = AttentionCall("hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return dispatch(request, mesh)[0]
+    return attention(
+        "hybrid_attention", q, k, v, mesh, "hybrid", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages,
+    )[0]  # fmt: skip
 
 
 def hybrid_attention_with_lse(
@@ -280,7 +326,7 @@ def hybrid_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    request = AttentionCall(
-        "hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
-    )
-    return dispatch(request, mesh)
+    return attention(
+        "hybrid_attention", q, k, v, mesh, "hybrid", Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages, returns_lse=True,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The public operation that chooses an exchange by its predicted time, and what explains the choice."""
+"""The public function that takes any exchange, or chooses one by its predicted time; and what explains the choice."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ringattn.attention.api import attention
 from ringattn.attention.auto_exchange import choose_exchange
-from ringattn.attention.dispatch import dispatch
-from ringattn.attention.validate import (
-    AUTO,
-    AttentionCall,
-    ExchangePreference,
-    check_tensors,
-    layouts_of,
-    mesh_for,
-    shape_of,
-)
+from ringattn.attention.validate import AUTO, AttentionCall, check_tensors, layouts_of, mesh_for, spec_of
 from ringattn.cost.cost_model import CostModel
-from ringattn.cost.select_exchange import Choice, ExchangeProblem
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import normalize_masks
+from ringattn.plan.exchanges import Exchange
+from ringattn.plan.select_exchange import Choice, ExchangeProblem
+from ringattn.score import Score
 from ringattn.types import Group, Masks
 
 
@@ -32,7 +26,7 @@ def context_parallel_attention(
     v: Tensor,
     group_or_mesh: Group = None,
     *,
-    exchange: str = "auto",
+    exchange: Exchange | str = "auto",
     stages: int | None = None,
     model: CostModel | None = None,
     mask: Masks = None,
@@ -43,18 +37,19 @@ def context_parallel_attention(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of this rank's queries over the keys/values of all ranks, by the exchange that is predicted fastest.
+    """Attention of this rank's queries over the keys/values of all ranks, by any exchange or the fastest by prediction.
 
-    On the first call of a signature the time of each exchange is predicted from its plan's bytes, messages and work,
-    forward and, where gradients are wanted, backward. Nothing is measured. Later calls of that signature take what was
-    chosen. The result, its gradients and the way of calling are those of `ring_attention`.
+    On the first call of a signature the least time of each exchange follows from the bytes, messages and work of its
+    plan, forward and, where gradients are wanted, backward. Nothing is measured. Later calls of that signature take the
+    same exchange. The result, its gradients and the way of calling are those of `ring_attention`.
 
     Args are those of `ring_attention`, but for these. `group_or_mesh` is a ProcessGroup, a 1-D DeviceMesh, or
     None for the default group, for one of "ring", "gather" and "ulysses"; or a 2-D DeviceMesh, the slow axis
-    first, for "double ring" or "hybrid". `exchange` is "auto", or one of these names, which is then the only
-    one looked at. `stages` is how many a staged exchange has ("gather", "ulysses", "hybrid"); None lets it be
-    chosen, too. `model` has the links, compute and memory to predict by, the same on all ranks; None is
-    constants by the type of device, as in `attention.models.default_model`.
+    first, for "double ring" or "hybrid". `exchange` is "auto"; or one of these names, which is then the only one
+    considered; or a value, Ring(), Gather(stages=n), Ulysses(stages=n, then=Ring()), which is taken as it is. `stages`
+    is the number of stages of a named exchange ("gather", "ulysses", "hybrid"); None lets it be chosen, too.
+    `model` has the links, compute and memory to predict by, the same on all ranks; None is constants by the type of
+    device, as in `attention.calibration.default_model`.
 
     Returns:
         (B, S_local, H, Dv) in q.dtype, as in `ring_attention`.
@@ -63,22 +58,10 @@ def context_parallel_attention(
         DisagreementError: when the ranks do not ask for the same, the model and the choice included.
     Communication: that of the exchange which is chosen; `explain` tells which.
     """
-    request = AttentionCall(
-        AUTO,
-        q,
-        k,
-        v,
-        mask,
-        layout,
-        kv_layout,
-        scale,
-        softcap,
-        sink,
-        backend,
-        stages,
-        asked=ExchangePreference(exchange, model),
-    )
-    return dispatch(request, group_or_mesh)[0]
+    return attention(
+        AUTO, q, k, v, group_or_mesh, exchange, Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages, model=model,
+    )[0]  # fmt: skip
 
 
 def context_parallel_attention_with_lse(
@@ -87,7 +70,7 @@ def context_parallel_attention_with_lse(
     v: Tensor,
     group_or_mesh: Group = None,
     *,
-    exchange: str = "auto",
+    exchange: Exchange | str = "auto",
     stages: int | None = None,
     model: CostModel | None = None,
     mask: Masks = None,
@@ -105,11 +88,10 @@ def context_parallel_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    asked = ExchangePreference(exchange, model)
-    request = AttentionCall(
-        AUTO, q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True, asked=asked
-    )
-    return dispatch(request, group_or_mesh)
+    return attention(
+        AUTO, q, k, v, group_or_mesh, exchange, Score(scale, softcap, sink),
+        mask=mask, layout=layout, kv_layout=kv_layout, backend=backend, stages=stages, model=model, returns_lse=True,
+    )  # fmt: skip
 
 
 def explain(
@@ -139,12 +121,12 @@ def explain(
         ArgumentError: as in `context_parallel_attention`.
     Communication: none.
     """
-    request = AttentionCall("explain", q, k, v, mask, layout, kv_layout, None, None, None, None)
     mesh = _shape(group_or_mesh)
     check_tensors(q, k, v, None)
     if mesh is None:
-        team = mesh_for(AUTO, group_or_mesh)
-        mesh, layouts = team.shape, layouts_of(request, team)
+        ranks = mesh_for(AUTO, exchange, group_or_mesh)
+        call = AttentionCall("explain", q, k, v, Score(), mask, layout, kv_layout, None, exchange)
+        mesh, layouts = ranks.shape, layouts_of(call, ranks)
     else:
         size = prod(mesh)
         queries = contiguous(q.shape[1] * size, size) if layout is None else check_layout(layout, "layout", size)
@@ -152,8 +134,8 @@ def explain(
         layouts = queries, keys
     grads = [torch.is_grad_enabled() and t.requires_grad for t in (q, k, v)]
     wanted = grads[0], grads[1] or grads[2]
-    setting = ExchangeProblem(shape_of(q, k, v), normalize_masks(mask, q.shape[0]), *layouts, mesh, wanted)
-    return choose_exchange(setting, q.device.type, exchange, stages, model)
+    problem = ExchangeProblem(spec_of(q, k, v).shape, normalize_masks(mask, q.shape[0]), *layouts, mesh, wanted)
+    return choose_exchange(problem, q.device.type, exchange, stages, model)
 
 
 def _shape(mesh: object) -> tuple[int, ...] | None:

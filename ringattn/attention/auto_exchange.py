@@ -1,68 +1,62 @@
-"""Which exchange a call gets that leaves it open: predicted once per signature, and agreed on."""
+"""The exchange of a call: the one that it names, or the one with the least predicted time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
 
 from ringattn.attention.calibration import default_model
-from ringattn.attention.validate import AttentionCall, check_call, check_stages, shape_of
-from ringattn.comm.agreement import agree
+from ringattn.attention.execution_plan import ExecutionPlan
+from ringattn.attention.validate import AUTO, AttentionCall, ValidatedCall, check_call, make_exchange, plan_call
 from ringattn.comm.topology import RankMesh
 from ringattn.cost.cost_model import CostModel
-from ringattn.cost.select_exchange import EXCHANGES, STAGED, Candidate, Choice, ExchangeProblem, select_exchange
-from ringattn.errors import ArgumentError, ArgumentTypeError
-
-_OPERATIONS = {name: f"{name}_attention" for name in EXCHANGES} | {"double ring": "ring_attention"}
-
-
-def with_exchange(
-    request: AttentionCall, team: RankMesh, ask: Callable[[RankMesh, Hashable, Any], Candidate] = agree
-) -> AttentionCall:
-    """Returns the request with the exchange that is chosen for it; as it is, if it names one.
-
-    Args:
-        request: the call.
-        team: its ranks.
-        ask: `agree`, or `recalled` where nothing may be sent.
-    """
-    if request.asked is None:
-        return request
-    chosen = ask(team, request.signature(), lambda: _select(request, team))
-    return replace(request, operation=_OPERATIONS[chosen.exchange], stages=chosen.stages, asked=None)
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
+from ringattn.plan.exchanges import EXCHANGES, Exchange
+from ringattn.plan.select_exchange import Choice, ExchangeProblem, select_exchange
 
 
-def _select(request: AttentionCall, team: RankMesh) -> tuple[Mapping[str, str], Candidate]:
-    """Returns what the ranks must agree on, and the exchange."""
-    found, asked = check_call(request, team), request.asked
-    assert asked is not None
-    sizes = shape_of(request.q, request.k, request.v)
-    setting = ExchangeProblem(sizes, found.masks, found.layout, found.kv_layout, team.shape, found.wanted)
-    choice = choose_exchange(setting, request.q.device.type, asked.exchange, request.stages, asked.model)
+def prepare(call: AttentionCall, mesh: RankMesh) -> tuple[Mapping[str, str], ExecutionPlan]:
+    """Checks a call, and returns what the ranks must have in common and how this rank runs it."""
+    checked = check_call(call, mesh)
+    if call.operation != AUTO or isinstance(call.exchange, Exchange):
+        return checked.fingerprint, plan_call(call, mesh, checked, make_exchange(call))
+    choice = _choose(call, mesh, checked)
     assert choice.chosen is not None
-    told = {"exchange": repr(asked.exchange), "model": repr(choice.model), "the chosen exchange": str(choice.chosen)}
-    return {**found.told, **told}, choice.chosen
+    chosen = {"model": repr(choice.model), "the chosen exchange": str(choice.chosen)}
+    return {**checked.fingerprint, **chosen}, plan_call(call, mesh, checked, choice.chosen.value)
+
+
+def _choose(call: AttentionCall, mesh: RankMesh, checked: ValidatedCall) -> Choice:
+    problem = ExchangeProblem(
+        checked.tensors.shape, checked.masks, checked.layout, checked.kv_layout, mesh.shape, checked.wanted
+    )
+    return choose_exchange(problem, call.q.device.type, call.exchange, call.stages, call.model)
 
 
 def choose_exchange(
-    setting: ExchangeProblem, device_type: str, exchange: object, stages: int | None, model: CostModel | None
+    problem: ExchangeProblem, device_type: str, exchange: object, stages: int | None, model: CostModel | None
 ) -> Choice:
-    """Returns what is chosen, and from what.
+    """Returns the choice for a problem.
 
+    Args:
+        problem: the call.
+        device_type: of its tensors, for the constants that model=None means.
+        exchange: a name, or "auto".
+        stages: how many, or None for any of those that are tried.
+        model: links and compute; None is constants.
     Raises:
-        ArgumentError: when an argument is none that there may be, or no exchange can do it.
+        ArgumentError: when an argument is not allowed, or no exchange can run the call.
     """
     if not isinstance(exchange, str) or exchange not in ("auto", *EXCHANGES):
-        raise ArgumentError(f"exchange={exchange!r:.100}: must be 'auto' or one of {', '.join(map(repr, EXCHANGES))}")
+        allowed = ", ".join(map(repr, EXCHANGES))
+        raise ArgumentError(f"exchange={exchange!r:.100}: must be 'auto', one of {allowed}, or a value such as Ring()")
     if stages is not None:
-        check_stages(stages)
-        if stages > 1 and exchange not in ("auto", *STAGED):
+        check_integer("stages", stages, 1)
+        if stages > 1 and exchange != "auto" and not EXCHANGES[exchange].stages:
             raise ArgumentError(f"stages={stages}: exchange={exchange!r} has no stages; pass None or 1")
     if model is not None and not isinstance(model, CostModel):
         raise ArgumentTypeError(f"model={model!r:.100}: must be a CostModel or None, not {type(model).__name__}")
-    choice = select_exchange(setting, default_model(device_type) if model is None else model, exchange, stages)
+    choice = select_exchange(problem, default_model(device_type) if model is None else model, exchange, stages)
     if choice.chosen is None:
-        told = "; ".join(dict.fromkeys(f"{c.exchange}: {c.refusal}" for c in choice.candidates))
-        raise ArgumentError(f"exchange={exchange!r}, stages={stages}: no exchange can do it ({told})")
+        reasons = "; ".join(dict.fromkeys(f"{c.exchange}: {c.refusal}" for c in choice.candidates))
+        raise ArgumentError(f"exchange={exchange!r}, stages={stages}: no exchange can run this call ({reasons})")
     return choice

@@ -1,21 +1,22 @@
-"""A call forward and backward, whatever its exchange; and the one autograd.Function, which is both of them."""
+"""A call forward and backward, by any exchange; and the autograd.Function that joins the two."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.attention.backward_modes import GradBuffers, KeyBlock, QueryBlock
-from ringattn.attention.executor import ExecutionPlan, run_backward, run_forward
+from ringattn.attention.execution_plan import ExecutionPlan
+from ringattn.attention.executor import execute
+from ringattn.attention.movement import Backward, BackwardByQueries, Forward
 from ringattn.attention.ulysses import ulysses_backward, ulysses_forward
 from ringattn.comm.topology import RankMesh
-from ringattn.plan.plan import Payload
-from ringattn.softmax import AttentionState, sink_gradient
+from ringattn.kernels.contract import BackwardQueries, Keys, Queries
+from ringattn.softmax import add_sink_, empty_state, sink_gradient
 
 
 class SavedForward(NamedTuple):
@@ -33,57 +34,71 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
-    job: ExecutionPlan, team: RankMesh, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None
+    plan: ExecutionPlan, mesh: RankMesh, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Runs the plan's forward; see api.ring_attention_with_lse."""
-    q, k, v = (_contiguous_rows(x) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        if job.spread is None:
-            queries = AttentionState.to_nothing(q, v.shape[3])
-            run_forward(job, team, [queries], [KeyBlock(k, v)], sink)
-            _, out, lse = queries
+    """Runs a plan's forward.
+
+    Args:
+        plan: of this rank.
+        mesh: the ranks; all of them call this together.
+        q, k, v: local rows, (B, S, H, D), (B, S_kv, H_kv, D), (B, S_kv, H_kv, Dv).
+        sink: (H,) logits, or None.
+    Returns:
+        out, (B, S, H, Dv) in q.dtype, and lse, (B, H, S) in the accumulation dtype.
+    """
+    q, keys = _contiguous_rows(q), Keys(_contiguous_rows(k), _contiguous_rows(v))
+    with _without_autocast(q):
+        if plan.sharding is not None:
+            out, lse = ulysses_forward(plan, plan.sharding, mesh, q, keys, sink)
         else:
-            out, lse = ulysses_forward(job, job.spread, team, q, KeyBlock(k, v), sink)
+            state = empty_state(q, v.shape[3])
+            movement = Forward(plan.headwise(), [Queries(q)], [state], [keys])
+            execute(plan.compiled(mesh, backward=False), mesh, movement)
+            if sink is not None:
+                add_sink_(state.out, state.lse, sink)
+            out, lse = state
     return out.to(q.dtype), lse
 
 
 def backward(
-    job: ExecutionPlan,
-    team: RankMesh,
+    plan: ExecutionPlan,
+    mesh: RankMesh,
     saved: SavedForward,
     dout: Tensor | None,
     dlse: Tensor | None,
     needed: Sequence[bool],
 ) -> Gradients:
-    """Runs the plan's backward: gradients of what every rank's out and lse contributed.
+    """Runs a plan's backward: the gradients of what every rank's out and lse contributed.
 
     Args:
-        job: the forward's.
-        team: the forward's.
+        plan, mesh: of the forward.
         saved: its inputs and results.
         dout: the gradient of out; None is 0.
         dlse: the gradient of lse; None is 0.
         needed: whose gradients are returned, of (q, k, v, sink); the others are None.
     """
-    q, k, v = (_contiguous_rows(x) for x in saved[:3])
+    q, k, v = saved[:3]
     sink, out, lse = saved[3:]
+    q, keys = _contiguous_rows(q), Keys(_contiguous_rows(k), _contiguous_rows(v))
     dout = torch.zeros_like(out) if dout is None else _contiguous_rows(dout.to(q.dtype))
     delta = _row_dot(dout, out, lse.dtype)
     if dlse is not None:
         delta -= dlse
-    # Where other ranks' queries come, so do their gradients of lse.
-    others_come = job.spread is not None or job.plan.backward.carried is Payload.Q
-    if dlse is not None or (job.returns_lse and others_come):
-        job = replace(job, spec=replace(job.spec, lse_grad=True))
+    # Where other ranks' queries arrive, their gradients of lse do, too.
+    others_arrive = plan.sharding is not None or plan.moves_queries_back
+    lse_grad = dlse is not None or (plan.returns_lse and others_arrive)
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
-    queries, keys = QueryBlock(q, dout, lse, delta), KeyBlock(k, v)
-    with torch.autocast(q.device.type, enabled=False):
-        if job.spread is not None and any(job.wanted):
-            dq, dk, dv = ulysses_backward(job, job.spread, team, queries, keys)
-        elif any(job.wanted):
-            (dq,), ((dk, dv),) = run_backward(job, team, [queries], [keys], GradBuffers.anywhere([queries], [keys]))
+    queries = BackwardQueries(q, dout, lse, delta, lse_grad)
+    with _without_autocast(q):
+        if plan.sharding is not None and any(plan.wanted):
+            dq, dk, dv = ulysses_backward(plan, plan.sharding, mesh, queries, keys)
+        elif any(plan.wanted):
+            kind = BackwardByQueries if plan.moves_queries_back else Backward
+            dq, dk, dv = _gradient_buffers(q, keys, lse.dtype, queries_move=plan.moves_queries_back)
+            movement = kind(plan.headwise(), [queries], [keys], [dq], [(dk, dv)])
+            execute(plan.compiled(mesh, backward=True), mesh, movement)
         dsink = sink_gradient(sink, lse, delta) if sink is not None and needed[3] else None
     return (
         _like_input(dq, q) if needed[0] and dq is not None else None,
@@ -94,16 +109,16 @@ def backward(
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(q, k, v, sink, job, team) -> (out, lse), both differentiable."""
+    """(q, k, v, sink, plan, mesh) -> (out, lse), both differentiable once."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: ExecutionPlan, team: RankMesh
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: ExecutionPlan, mesh: RankMesh
     ) -> tuple[Tensor, Tensor]:
         """Runs `forward`, and saves what `backward` needs."""
         ctx.set_materialize_grads(False)
-        ctx.job, ctx.team = job, team
-        out, lse = forward(job, team, q, k, v, sink)
+        ctx.plan, ctx.mesh = plan, mesh
+        out, lse = forward(plan, mesh, q, k, v, sink)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         return out, lse
 
@@ -113,8 +128,27 @@ class AttentionFunction(torch.autograd.Function):
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Runs `backward`."""
-        found = backward(ctx.job, ctx.team, SavedForward(*ctx.saved_tensors), dout, dlse, ctx.needs_input_grad[:4])
+        found = backward(ctx.plan, ctx.mesh, SavedForward(*ctx.saved_tensors), dout, dlse, ctx.needs_input_grad[:4])
         return *found, None, None
+
+
+def _gradient_buffers(
+    q: Tensor, keys: Keys, dtype: torch.dtype, *, queries_move: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns zeros for dq, dk, dv; those of what moves lie heads before rows in memory, as what is added to them."""
+
+    def zeros(x: Tensor, *, by_head: bool) -> Tensor:
+        if not by_head:
+            return torch.zeros(x.shape, dtype=dtype, device=x.device)
+        return torch.zeros(x.transpose(1, 2).shape, dtype=dtype, device=x.device).transpose(1, 2)
+
+    dk, dv = (zeros(x, by_head=not queries_move) for x in keys[:2])
+    return zeros(q, by_head=queries_move), dk, dv
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from ringattn.comm.link_benchmark import measure_neighbour_link
 from ringattn.comm.topology import resolve_group
 from ringattn.cost.cost_model import Compute, CostModel, Link
-from ringattn.cost.timetables import flops_per_pair
 from ringattn.errors import ArgumentError
 from ringattn.geometry.tiles import Tile, Tiles
 from ringattn.kernels import ProblemSpec, ScoreOptions, select
 from ringattn.plan.payload import AttentionShape
-from ringattn.plan.plan import Phase
+from ringattn.plan.workload import flops_per_pair
 from ringattn.softmax import accumulation_dtype, empty_state
 from ringattn.types import Group
 
@@ -121,8 +120,8 @@ def _measured(
     copied = torch.empty_like(dq)
     works = (partial(forward, 1), partial(forward, rows), partial(backward, rows), partial(copied.copy_, dq))
     launch_s, forward_s, backward_s, copy_s = _fastest(group, [_seconds(group, device, work) for work in works])
-    sizes = AttentionShape(1, heads, heads, head_dim, head_dim, dtype.itemsize, sums.itemsize)
-    flops = [rows * rows * flops_per_pair(sizes, phase) for phase in (Phase.FORWARD, Phase.BACKWARD)]
+    shape = AttentionShape(1, heads, heads, head_dim, head_dim, dtype.itemsize, sums.itemsize)
+    flops = [rows * rows * flops_per_pair(shape, backward=backward) for backward in (False, True)]
     return Compute(flops[0] / forward_s, flops[1] / backward_s, dq.nbytes / copy_s, launch_s)
 
 

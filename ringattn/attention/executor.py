@@ -1,120 +1,23 @@
-"""The executor: runs any plan, forward and backward. There is one."""
+"""The executor: runs any compiled program. There is one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
-from torch.profiler import record_function
-
-from ringattn.attention.backward_modes import BackwardMode, GradBuffers, KeyBlock, QueryBlock, backward_mode
-from ringattn.attention.block_buffers import BlockBuffers
-from ringattn.attention.chunked_rows import ChunkedRows
+from ringattn.attention.compiled_program import CompiledProgram
+from ringattn.attention.instructions import Run
+from ringattn.attention.movement import Movement
+from ringattn.comm.buffer_pool import pool_of
 from ringattn.comm.topology import RankMesh
-from ringattn.kernels import BlockKernel, ScoreOptions
-from ringattn.plan.head_parallel import HeadSharding
-from ringattn.plan.head_shards import HeadSlice
-from ringattn.plan.payload import AttentionShape
-from ringattn.plan.plan import ComputeTiles, Payload, Plan, Program
-from ringattn.softmax import AttentionState, add_sink_
 
 
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """Everything about a call but its tensors: decided once per signature, the plan being this rank's own."""
-
-    plan: Plan
-    spread: HeadSharding | None  # how heads are spread first, if they are: the plan is then one for what comes of it
-    kernel: BlockKernel
-    spec: ScoreOptions
-    head_runs: tuple[HeadSlice, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
-    returns_lse: bool  # whether the caller can see lse, so that gradients of it may come on any rank
-    wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are, so that they must travel
-
-    @property
-    def backward(self) -> Program:
-        """The backward's steps, without those gradients that nobody wants."""
-        program = self.plan.backward
-        return program if self.sums_wanted else program.without_gradients()
-
-    @property
-    def sums_wanted(self) -> bool:
-        """Whether the gradients of what travels in the backward are wanted."""
-        return self.wanted[0 if self.plan.backward.carried is Payload.Q else 1]
-
-    def bytes_sent(self, sizes: AttentionShape) -> tuple[int, int]:
-        """Returns the bytes that this rank sends in (forward, backward).
-
-        Args:
-            sizes: of the tensors.
-        """
-        programs = self.plan.forward, self.backward
-        if self.spread is None:
-            forward, backward = (program.bytes_sent(sizes) for program in programs)
-            return forward, backward if any(self.wanted) else 0
-        forward, backward = self.spread.bytes_sent(sizes, self.wanted)
-        for stage in self.spread.stages:
-            share = stage[self.spread.place]
-            part = sizes.of_heads(len(share.heads), len(share.kv_heads))
-            forward += self.plan.forward.bytes_sent(part)
-            backward += self.backward.bytes_sent(part)
-        return forward, backward if any(self.wanted) else 0
-
-
-def run_forward(
-    job: ExecutionPlan, team: RankMesh, parts: Sequence[AttentionState], keys: Sequence[KeyBlock], sink: Tensor | None
-) -> None:
-    """Lets this rank's queries attend to all keys and the sink, each in the plan's parts: updates their states."""
-    program = job.plan.forward
-    blocks = BlockBuffers(program, team, job.plan.rank, ChunkedRows([part.turned() for part in keys]))
-    for step in program.steps:
-        blocks.begin(step)
-        for visit in step.visits:
-            came = KeyBlock(*blocks.carried(visit.piece)).turned()
-            with record_function(f"ringattn: attend to block {visit.piece.block}"):
-                for run in job.head_runs:
-                    q, out, lse = parts[visit.part].of(run.heads)
-                    job.kernel.forward(q, *came.of(run.kv_heads), visit.tiles, job.spec, out, lse)
-        blocks.end(step)
-    blocks.finish()
-    if sink is not None:
-        for part in parts:
-            add_sink_(part.out, part.lse, sink)
-
-
-def run_backward(
-    job: ExecutionPlan, team: RankMesh, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock], places: GradBuffers
-) -> tuple[Sequence[Tensor], Sequence[KeyBlock]]:
-    """Returns the dq of each part, and the dk, dv, in the accumulation dtype, every rank's share of them summed up.
+def execute(program: CompiledProgram, mesh: RankMesh, movement: Movement) -> None:
+    """Runs a program: the states, or the gradients, of the movement are updated in place.
 
     Args:
-        job: what to run.
-        team: the ranks of its plan.
-        queries: this rank's, in the plan's parts.
-        keys: the same.
-        places: where the gradients of each part are to be.
+        program: of this rank.
+        mesh: the ranks; all of them run theirs together.
+        movement: the tensors, and the kernel call.
+    Communication: the messages of the program.
     """
-    program = job.backward
-    side = backward_mode(program.carried, queries, keys, places)
-    blocks = BlockBuffers(program, team, job.plan.rank, side.own(), side.sums(), side.places())
-    for step in program.steps:
-        blocks.begin(step)
-        for visit in step.visits:
-            with record_function(f"ringattn: gradients of block {visit.piece.block}"):
-                _add_gradients(job, blocks, side, visit)
-        if not job.sums_wanted:
-            blocks.forget_sums()
-        blocks.end(step)
-    home = blocks.home_sums()
-    blocks.finish()
-    return side.gradients(home)
-
-
-def _add_gradients(job: ExecutionPlan, blocks: BlockBuffers, side: BackwardMode, visit: ComputeTiles) -> None:
-    """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
-    came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
-    for run in job.head_runs:
-        (q, dout, lse, delta), keys = side.inputs(came, visit.part, run)
-        dq, (dk, dv) = side.outputs(sums, visit.part, run)
-        job.kernel.backward(dout, q, *keys, lse, delta, visit.tiles, job.spec, dq, dk, dv)
+    run = Run(mesh, movement, pool_of(mesh.axes[0].group), program.num_slots, program.num_messages)
+    for instruction in program.instructions:
+        instruction(run)

@@ -19,39 +19,45 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from ringattn.attention import autograd
-from ringattn.attention.auto_exchange import with_exchange
-from ringattn.attention.executor import ExecutionPlan
+from ringattn.attention.auto_exchange import prepare
+from ringattn.attention.execution_plan import ExecutionPlan
 from ringattn.attention.inductor_order import keep_order
-from ringattn.attention.validate import AttentionCall, ExchangePreference, mesh_for, plan_call
+from ringattn.attention.validate import AttentionCall, mesh_for
 from ringattn.comm.agreement import agree, recall
 from ringattn.comm.topology import mesh_from_name, mesh_name
 from ringattn.cost.cost_model import CostModel, parse_cost_model
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.layout import Layout, contiguous, parse_layout, striped, zigzag
 from ringattn.geometry.masks import Mask, parse_mask
-from ringattn.score import check_number
+from ringattn.plan.exchanges import Exchange, parse_exchange
+from ringattn.score import Score, check_number
 from ringattn.softmax import accumulation_dtype
 from ringattn.types import Masks
 
 
-def traced_attention(request: AttentionCall, group: object) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of a call in a graph that is being made."""
-    scale = None if request.scale is None else check_number("scale", request.scale)
-    softcap = None if request.softcap is None else check_number("softcap", request.softcap)
-    if isinstance(request.stages, bool):
-        raise ArgumentError(f"stages={request.stages!r}: must be an integer of 1 or more")
-    call = _serialize(request, _team_text(request.operation, group))
-    if request.asked is not None:
-        _check_asked(request.asked)
-    found: tuple[Tensor, Tensor] = attention(*request.tensors, call, scale, softcap, request.stages)
+def traced_attention(call: AttentionCall, group: object) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse) of a call in a graph that is being traced."""
+    score = call.score
+    scale = None if score.scale is None else check_number("scale", score.scale)
+    softcap = None if score.softcap is None else check_number("softcap", score.softcap)
+    if isinstance(call.stages, bool):
+        raise ArgumentError(f"stages={call.stages!r}: must be an integer of 1 or more")
+    text = _serialize(call, _mesh_text(call.operation, _exchange_text(call.exchange), group))
+    found: tuple[Tensor, Tensor] = attention(*call.tensors, text, scale, softcap, call.stages)
     return found
 
 
-def _check_asked(asked: ExchangePreference) -> None:
-    if not isinstance(asked.exchange, str):
-        raise ArgumentError(f"exchange={asked.exchange!r}: must be the name of one, or 'auto'")
-    if asked.model is not None and not isinstance(asked.model, CostModel):
-        raise ArgumentTypeError(f"model={asked.model!r}: must be a CostModel or None")
+def _exchange_text(exchange: Exchange | str) -> str:
+    """The name of an exchange, or the text of a value, which has parentheses."""
+    if isinstance(exchange, str):
+        return exchange
+    if isinstance(exchange, Exchange):
+        return exchange.text
+    raise ArgumentError(f"exchange={exchange!r}: must be the name of one, 'auto', or a value such as Ring()")
+
+
+def _exchange_from_text(text: str) -> Exchange | str:
+    return parse_exchange(text) if text.endswith(")") else text
 
 
 # ---- a call as a text
@@ -63,40 +69,38 @@ class _ParsedCall(NamedTuple):
     operation: str
     returns_lse: bool
     gradients: tuple[bool, ...]
-    team: str
+    mesh: str
     backend: str | None
-    asked: ExchangePreference | None
+    exchange: Exchange | str
+    model: CostModel | None
     layout: Layout | None
     kv_layout: Layout | None
     mask: Masks
 
 
-def _serialize(request: AttentionCall, team: str) -> str:
-    """Returns the text of a call. Traced, so that graphs are told apart by what it reads, and by nothing else."""
-    mask, backend = request.mask, request.backend
+def _serialize(call: AttentionCall, mesh: str) -> str:
+    """Returns the text of a call. It is traced, so that graphs are guarded by what it reads, and by nothing else."""
+    mask, backend, model = call.mask, call.backend, call.model
     if backend is not None and not isinstance(backend, str):
         raise ArgumentError(f"backend={backend!r}: must be a name, or None")
+    if model is not None and not isinstance(model, CostModel):
+        raise ArgumentTypeError(f"model={model!r}: must be a CostModel or None")
     if mask is None:
         masks = []
     elif isinstance(mask, Mask):
         masks = ["all", mask.text]
     else:
         masks = ["each", *[row.text for row in mask]]
-    gradients = "".join(["1" if wanted else "0" for wanted in request.require_gradients()])
-    layouts = ["" if layout is None else layout.text for layout in (request.layout, request.kv_layout)]
-    asked = ""
-    if request.asked is not None:
-        model = request.asked.model
-        asked = repr(request.asked.exchange) + "\t" + ("" if model is None else model.text)
-    told = [request.operation, "lse" if request.returns_lse else "", gradients, team, repr(backend), asked]
-    lines = [*told, *layouts, *masks]
-    return "\n".join(lines)
+    gradients = "".join(["1" if wanted else "0" for wanted in call.require_gradients()])
+    layouts = ["" if layout is None else layout.text for layout in (call.layout, call.kv_layout)]
+    choice = [_exchange_text(call.exchange), "" if model is None else model.text]
+    lse = "lse" if call.returns_lse else ""
+    return "\n".join([call.operation, lse, gradients, mesh, repr(backend), *choice, *layouts, *masks])
 
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> _ParsedCall:
-    operation, lse, gradients, team, backend, asked, layout, kv_layout, *masks = text.split("\n")
-    exchange, _, model = asked.partition("\t")
+    operation, lse, gradients, mesh, backend, exchange, model, layout, kv_layout, *masks = text.split("\n")
     mask: Masks = None
     if masks:
         rows = [parse_mask(row) for row in masks[1:]]
@@ -105,9 +109,10 @@ def _parse(text: str) -> _ParsedCall:
         operation,
         bool(lse),
         tuple(wanted == "1" for wanted in gradients),
-        team,
+        mesh,
         literal_eval(backend),
-        ExchangePreference(literal_eval(exchange), parse_cost_model(model) if model else None) if asked else None,
+        _exchange_from_text(exchange),
+        parse_cost_model(model) if model else None,
         parse_layout(layout) if layout else None,
         parse_layout(kv_layout) if kv_layout else None,
         mask,
@@ -115,9 +120,9 @@ def _parse(text: str) -> _ParsedCall:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _team_text(operation: str, group: object) -> str:
-    # While a graph is made, torch shows some objects through a stand-in.
-    return mesh_name(mesh_for(operation, getattr(group, "real_obj", group)))
+def _mesh_text(operation: str, exchange: str, group: object) -> str:
+    # While a graph is traced, torch shows some objects through a stand-in.
+    return mesh_name(mesh_for(operation, _exchange_from_text(exchange), getattr(group, "real_obj", group)))
 
 
 # So that they can be called in a compiled function: numbers to a value, and nothing to trace.
@@ -130,14 +135,14 @@ def _rebuild_call(
     k: Tensor,
     v: Tensor,
     sink: Tensor | None,
-    call: _ParsedCall,
+    parsed: _ParsedCall,
     scale: float | None,
     softcap: float | None,
     stages: int | None,
 ) -> AttentionCall:
     return AttentionCall(
-        call.operation, q, k, v, call.mask, call.layout, call.kv_layout, scale, softcap, sink, call.backend, stages,
-        call.returns_lse, call.gradients, call.asked,
+        parsed.operation, q, k, v, Score(scale, softcap, sink), parsed.mask, parsed.layout, parsed.kv_layout,
+        parsed.backend, parsed.exchange, stages, parsed.model, parsed.returns_lse, parsed.gradients,
     )  # fmt: skip
 
 
@@ -156,11 +161,10 @@ def attention(
     stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a call forward: (out, lse), as in api.ring_attention_with_lse."""
-    request = _rebuild_call(q, k, v, sink, _parse(call), scale, softcap, stages)
-    team = mesh_from_name(_parse(call).team)
-    request = with_exchange(request, team)
-    job = agree(team, request.signature(), lambda: plan_call(request, team))
-    return autograd.forward(job, team, q, k, v, sink)
+    parsed = _parse(call)
+    mesh, rebuilt = mesh_from_name(parsed.mesh), _rebuild_call(q, k, v, sink, parsed, scale, softcap, stages)
+    plan = agree(mesh, rebuilt.signature(), lambda: prepare(rebuilt, mesh))
+    return autograd.forward(plan, mesh, q, k, v, sink)
 
 
 @attention.register_fake
@@ -198,12 +202,11 @@ def attention_backward(
     stages: int | None,
 ) -> list[Tensor]:
     """Runs a call backward: the gradients of those of q, k, v, sink that require them."""
-    request = _rebuild_call(q, k, v, sink, _parse(call), scale, softcap, stages)
-    team = mesh_from_name(_parse(call).team)
-    request = with_exchange(request, team, recall)
-    job: ExecutionPlan = recall(team, request.signature(), lambda: plan_call(request, team))
+    parsed = _parse(call)
+    mesh, rebuilt = mesh_from_name(parsed.mesh), _rebuild_call(q, k, v, sink, parsed, scale, softcap, stages)
+    plan: ExecutionPlan = recall(mesh, rebuilt.signature(), lambda: prepare(rebuilt, mesh))
     saved = autograd.SavedForward(q, k, v, sink, out, lse)
-    found = autograd.backward(job, team, saved, dout, dlse, request.require_gradients())
+    found = autograd.backward(plan, mesh, saved, dout, dlse, rebuilt.require_gradients())
     return [_own_storage(x) for x in found if x is not None]
 
 

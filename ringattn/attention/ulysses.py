@@ -1,253 +1,286 @@
-"""Spreading heads: an all-to-all there, the plan for fewer heads of more rows, an all-to-all back; stage by stage.
+"""Ulysses: an all-to-all to the ranks that compute the heads, a plan for fewer heads of more rows, an all-to-all back.
 
-The next stage's heads are on their way while one is computed, and so are the results of the one before.
+It goes stage by stage: while the heads of one stage are computed, those of the next are under way, and so are the
+results of the one before.
 
-Rows stay in parts as the plan has them: where a part is one rank's, the kernel reads it where it came, and its results
-arise where they leave from, or where they are to be.
+Rows stay in chunks, as the plan has them: where a chunk is the rows of one rank, the kernel reads it in the receive
+buffer, and writes results into the send buffer, or where they belong. On GPUs chunks are concatenated, since a launch
+costs more than a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringattn.attention.backward_modes import GradBuffers, KeyBlock, QueryBlock
-from ringattn.attention.chunked_rows import ROW_DIM
-from ringattn.attention.executor import ExecutionPlan, run_backward, run_forward
+from ringattn.attention.compiled_program import CompiledProgram
+from ringattn.attention.execution_plan import ExecutionPlan
+from ringattn.attention.executor import execute
+from ringattn.attention.movement import Backward, BackwardByQueries, Forward
 from ringattn.comm.all_to_all import AllToAll
 from ringattn.comm.packet import Field, Packet
 from ringattn.comm.topology import RankMesh
+from ringattn.kernels.contract import BackwardQueries, Keys, Queries, State
 from ringattn.plan.head_parallel import GatheredRows, HeadSharding
 from ringattn.plan.head_shards import HeadShard
-from ringattn.softmax import AttentionState, accumulation_dtype
+from ringattn.softmax import accumulation_dtype, add_sink_
+
+ROW_DIM = 2  # the dim of rows, of tensors (B, H, rows, ...)
 
 
 class _HeadTensor(NamedTuple):
-    """A tensor on its way, (B, H, rows, ...), with the rows and heads of queries or of keys.
+    """A tensor that is exchanged, (B, H, rows, ...), with the rows and heads of queries or of keys.
 
-    As a place for what comes back: that is copied into it, or added to it, being sent in its dtype.
+    As an output it takes what comes back: copied, or added, in its dtype.
     """
 
     x: Tensor
     of_keys: bool
     adds: bool = False
 
-    def heads(self, share: HeadShard) -> slice:
-        found = share.kv_heads if self.of_keys else share.heads
+    def heads(self, shard: HeadShard) -> slice:
+        """Returns its heads in a shard."""
+        found = shard.kv_heads if self.of_keys else shard.heads
         return slice(found.start, found.stop)
 
 
 def ulysses_forward(
-    job: ExecutionPlan, spread: HeadSharding, team: RankMesh, q: Tensor, keys: KeyBlock, sink: Tensor | None
+    plan: ExecutionPlan, sharding: HeadSharding, mesh: RankMesh, q: Tensor, keys: Keys, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of this rank's queries, out in the dtype of q, lse in the accumulation dtype."""
-    paths = _HeadExchange(spread, team)
-    there = [_HeadTensor(_turned(q), False), *(_HeadTensor(x, True) for x in keys.turned())]
-    wide = accumulation_dtype(q.dtype)
-    v_dim = keys.v.shape[3]
+    exchange = _HeadExchange(sharding, mesh)
+    sums, v_dim = accumulation_dtype(q.dtype), keys.v.shape[3]
     out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
-    home = [_HeadTensor(_turned(out), False), _HeadTensor(lse, False)]
-    for stage, (q_here, *keys_here) in paths.stages(there, home):
-        share = spread.stages[stage][spread.place]
-        sink_here = None if sink is None else sink[share.heads.start : share.heads.stop]
-        inner = replace(job, head_runs=share.runs())
-        queries = [
-            AttentionState.to_nothing(_turned(x), v_dim, None if out_place is None else _turned(out_place), lse_place)
-            for x, out_place, lse_place in zip(
-                q_here, *(paths.places(stage, index, wide) for index in (0, 1)), strict=True
-            )
-        ]
-        run_forward(inner, paths.inner, queries, _key_blocks(keys_here), sink_here)
-        paths.give(stage, [[_turned(part.out) for part in queries], [part.lse for part in queries]])
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=sums, device=q.device)
+    inputs = [_HeadTensor(_by_head(q), False), *(_HeadTensor(_by_head(x), True) for x in keys[:2])]
+    outputs = [_HeadTensor(_by_head(out), False), _HeadTensor(lse, False)]
+    for stage, (q_chunks, k_chunks, v_chunks) in exchange.stages(inputs, outputs):
+        shard = sharding.stages[stage][sharding.place]
+        queries = [Queries(_by_row(x)) for x in q_chunks]
+        buffers = zip(*(exchange.result_buffers(stage, index, sums) for index in (0, 1)), strict=True)
+        states = [_empty_state(x, v_dim, sums, *pair) for x, pair in zip(q_chunks, buffers, strict=True)]
+        chunks = [Keys(_by_row(k), _by_row(v)) for k, v in zip(k_chunks, v_chunks, strict=True)]
+        movement = Forward(plan.headwise(shard), queries, states, chunks)
+        execute(_compiled(plan, exchange, shard, backward=False), exchange.inner, movement)
+        if sink is not None:
+            for state in states:
+                add_sink_(state.out, state.lse, sink[shard.heads.start : shard.heads.stop])
+        exchange.send_back(stage, [[_by_head(state.out) for state in states], [state.lse for state in states]])
     return out, lse
 
 
 def ulysses_backward(
-    job: ExecutionPlan, spread: HeadSharding, team: RankMesh, queries: QueryBlock, keys: KeyBlock
+    plan: ExecutionPlan, sharding: HeadSharding, mesh: RankMesh, queries: BackwardQueries, keys: Keys
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns this rank's dq, dk, dv, None where they are not wanted."""
-    paths = _HeadExchange(spread, team)
-    wide = queries.lse.dtype
-    there = [_HeadTensor(x, False) for x in queries.turned()] + [_HeadTensor(x, True) for x in keys.turned()]
-    dq = torch.empty_like(queries.q, memory_format=torch.contiguous_format) if job.wanted[0] else None
+    exchange = _HeadExchange(sharding, mesh)
+    sums = queries.lse.dtype
+    inputs = [_HeadTensor(_by_head(x), False) for x in (queries.q, queries.dout)]
+    inputs += [_HeadTensor(x, False) for x in (queries.lse, queries.delta)]
+    inputs += [_HeadTensor(_by_head(x), True) for x in keys[:2]]
+    dq = torch.empty_like(queries.q, memory_format=torch.contiguous_format) if plan.wanted[0] else None
     # Sums over ranks are made in the accumulation dtype, and rounded once.
-    made = partial(torch.zeros_like, dtype=wide) if spread.replicates else torch.empty_like
-    dkv = KeyBlock(*(made(x, memory_format=torch.contiguous_format) for x in keys)) if job.wanted[1] else None
-    home = [_HeadTensor(_turned(dq), False)] if dq is not None else []
-    of_keys = len(home)
-    home += [_HeadTensor(x, True, spread.replicates) for x in dkv.turned()] if dkv is not None else []
-    for stage, came in paths.stages(there, home):
-        inner = replace(job, head_runs=spread.stages[stage][spread.place].runs())
-        parts = [QueryBlock(*tensors).turned() for tensors in zip(*came[:4], strict=True)]
-        keys_here = _key_blocks(came[4:])
-        places = GradBuffers.anywhere(parts, keys_here)
-        if dq is not None:
-            places = places._replace(dq=[_turned_place(x) for x in paths.places(stage, 0, wide)])
-        if dkv is not None:
-            pairs = zip(*(paths.places(stage, of_keys + index, wide) for index in (0, 1)), strict=True)
-            places = places._replace(
-                dkv=[None if k is None or v is None else KeyBlock(k, v).turned() for k, v in pairs]
-            )
-        dq_here, dkv_here = run_backward(inner, paths.inner, parts, keys_here, places)
-        results = [[_turned(x) for x in dq_here]] if dq is not None else []
-        results += [list(x) for x in zip(*(part.turned() for part in dkv_here), strict=True)] if dkv is not None else []
-        paths.give(stage, results)
+    make = partial(torch.zeros_like, dtype=sums) if sharding.replicates else torch.empty_like
+    dkv = [make(x, memory_format=torch.contiguous_format) for x in keys[:2]] if plan.wanted[1] else []
+    outputs = [_HeadTensor(_by_head(dq), False)] if dq is not None else []
+    first_of_keys = len(outputs)
+    outputs += [_HeadTensor(_by_head(x), True, sharding.replicates) for x in dkv]
+    for stage, gathered in exchange.stages(inputs, outputs):
+        shard = sharding.stages[stage][sharding.place]
+        q_chunks = [
+            BackwardQueries(_by_row(q), _by_row(dout), lse, delta, queries.lse_grad)
+            for q, dout, lse, delta in zip(*gathered[:4], strict=True)
+        ]
+        kv_chunks = [Keys(_by_row(k), _by_row(v)) for k, v in zip(*gathered[4:], strict=True)]
+        buffers = [exchange.result_buffers(stage, index, sums) for index in range(len(outputs))]
+        dq_chunks = _zeros([chunk.q for chunk in q_chunks], sums, buffers[0] if dq is not None else None)
+        dk_chunks, dv_chunks = (
+            _zeros([chunk[index] for chunk in kv_chunks], sums, buffers[first_of_keys + index] if dkv else None)
+            for index in (0, 1)
+        )
+        kind = BackwardByQueries if plan.moves_queries_back else Backward
+        gradients = list(zip(dk_chunks, dv_chunks, strict=True))
+        movement = kind(plan.headwise(shard), q_chunks, kv_chunks, dq_chunks, gradients)
+        execute(_compiled(plan, exchange, shard, backward=True), exchange.inner, movement)
+        results = [dq_chunks] * (dq is not None) + [dk_chunks, dv_chunks] * bool(dkv)
+        exchange.send_back(stage, [[_by_head(x) for x in chunks] for chunks in results])
     return dq, *(dkv or (None, None))
 
 
-def _key_blocks(tensors: Sequence[Sequence[Tensor]]) -> list[KeyBlock]:
-    """Keys in parts, of (k, v) in parts as they travel."""
-    return [KeyBlock(*pair).turned() for pair in zip(*tensors, strict=True)]
+def _compiled(plan: ExecutionPlan, exchange: _HeadExchange, shard: HeadShard, *, backward: bool) -> CompiledProgram:
+    return plan.compiled(exchange.inner, shard, backward=backward)
+
+
+def _empty_state(q: Tensor, v_dim: int, dtype: torch.dtype, out: Tensor | None, lse: Tensor | None) -> State:
+    """Returns the state of queries (B, H, rows, D) that have seen no key, in these buffers where there are any."""
+    batch, heads, rows, _ = q.shape
+    if out is None:
+        out_rows = torch.zeros(batch, rows, heads, v_dim, dtype=dtype, device=q.device)
+    else:
+        out_rows = _by_row(out.zero_())
+    if lse is None:
+        lse = torch.empty(batch, heads, rows, dtype=dtype, device=q.device)
+    lse.fill_(-torch.inf)
+    return State(out_rows, lse)
+
+
+def _zeros(like: Sequence[Tensor], dtype: torch.dtype, buffers: Sequence[Tensor | None] | None) -> list[Tensor]:
+    """Returns zeros of these shapes, (B, rows, H, D), in the buffers (B, H, rows, D) where there are any."""
+    found = []
+    for x, buffer in zip(like, buffers or [None] * len(like), strict=True):
+        fresh = torch.zeros(x.shape, dtype=dtype, device=x.device) if buffer is None else _by_row(buffer.zero_())
+        found.append(fresh)
+    return found
 
 
 class _HeadExchange:
-    """The all-to-alls of one call: there, and back."""
+    """The all-to-alls of one call: to the ranks that compute the heads, and back."""
 
-    def __init__(self, spread: HeadSharding, team: RankMesh) -> None:
-        self._spread, self._axis = spread, team.axes[-1]
-        self.inner = RankMesh(team.axes[:-1])
-        self._home: Sequence[_HeadTensor] = ()
-        self._leaving: list[Packet | None] = []
-        self._placed: set[tuple[int, int]] = set()  # (load, rank)
+    def __init__(self, sharding: HeadSharding, mesh: RankMesh) -> None:
+        self._sharding, self._axis = sharding, mesh.axes[-1]
+        self.inner = RankMesh(mesh.axes[:-1])
+        self._outputs: Sequence[_HeadTensor] = ()
+        self._outgoing_packets: list[Packet | None] = []
+        self._written: set[tuple[int, int]] = set()  # (output, rank): results that the kernel wrote where they belong
         self._returning: tuple[int, AllToAll] | None = None
 
     def stages(
-        self, there: Sequence[_HeadTensor], home: Sequence[_HeadTensor]
+        self, inputs: Sequence[_HeadTensor], outputs: Sequence[_HeadTensor]
     ) -> Iterator[tuple[int, list[list[Tensor]]]]:
-        """Yields each stage and its tensors, (B, share's heads, rows, ...), in parts; `home` takes what is given."""
-        self._home = home
-        coming = self._send(0, there)
-        for stage in range(len(self._spread.stages)):
-            came = self._unite(stage, there, coming.wait())
-            if stage + 1 < len(self._spread.stages):
-                coming = self._send(stage + 1, there)
-            self._leaving, self._placed = [], set()
-            yield stage, came
-            del came
+        """Yields each stage and its tensors, (B, heads, rows, ...), in chunks; `outputs` takes the results."""
+        self._outputs = outputs
+        pending = self._send(0, inputs)
+        for stage in range(len(self._sharding.stages)):
+            gathered = self._gather_rows(stage, inputs, pending.wait())
+            if stage + 1 < len(self._sharding.stages):
+                pending = self._send(stage + 1, inputs)
+            self._outgoing_packets, self._written = [], set()
+            yield stage, gathered
+            del gathered
         self._collect()
 
-    def places(self, stage: int, index: int, dtype: torch.dtype) -> list[Tensor | None]:
-        """Returns where the results for `home[index]` are to arise, one for each part; None where they are copied.
+    def result_buffers(self, stage: int, index: int, dtype: torch.dtype) -> list[Tensor | None]:
+        """Returns where the results for `outputs[index]` are written, one for each chunk; None where they are copied.
 
-        Whoever asks makes them there.
+        The caller must write them there.
         """
-        load = self._home[index]
-        if load.x.dtype is not dtype or not all(part.in_place for part in self._unions(load)):
-            return [None] * len(self._unions(load))
-        # What is added at home does not begin there.
+        tensor = self._outputs[index]
+        if tensor.x.dtype is not dtype or not all(chunk.in_place for chunk in self._row_sets(tensor)):
+            return [None] * len(self._row_sets(tensor))
+        # What is added to an output is not written there first.
         found = [
-            None if load.adds and peer == self._spread.place else target
+            None if tensor.adds and peer == self._sharding.place else target
             for peer, target in enumerate(self._targets(stage, index))
         ]
-        self._placed |= {(index, peer) for peer, target in enumerate(found) if target is not None}
+        self._written |= {(index, peer) for peer, target in enumerate(found) if target is not None}
         return found
 
-    def give(self, stage: int, results: Sequence[Sequence[Tensor]]) -> None:
-        """Sends the stage's results, in parts, in the order of `home`, to the ranks whose rows they are."""
+    def send_back(self, stage: int, results: Sequence[Sequence[Tensor]]) -> None:
+        """Sends a stage's results, in chunks, in the order of `outputs`, to the ranks that hold the rows."""
         self._collect()
-        shares, place = self._spread.stages[stage], self._spread.place
-        self._copy_out(stage, results, [peer for peer in range(len(shares)) if peer != place])
-        came = [self._fields(self._home, share, place) for share in shares]
-        trade = AllToAll(self._axis, self._outgoing(stage), came)
+        shards, place = self._sharding.stages[stage], self._sharding.place
+        self._copy_out(stage, results, [peer for peer in range(len(shards)) if peer != place])
+        incoming = [self._fields(self._outputs, shard, place) for shard in shards]
+        pending = AllToAll(self._axis, self._outgoing(stage), incoming)
         self._copy_out(stage, results, [place])
-        self._returning, self._leaving = (stage, trade), []
+        self._returning, self._outgoing_packets = (stage, pending), []
 
     def _copy_out(self, stage: int, results: Sequence[Sequence[Tensor]], peers: Sequence[int]) -> None:
-        """Puts results where they leave from, or belong, unless they have arisen there."""
-        for index, (load, parts) in enumerate(zip(self._home, results, strict=True)):
+        """Copies results to where they are sent from, or belong, unless the kernel wrote them there."""
+        for index, (tensor, chunks) in enumerate(zip(self._outputs, results, strict=True)):
             targets = self._targets(stage, index)
-            for part, peer, places in self._members(load):
-                if peer not in peers or (index, peer) in self._placed:
+            for chunk, peer, places in self._members(tensor):
+                if peer not in peers or (index, peer) in self._written:
                     continue
-                adds = load.adds and peer == self._spread.place
+                adds = tensor.adds and peer == self._sharding.place
                 for rows, held in places:
-                    _copy_or_add(targets[peer][:, :, rows], parts[part][:, :, held], adds)
+                    _copy_or_add(targets[peer][:, :, rows], chunks[chunk][:, :, held], adds)
 
     def _collect(self) -> None:
-        """Puts what was returned last into its place, in the order of ranks."""
+        """Copies the results of the last stage into the outputs, in the order of ranks."""
         if self._returning is None:
             return
-        stage, trade = self._returning
+        stage, pending = self._returning
         self._returning = None
-        for peer, packet in trade.wait().items():
-            for load, x in zip(self._home, packet.tensors, strict=True):
-                _copy_or_add(load.x[:, load.heads(self._spread.stages[stage][peer])], x, load.adds)
+        for peer, packet in pending.wait().items():
+            for tensor, x in zip(self._outputs, packet.tensors, strict=True):
+                _copy_or_add(tensor.x[:, tensor.heads(self._sharding.stages[stage][peer])], x, tensor.adds)
 
     def _targets(self, stage: int, index: int) -> list[Tensor]:
-        """Each rank's rows of this rank's heads: where they leave from; of this rank, where they are to be."""
-        load, share = self._home[index], self._spread.stages[stage][self._spread.place]
-        own = load.x[:, load.heads(share)]
+        """Each rank's rows of this rank's heads: in its outgoing packet; of this rank, in the output."""
+        tensor, shard = self._outputs[index], self._sharding.stages[stage][self._sharding.place]
+        own = tensor.x[:, tensor.heads(shard)]
         return [own if packet is None else packet.tensors[index] for packet in self._outgoing(stage)]
 
     def _outgoing(self, stage: int) -> list[Packet | None]:
-        """The packets in which the stage's results leave."""
-        if not self._leaving:
-            shares, place, device = self._spread.stages[stage], self._spread.place, self._home[0].x.device
-            self._leaving = [
-                None if peer == place else Packet.empty(self._fields(self._home, shares[place], peer), device)
-                for peer in range(len(shares))
+        """The packets in which the stage's results are sent."""
+        if not self._outgoing_packets:
+            shards, place, device = self._sharding.stages[stage], self._sharding.place, self._outputs[0].x.device
+            self._outgoing_packets = [
+                None if peer == place else Packet.empty(self._fields(self._outputs, shards[place], peer), device)
+                for peer in range(len(shards))
             ]
-        return self._leaving
+        return self._outgoing_packets
 
-    def _send(self, stage: int, there: Sequence[_HeadTensor]) -> AllToAll:
-        shares, place = self._spread.stages[stage], self._spread.place
+    def _send(self, stage: int, inputs: Sequence[_HeadTensor]) -> AllToAll:
+        shards, place = self._sharding.stages[stage], self._sharding.place
         packets: list[Packet | None] = []
-        for peer, share in enumerate(shares):
+        for peer, shard in enumerate(shards):
             if peer == place:
                 packets.append(None)
                 continue
-            packet = Packet.empty(self._fields(there, share, place), there[0].x.device)
-            for load, into in zip(there, packet.tensors, strict=True):
-                into.copy_(load.x[:, load.heads(share)])
+            packet = Packet.empty(self._fields(inputs, shard, place), inputs[0].x.device)
+            for tensor, into in zip(inputs, packet.tensors, strict=True):
+                into.copy_(tensor.x[:, tensor.heads(shard)])
             packets.append(packet)
-        return AllToAll(self._axis, packets, [self._fields(there, shares[place], peer) for peer in range(len(shares))])
+        return AllToAll(self._axis, packets, [self._fields(inputs, shards[place], peer) for peer in range(len(shards))])
 
-    def _unite(self, stage: int, there: Sequence[_HeadTensor], came: dict[int, Packet]) -> list[list[Tensor]]:
-        """Puts everybody's rows of this rank's heads together, part by part."""
-        share = self._spread.stages[stage][self._spread.place]
+    def _gather_rows(
+        self, stage: int, inputs: Sequence[_HeadTensor], received: dict[int, Packet]
+    ) -> list[list[Tensor]]:
+        """Gathers the rows of all ranks for this rank's heads, chunk by chunk."""
+        shard = self._sharding.stages[stage][self._sharding.place]
         found = []
-        for index, load in enumerate(there):
-            own = load.x[:, load.heads(share)]
-            parts = []
-            for part in self._unions(load):
-                shape = (*own.shape[:ROW_DIM], part.total, *own.shape[ROW_DIM + 1 :])
-                parts.append(None if part.in_place else own.new_empty(shape))
-            for number, peer, places in self._members(load):
-                x = own if peer == self._spread.place else came[peer].tensors[index]
-                whole = parts[number]
+        for index, tensor in enumerate(inputs):
+            own = tensor.x[:, tensor.heads(shard)]
+            chunks = []
+            for chunk in self._row_sets(tensor):
+                shape = (*own.shape[:ROW_DIM], chunk.total, *own.shape[ROW_DIM + 1 :])
+                chunks.append(None if chunk.in_place else own.new_empty(shape))
+            for number, peer, places in self._members(tensor):
+                x = own if peer == self._sharding.place else received[peer].tensors[index]
+                whole = chunks[number]
                 if whole is None:
-                    parts[number] = x
+                    chunks[number] = x
                     continue
                 for rows, held in places:
                     whole[:, :, held] = x[:, :, rows]
-            found.append([x for x in parts if x is not None])
+            found.append([x for x in chunks if x is not None])
         return found
 
-    def _unions(self, load: _HeadTensor) -> tuple[GatheredRows, ...]:
-        return self._spread.kv_rows if load.of_keys else self._spread.q_rows
+    def _row_sets(self, tensor: _HeadTensor) -> tuple[GatheredRows, ...]:
+        return self._sharding.kv_rows if tensor.of_keys else self._sharding.q_rows
 
-    def _members(self, load: _HeadTensor) -> Iterator[tuple[int, int, tuple[tuple[slice, slice], ...]]]:
-        """Yields each rank's part, its place on the axis, and where its rows are in the part."""
+    def _members(self, tensor: _HeadTensor) -> Iterator[tuple[int, int, tuple[tuple[slice, slice], ...]]]:
+        """Yields each rank's chunk, its place on the axis, and where its rows are in the chunk."""
         peer = 0
-        for number, part in enumerate(self._unions(load)):
-            for places in part.places:
+        for number, chunk in enumerate(self._row_sets(tensor)):
+            for places in chunk.places:
                 yield number, peer, places
                 peer += 1
 
-    def _fields(self, loads: Sequence[_HeadTensor], share: HeadShard, rows_of: int) -> list[Field]:
-        """What goes between two ranks: heads of `share`, rows of the rank at place `rows_of`."""
+    def _fields(self, tensors: Sequence[_HeadTensor], shard: HeadShard, rows_of: int) -> list[Field]:
+        """The packet between two ranks: heads of `shard`, rows of the rank at place `rows_of`."""
         fields = []
-        for load in loads:
-            heads = load.heads(share)
-            rows = [rows for part in self._unions(load) for rows in part.num_rows][rows_of]
-            shape = (load.x.shape[0], heads.stop - heads.start, rows, *load.x.shape[ROW_DIM + 1 :])
-            fields.append(Field(shape, load.x.dtype))
+        for tensor in tensors:
+            heads = tensor.heads(shard)
+            rows = [rows for chunk in self._row_sets(tensor) for rows in chunk.num_rows][rows_of]
+            shape = (tensor.x.shape[0], heads.stop - heads.start, rows, *tensor.x.shape[ROW_DIM + 1 :])
+            fields.append(Field(shape, tensor.x.dtype))
         return fields
 
 
@@ -258,10 +291,11 @@ def _copy_or_add(target: Tensor, x: Tensor, adds: bool) -> None:
         target.copy_(x)
 
 
-def _turned(x: Tensor) -> Tensor:
-    """(B, rows, H, D) as (B, H, rows, D), or back."""
+def _by_head(x: Tensor) -> Tensor:
+    """(B, rows, H, D) as (B, H, rows, D)."""
     return x.transpose(1, 2)
 
 
-def _turned_place(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _turned(x)
+def _by_row(x: Tensor) -> Tensor:
+    """(B, H, rows, D) as (B, rows, H, D)."""
+    return x.transpose(1, 2)

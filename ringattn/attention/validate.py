@@ -1,4 +1,4 @@
-"""Checking what was asked for, once per signature, and deciding how it is run."""
+"""Checking a call once per signature, and planning how it is run."""
 
 from __future__ import annotations
 
@@ -8,59 +8,55 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.attention.executor import ExecutionPlan
+from ringattn.attention.execution_plan import ExecutionPlan, TensorSpec, without_tensors
 from ringattn.comm.topology import RankMesh, rank_mesh, resolve_group
 from ringattn.cost.cost_model import CostModel
-from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError, check_integer
+from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import Mask, normalize_masks
-from ringattn.kernels import BlockKernel, ProblemSpec, ScoreOptions, select
-from ringattn.plan.exchanges import Exchange, Gather, Ring, build_plan, select_backward
+from ringattn.kernels import BlockKernel, ProblemSpec, select
+from ringattn.plan.exchanges import EXCHANGES, Exchange, Ring, Ulysses, build_plan, select_backward
 from ringattn.plan.head_parallel import HeadSharding, gathered_layout_in_parts
-from ringattn.plan.head_shards import all_heads, shard_heads
-from ringattn.plan.payload import AttentionShape
-from ringattn.score import check_number
-from ringattn.softmax import accumulation_dtype
+from ringattn.plan.head_shards import HeadShard
+from ringattn.score import Score
 from ringattn.types import Masks
 
-# The operation whose exchange is chosen.
+# The operation whose exchange may be chosen automatically.
 AUTO = "context_parallel_attention"
-# Operations that spread heads over the last axis, and run a plan along the first, if there are two.
-_SPREADING = ("ulysses_attention", "hybrid_attention")
-_DOUBLE_RING = ("outer", "inner")
-_HYBRID = ("ring", "ulysses")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class ExchangePreference(NamedTuple):
-    """What a choice of the exchange is asked for: one by its name, or "auto"; by which model, None being constants."""
-
-    exchange: str
-    model: CostModel | None
-
-
 @dataclass(frozen=True)
 class AttentionCall:
-    """A call as the user made it, unchecked."""
+    """A call as the user made it, unchecked.
+
+    Args:
+        operation: the public function.
+        q, k, v, mask, layout, kv_layout, backend: its arguments.
+        score: scale, softcap, sink.
+        exchange: a value; or the name of one, which of `AUTO` may be "auto".
+        stages: of an exchange that is given by its name; None lets it be chosen.
+        model: by which `AUTO` predicts; None is constants.
+        returns_lse: whether the caller gets lse.
+        gradients: which of q, k, v, sink require gradients; None asks the tensors.
+    """
 
     operation: str
     q: Tensor
     k: Tensor
     v: Tensor
+    score: Score
     mask: Masks
     layout: Layout | None
     kv_layout: Layout | None
-    scale: float | None
-    softcap: float | None
-    sink: Tensor | None
     backend: str | None
-    stages: int | None = 1  # None lets it be chosen, where the exchange is
+    exchange: Exchange | str
+    stages: int | None = None
+    model: CostModel | None = None
     returns_lse: bool = False
-    gradients: tuple[bool, ...] | None = None  # which of q, k, v, sink require them; None is as they say themselves
-    asked: ExchangePreference | None = None  # of a call whose exchange is chosen
+    gradients: tuple[bool, ...] | None = None
 
     def require_gradients(self) -> tuple[bool, ...]:
         """Returns which of q, k, v, sink require gradients of this call."""
@@ -72,15 +68,19 @@ class AttentionCall:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The tensors: q, k, v, sink."""
-        return self.q, self.k, self.v, self.sink
+        return self.q, self.k, self.v, self.score.sink
 
     def signature(self) -> Hashable | None:
-        """Returns what decides a call apart from its tensors' contents; None if that cannot be told."""
+        """Returns what decides a call apart from the contents of its tensors; None if it is not hashable."""
         mask = tuple(self.mask) if isinstance(self.mask, list) else self.mask
-        options = (mask, self.layout, self.kv_layout, self.scale, self.softcap, self.backend, self.stages, self.asked)
-        tensors = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in self.tensors)
-        gradients = self.require_gradients()
-        key = (self.operation, self.returns_lse, options, tuple(map(type, options)), tensors, gradients)
+        looks: list[object] = []
+        for x in (self.q, self.k, self.v):
+            looks += (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (x,)
+        options = (mask, self.layout, self.kv_layout, self.backend, self.exchange, self.stages, self.model)
+        key = (
+            self.operation, self.returns_lse, options, type(self.stages), *looks, *self.score.signature(),
+            self.require_gradients(),
+        )  # fmt: skip
         try:
             hash(key)
         except TypeError:
@@ -88,157 +88,161 @@ class AttentionCall:
         return key
 
 
-def mesh_for(operation: str, group: object) -> RankMesh:
+def mesh_for(operation: str, exchange: Exchange | str, group: object) -> RankMesh:
     """Returns the ranks that the caller of an operation means.
 
     Raises:
         ArgumentTypeError: when `group` is neither a group nor a mesh.
-        ArgumentError: when the operation does not run on it, or this process is not in it.
+        ArgumentError: when the exchange does not run on it, or this process is not in it.
     """
-    if operation == AUTO:
-        return _mesh_of_any(group)
     if operation == "ring_attention":
-        return rank_mesh(group, _DOUBLE_RING)
-    if operation != "hybrid_attention":
+        return rank_mesh(group, Ring.mesh_axes or ())
+    if operation == "hybrid_attention":
+        return _hybrid_mesh(group)
+    if operation != AUTO:
         return rank_mesh(resolve_group(group))
-    if not isinstance(group, DeviceMesh):
-        raise ArgumentTypeError(f"mesh={group!r:.200}: must be a 2-D DeviceMesh with the axes {_HYBRID}")
-    if group.ndim != 2:
-        raise ArgumentError(f"mesh={group!r}: must have two dims, with the axes {_HYBRID}, not {group.ndim}")
-    return rank_mesh(group, _HYBRID)
-
-
-def _mesh_of_any(group: object) -> RankMesh:
-    if isinstance(group, DeviceMesh) and group.ndim == 2:
-        names = group.mesh_dim_names
-        if names is not None and names[::-1] in (_DOUBLE_RING, _HYBRID):
-            raise ArgumentError(f"group_or_mesh={group!r}: the axes must be {names[::-1]}, in this order, not {names}")
+    if isinstance(exchange, Exchange) and exchange.mesh_axes is None:
+        return rank_mesh(resolve_group(group))
+    names = getattr(group, "mesh_dim_names", None)
+    if names is not None and len(names) == 2 and names[::-1] in (Ring.mesh_axes, Ulysses.mesh_axes):
+        raise ArgumentError(f"group_or_mesh={group!r}: the axes must be {names[::-1]}, in this order, not {names}")
     return rank_mesh(group)
 
 
-def apply_autocast(request: AttentionCall) -> AttentionCall:
+def _hybrid_mesh(group: object) -> RankMesh:
+    axes = Ulysses.mesh_axes
+    num_dims = getattr(group, "ndim", None)
+    if num_dims is None:
+        raise ArgumentTypeError(f"mesh={group!r:.200}: must be a 2-D DeviceMesh with the axes {axes}")
+    if num_dims != 2:
+        raise ArgumentError(f"mesh={group!r}: must have two dims, with the axes {axes}, not {num_dims}")
+    return rank_mesh(group, axes)
+
+
+def apply_autocast(call: AttentionCall) -> AttentionCall:
     """Casts q, k, v as torch's own attention does inside autocast."""
-    q, k, v = request.q, request.k, request.v
+    q, k, v = call.q, call.k, call.v
     if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
-        return request
+        return call
     dtype = torch.get_autocast_dtype(q.device.type)
 
     def cast_down(x: Tensor) -> Tensor:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
         return x.to(dtype) if eligible else x
 
-    return replace(request, q=cast_down(q), k=cast_down(k), v=cast_down(v))
+    return replace(call, q=cast_down(q), k=cast_down(k), v=cast_down(v))
 
 
 class ValidatedCall(NamedTuple):
-    """What a request means, once nothing is wrong with it; the exchange is not looked at."""
+    """A call without errors; the exchange is not looked at.
 
-    told: Mapping[str, str]  # what the ranks must agree on
+    Args:
+        fingerprint: what all ranks must have in common, by name.
+        layout, kv_layout: of the queries, and of the keys and values.
+        masks: one for all batch rows, or one for each.
+        kernel: what computes.
+        score: resolved.
+        tensors: dims and dtype.
+        wanted: whether gradients of (q, k or v) are wanted.
+    """
+
+    fingerprint: Mapping[str, str]
     layout: Layout
     kv_layout: Layout
     masks: tuple[Mask, ...]
     kernel: BlockKernel
-    spec: ScoreOptions
-    wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are
+    score: Score
+    tensors: TensorSpec
+    wanted: tuple[bool, bool]
 
 
-def check_call(request: AttentionCall, team: RankMesh) -> ValidatedCall:
-    """Checks a request, but for its exchange."""
-    q, k, v, sink = request.q, request.k, request.v, request.sink
-    check_tensors(q, k, v, sink)
-    layout, kv_layout = layouts_of(request, team)
-    scale = q.shape[3] ** -0.5 if request.scale is None else check_number("scale", request.scale)
-    softcap = None if request.softcap is None else check_number("softcap", request.softcap)
-    if softcap is not None and softcap <= 0:
-        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
-    masks = normalize_masks(request.mask, q.shape[0])
-    grads = list(request.require_gradients())
-    spec = ScoreOptions(scale, softcap)
-    kernel = select(
-        request.backend,
-        ProblemSpec(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], any(grads), spec),
-    )
-    told = {
-        "the operation": f"{request.operation}, lse {'too' if request.returns_lse else 'not'}",
-        "the mesh": str(team.shape),
-        "stages": repr(request.stages),
+def check_call(call: AttentionCall, mesh: RankMesh) -> ValidatedCall:
+    """Checks a call, but for its exchange."""
+    q, k, v = call.q, call.k, call.v
+    check_tensors(q, k, v, call.score.sink)
+    layout, kv_layout = layouts_of(call, mesh)
+    tensors, score = spec_of(q, k, v), call.score.resolve(q.shape[3])
+    masks = normalize_masks(call.mask, q.shape[0])
+    grads = list(call.require_gradients())
+    problem = ProblemSpec(q.device.type, q.dtype, *tensors[1:5], any(grads), score)
+    kernel = select(call.backend, problem)
+    fingerprint = {
+        "the operation": f"{call.operation}, lse {'too' if call.returns_lse else 'not'}",
+        "the mesh": str(mesh.shape),
+        "exchange": repr(call.exchange),
+        "stages": repr(call.stages),
         "the batch size": str(q.shape[0]),
-        "heads, kv heads, head dim, value head dim": f"{q.shape[2]}, {k.shape[2]}, {q.shape[3]}, {v.shape[3]}",
+        "heads, kv heads, head dim, value head dim": ", ".join(map(str, tensors[1:5])),
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "layout": f"{layout} #{layout.digest}",
         "kv_layout": f"{kv_layout} #{kv_layout.digest}",
         "mask": "; ".join(f"{m} #{m.digest}" for m in masks),
-        "scale": repr(scale),
-        "softcap": repr(softcap),
-        "sink": "None" if sink is None else f"{tuple(sink.shape)} {sink.dtype}",
-        "backend": repr(request.backend),
+        **score.describe(),
+        "backend": repr(call.backend),
         "which of q, k, v, sink require gradients": str(grads),
     }
-    return ValidatedCall(told, layout, kv_layout, masks, kernel, spec, (grads[0], grads[1] or grads[2]))
+    wanted = (grads[0], grads[1] or grads[2])
+    return ValidatedCall(fingerprint, layout, kv_layout, masks, kernel, score, tensors, wanted)
 
 
-def plan_call(request: AttentionCall, team: RankMesh) -> tuple[Mapping[str, str], ExecutionPlan]:
-    """Checks a request and returns what the ranks must agree on, and how to run it here."""
-    q, k, v = request.q, request.k, request.v
-    told, layout, kv_layout, masks, kernel, spec, wanted = check_call(request, team)
-    exchange = _exchange(request, team)
-    spread, rank = None, team.rank
-    if request.operation in _SPREADING:
-        spread, rank, layout, kv_layout = _shard_heads(request, team, layout, kv_layout)
-    backward = select_backward(exchange, masks, layout, kv_layout, shape_of(q, k, v), wanted)
-    plan = build_plan(exchange, masks, layout, kv_layout, rank, backward)
-    if spread is not None:
-        plan = plan.in_parts(*([part.total for part in held] for held in (spread.q_rows, spread.kv_rows)))
-    heads = all_heads(q.shape[2], k.shape[2]).runs()
-    return told, ExecutionPlan(plan, spread, kernel, spec, heads, request.returns_lse, wanted)
+def make_exchange(call: AttentionCall) -> Exchange:
+    """Returns the exchange of a call that names one."""
+    if isinstance(call.exchange, Exchange):
+        return call.exchange
+    return EXCHANGES[call.exchange].make(1 if call.stages is None else call.stages)
+
+
+def plan_call(call: AttentionCall, mesh: RankMesh, checked: ValidatedCall, exchange: Exchange) -> ExecutionPlan:
+    """Returns how this rank runs a checked call by an exchange."""
+    layout, kv_layout, tensors, wanted = checked.layout, checked.kv_layout, checked.tensors, checked.wanted
+    if len(mesh.shape) == 2 and exchange.mesh_axes is None:
+        raise ArgumentError(f"exchange={exchange!r}: runs on one group of ranks, not on a mesh of two axes")
+    shards = exchange.shard_heads(tensors.heads, tensors.kv_heads, mesh.shape)
+    sharding, rank, shape = None, mesh.rank, mesh.shape
+    if shards is not None:
+        sharding, layout, kv_layout = _shard_heads(shards, mesh, call.q.device, layout, kv_layout)
+        rank, shape = mesh.rank // mesh.shape[-1], mesh.shape[:-1] or (1,)
+    arguments = exchange.inner, checked.masks, layout, kv_layout
+    backward = select_backward(*arguments, tensors.shape, wanted, shape)
+    plan = build_plan(*arguments, rank, backward, mesh=shape)
+    q_chunks: tuple[int, ...] = (layout.num_tokens(rank),)
+    kv_chunks: tuple[int, ...] = (kv_layout.num_tokens(rank),)
+    if sharding is not None:
+        q_chunks, kv_chunks = (tuple(part.total for part in held) for held in (sharding.q_rows, sharding.kv_rows))
+        plan = plan.in_chunks(q_chunks, kv_chunks)
+    score = without_tensors(checked.score)
+    return ExecutionPlan(plan, sharding, checked.kernel, score, tensors, q_chunks, kv_chunks, call.returns_lse, wanted)
 
 
 def _shard_heads(
-    request: AttentionCall, team: RankMesh, layout: Layout, kv_layout: Layout
-) -> tuple[HeadSharding, int, Layout, Layout]:
-    """Returns how heads are spread over the last axis, and the rank and layouts that remain for the plan."""
-    axis = team.axes[-1]
-    num_groups = team.size // len(axis.ranks)
-    group = team.rank // len(axis.ranks)
-    # On a CPU a copy costs more than a call of the kernel, elsewhere it is the other way round.
-    num_parts = len(axis.ranks) if request.q.device.type == "cpu" else 1
+    shards: tuple[tuple[HeadShard, ...], ...], mesh: RankMesh, device: torch.device, layout: Layout, kv_layout: Layout
+) -> tuple[HeadSharding, Layout, Layout]:
+    """Returns how heads are sharded over the last axis, and the layouts of the gathered rows."""
+    axis = mesh.axes[-1]
+    num_groups, group = mesh.size // len(axis.ranks), mesh.rank // len(axis.ranks)
+    # On a CPU a copy costs more than a kernel call; elsewhere it is the other way round.
+    num_parts = len(axis.ranks) if device.type == "cpu" else 1
     layout, q_rows = gathered_layout_in_parts(layout, num_groups, num_parts)
     kv_layout, kv_rows = gathered_layout_in_parts(kv_layout, num_groups, num_parts)
-    stages = shard_heads(request.q.shape[2], request.k.shape[2], len(axis.ranks), check_stages(request.stages))
-    return HeadSharding(axis.coordinate, stages, q_rows[group], kv_rows[group]), group, layout, kv_layout
+    return HeadSharding(axis.coordinate, shards, q_rows[group], kv_rows[group]), layout, kv_layout
 
 
-def _exchange(request: AttentionCall, team: RankMesh) -> Exchange:
-    stages = check_stages(request.stages)
-    if request.operation == "gather_attention":
-        return Gather(stages)
-    double = len(team.shape) == 2 and request.operation not in _SPREADING
-    return Ring(team.shape[0] if double else 1)
-
-
-def check_stages(stages: object) -> int:
-    """Returns a number of stages if it is one."""
-    return check_integer("stages", stages, 1)
-
-
-def layouts_of(request: AttentionCall, team: RankMesh) -> tuple[Layout, Layout]:
-    """Returns the layouts of the queries and of the keys/values, checked against the team and the tensors."""
-    layout = request.layout
+def layouts_of(call: AttentionCall, mesh: RankMesh) -> tuple[Layout, Layout]:
+    """Returns the layouts of the queries and of the keys/values, checked against the mesh and the tensors."""
+    layout = call.layout
     if layout is None:
-        layout = contiguous(request.q.shape[1] * team.size, team.size)
-    layout = check_layout(layout, "layout", team.size)
-    kv_layout = layout if request.kv_layout is None else check_layout(request.kv_layout, "kv_layout", team.size)
-    _check_rows("q", request.q, layout, "layout", team.rank)
-    _check_rows("k", request.k, kv_layout, "layout" if request.kv_layout is None else "kv_layout", team.rank)
+        layout = contiguous(call.q.shape[1] * mesh.size, mesh.size)
+    layout = check_layout(layout, "layout", mesh.size)
+    kv_layout = layout if call.kv_layout is None else check_layout(call.kv_layout, "kv_layout", mesh.size)
+    _check_rows("q", call.q, layout, "layout", mesh.rank)
+    _check_rows("k", call.k, kv_layout, "layout" if call.kv_layout is None else "kv_layout", mesh.rank)
     return layout, kv_layout
 
 
-def shape_of(q: Tensor, k: Tensor, v: Tensor) -> AttentionShape:
-    """Returns the sizes that bytes depend on."""
-    batch, _, heads, dim = q.shape
-    sums = accumulation_dtype(q.dtype)
-    return AttentionShape(batch, heads, k.shape[2], dim, v.shape[3], q.dtype.itemsize, sums.itemsize)
+def spec_of(q: Tensor, k: Tensor, v: Tensor) -> TensorSpec:
+    """Returns the dims and the dtype of a call's tensors."""
+    return TensorSpec(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:

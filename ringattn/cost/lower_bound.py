@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.cost.cost_model import Link
-from ringattn.types import Floats
+from ringattn.types import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def nothing(world_size: int) -> LowerBound:
     return LowerBound(0.0, zeros, zeros, 0.0, 0.0, zeros, zeros, 0.0)
 
 
-def transfer_s(num_bytes: Floats, link: Link) -> Floats:
+def transfer_s(num_bytes: Floats | Ints, link: Link) -> Floats:
     """Returns the seconds that messages of so many bytes take; a message without bytes is not sent."""
     found: Floats = num_bytes / link.bytes_per_s + (num_bytes > 0) * link.latency_s
     return found

@@ -9,8 +9,8 @@ waits for:
   own block are awaited in the step that lists them, since its own computes do not depend on them;
 - it waits for a send in the step after which its buffer is reused.
 
-All ranks have the same number of steps, a message stands in the same step of its sender and its receiver, and messages
-between two ranks stand in the same order at both. So no step waits for a later one, and no two messages can be confused.
+All ranks have the same number of steps, a message stands in the same step of its sender and its receiver, and
+messages between two ranks stand in the same order at both. So no step waits for a later one, and no two messages can be confused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class ComputeTiles:
-    """Tiles to compute; rows of the moving side are numbered in the slice, the others in a chunk of the staying side."""
+    """Tiles to compute; moving rows are numbered in the slice, the others in a chunk of the side that stays."""
 
     slice: BlockSlice
     tiles: Tiles

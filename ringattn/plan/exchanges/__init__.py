@@ -24,7 +24,7 @@ from ringattn.plan.exchanges.gather import Gather
 from ringattn.plan.exchanges.ring import Ring
 from ringattn.plan.exchanges.ulysses import Ulysses
 from ringattn.plan.payload import AttentionShape
-from ringattn.plan.plan import Phase, Plan
+from ringattn.plan.plan import Phase, Plan, Program
 
 __all__ = [
     "EXCHANGES",
@@ -115,14 +115,13 @@ def build_plan(
     Raises:
         MaskError: when a mask does not fit the lengths of the layouts.
     """
-    programs = [
-        exchange.program(
-            CommPattern(phase.moving, masks, layout, kv_layout, mesh), rank, returns=phase.returning is not None
-        )
-        for phase in (forward, backward)
-    ]
+
+    def program(phase: Phase) -> Program:
+        pattern = CommPattern(phase.moving, masks, layout, kv_layout, mesh)
+        return exchange.program(pattern, rank, returns=phase.returning is not None)
+
     work = pairs_of_queries(masks, layout, kv_layout.seq_len)
-    return Plan(exchange.name, rank, layout.world_size, *programs, work)
+    return Plan(exchange.name, rank, layout.world_size, program(forward), program(backward), work)
 
 
 @lru_cache(maxsize=128)

@@ -39,7 +39,7 @@ class ForwardSteps:
 
 
 class BackwardSteps:
-    """The steps of a backward: two for each inner step, since blocks move in halves; those of the own block at both ends.
+    """The steps of a backward: two for each inner step, as blocks move in halves; those of the own block at both ends.
 
     So the gradients of one half travel while the other is computed, and the last ones return under the second half of
     the own block. On two levels some inner steps of the own group come last, too, so that returns over the slow axis
@@ -67,7 +67,7 @@ class BackwardSteps:
         return max(self.compute(outer, inner, half) - 2, 0)
 
     def send_return(self, outer: int, reach: int, half: int) -> int:
-        """Returns the step in which its gradients leave for its own rank, their last rank being at inner step `reach`."""
+        """Returns the step in which its gradients leave for its own rank, the last rank being at inner step `reach`."""
         return self.compute(outer, reach, half) + (2 if outer and reach else 1)
 
     def wait_return(self, outer: int, reach: int, half: int) -> int:

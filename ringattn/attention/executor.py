@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringattn.attention.compiled_program import CompiledProgram
 from ringattn.attention.instructions import Run
 from ringattn.attention.movement import Movement
-from ringattn.comm.buffer_pool import pool_of
+from ringattn.comm.buffer_pool import BufferPool, pool_of
 from ringattn.comm.topology import RankMesh
 
 
@@ -18,6 +18,7 @@ def execute(program: CompiledProgram, mesh: RankMesh, movement: Movement) -> Non
         movement: the tensors, and the kernel call.
     Communication: the messages of the program.
     """
-    run = Run(mesh, movement, pool_of(mesh.axes[0].group), program.num_slots, program.num_messages)
+    pool = pool_of(mesh.axes[0].group) if mesh.axes else BufferPool()  # without an axis there are no messages
+    run = Run(mesh, movement, pool, program.num_slots, program.num_messages)
     for instruction in program.instructions:
         instruction(run)

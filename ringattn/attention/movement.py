@@ -197,5 +197,6 @@ class BackwardByQueries(_Gradients):
         self.device = keys[0].k.device
 
     def compute(self, chunk: int, moving: Tensors, returning: Tensors, tiles: Tiles) -> None:
-        queries = BackwardQueries(*moving, self._lse_grad)
+        q, dout, lse, delta = moving
+        queries = BackwardQueries(q, dout, lse, delta, self._lse_grad)
         self._kernel.backward(queries, self._keys[chunk], tiles, Gradients(returning[0], *self._dkv[chunk]))

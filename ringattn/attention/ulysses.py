@@ -24,10 +24,10 @@ from ringattn.attention.movement import Backward, BackwardByQueries, Forward
 from ringattn.comm.all_to_all import AllToAll
 from ringattn.comm.packet import Field, Packet
 from ringattn.comm.topology import RankMesh
-from ringattn.kernels.contract import BackwardQueries, Keys, Queries, State
+from ringattn.kernels.contract import BackwardQueries, Keys, Queries
 from ringattn.plan.head_parallel import GatheredRows, HeadSharding
 from ringattn.plan.head_shards import HeadShard
-from ringattn.softmax import accumulation_dtype, add_sink_
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state
 
 ROW_DIM = 2  # the dim of rows, of tensors (B, H, rows, ...)
 
@@ -62,7 +62,10 @@ def ulysses_forward(
         shard = sharding.stages[stage][sharding.place]
         queries = [Queries(_by_row(x)) for x in q_chunks]
         buffers = zip(*(exchange.result_buffers(stage, index, sums) for index in (0, 1)), strict=True)
-        states = [_empty_state(x, v_dim, sums, *pair) for x, pair in zip(q_chunks, buffers, strict=True)]
+        states = [
+            empty_state(x.q, v_dim, None if out_rows is None else _by_row(out_rows), lse_rows)
+            for x, (out_rows, lse_rows) in zip(queries, buffers, strict=True)
+        ]
         chunks = [Keys(_by_row(k), _by_row(v)) for k, v in zip(k_chunks, v_chunks, strict=True)]
         movement = Forward(plan.headwise(shard), queries, states, chunks)
         execute(_compiled(plan, exchange, shard, backward=False), exchange.inner, movement)
@@ -87,7 +90,6 @@ def ulysses_backward(
     make = partial(torch.zeros_like, dtype=sums) if sharding.replicates else torch.empty_like
     dkv = [make(x, memory_format=torch.contiguous_format) for x in keys[:2]] if plan.wanted[1] else []
     outputs = [_HeadTensor(_by_head(dq), False)] if dq is not None else []
-    first_of_keys = len(outputs)
     outputs += [_HeadTensor(_by_head(x), True, sharding.replicates) for x in dkv]
     for stage, gathered in exchange.stages(inputs, outputs):
         shard = sharding.stages[stage][sharding.place]
@@ -98,34 +100,19 @@ def ulysses_backward(
         kv_chunks = [Keys(_by_row(k), _by_row(v)) for k, v in zip(*gathered[4:], strict=True)]
         buffers = [exchange.result_buffers(stage, index, sums) for index in range(len(outputs))]
         dq_chunks = _zeros([chunk.q for chunk in q_chunks], sums, buffers[0] if dq is not None else None)
-        dk_chunks, dv_chunks = (
-            _zeros([chunk[index] for chunk in kv_chunks], sums, buffers[first_of_keys + index] if dkv else None)
-            for index in (0, 1)
-        )
+        dk_chunks = _zeros([chunk.k for chunk in kv_chunks], sums, buffers[-2] if dkv else None)
+        dv_chunks = _zeros([chunk.v for chunk in kv_chunks], sums, buffers[-1] if dkv else None)
         kind = BackwardByQueries if plan.moves_queries_back else Backward
         gradients = list(zip(dk_chunks, dv_chunks, strict=True))
         movement = kind(plan.headwise(shard), q_chunks, kv_chunks, dq_chunks, gradients)
         execute(_compiled(plan, exchange, shard, backward=True), exchange.inner, movement)
-        results = [dq_chunks] * (dq is not None) + [dk_chunks, dv_chunks] * bool(dkv)
+        results = ([dq_chunks] if dq is not None else []) + ([dk_chunks, dv_chunks] if dkv else [])
         exchange.send_back(stage, [[_by_head(x) for x in chunks] for chunks in results])
-    return dq, *(dkv or (None, None))
+    return (dq, dkv[0], dkv[1]) if dkv else (dq, None, None)
 
 
 def _compiled(plan: ExecutionPlan, exchange: _HeadExchange, shard: HeadShard, *, backward: bool) -> CompiledProgram:
     return plan.compiled(exchange.inner, shard, backward=backward)
-
-
-def _empty_state(q: Tensor, v_dim: int, dtype: torch.dtype, out: Tensor | None, lse: Tensor | None) -> State:
-    """Returns the state of queries (B, H, rows, D) that have seen no key, in these buffers where there are any."""
-    batch, heads, rows, _ = q.shape
-    if out is None:
-        out_rows = torch.zeros(batch, rows, heads, v_dim, dtype=dtype, device=q.device)
-    else:
-        out_rows = _by_row(out.zero_())
-    if lse is None:
-        lse = torch.empty(batch, heads, rows, dtype=dtype, device=q.device)
-    lse.fill_(-torch.inf)
-    return State(out_rows, lse)
 
 
 def _zeros(like: Sequence[Tensor], dtype: torch.dtype, buffers: Sequence[Tensor | None] | None) -> list[Tensor]:

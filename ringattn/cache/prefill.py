@@ -13,26 +13,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ringattn.attention.backward_modes import KeyBlock
-from ringattn.attention.block_buffers import BlockBuffers
-from ringattn.attention.chunked_rows import ChunkedRows
-from ringattn.attention.executor import ExecutionPlan, run_forward
+from ringattn.attention.execution_plan import ExecutionPlan, TensorSpec, without_tensors
+from ringattn.attention.executor import execute
+from ringattn.attention.movement import Forward, ForwardByQueries
 from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_key, prepare_call
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
-from ringattn.comm.all_to_all import AllToAll
-from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, causal
-from ringattn.geometry.rows import count_rows
-from ringattn.kernels import BlockKernel, ScoreOptions, select
+from ringattn.kernels import BlockKernel, Keys, Queries, select
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Gather, build_plan
-from ringattn.plan.head_shards import all_heads
 from ringattn.plan.payload import AttentionShape, Payload
-from ringattn.softmax import AttentionState, accumulation_dtype, add_sink_, empty_state, merge_
-from ringattn.types import Rows
+from ringattn.plan.plan import Phase
+from ringattn.score import Score
+from ringattn.softmax import add_sink_, empty_state
 
 
 @torch.no_grad()
@@ -83,55 +79,61 @@ def prefill_attention(
     cache.agreement.settle()
     mask = causal() if mask is None else mask
     options = CacheOptions("prefill_attention", mask, scale, softcap, backend)
-    kernel, spec = _prepare(CacheCall(q, k, v, sink, cache, layer, extension, options))
+    kernel, score = _prepare(CacheCall(q, k, v, sink, cache, layer, extension, options))
     layout, kv_layout = _layouts(cache, extension)
     mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
     cache.write(layer, extension, k, v)
-    keys, values = cache.held(layer, extension.sequences[0])
-    if queries_move((mask,), layout, kv_layout, _sizes(q, cache)):
-        travel = CommPattern(Payload.Q, (mask,), layout, kv_layout)
-        out, lse = _move_queries(travel, cache, q, keys, values, kernel, spec)
-        if sink is not None:
-            add_sink_(out, lse, sink)
-    else:
-        team = cache.team
-        plan = build_plan(Gather(team.size), (mask,), layout, kv_layout, team.rank)
-        heads = all_heads(q.shape[2], keys.shape[2]).runs()
-        job = ExecutionPlan(plan, None, kernel, spec, heads, False, (False, False))
-        queries = AttentionState.to_nothing(q, values.shape[3])
-        run_forward(job, team, [queries], [KeyBlock(keys, values)], sink)
-        out = queries.out
-    return out.to(q.dtype)
+    keys = Keys(*cache.held(layer, extension.sequences[0]))
+    tensors = TensorSpec(1, q.shape[2], keys.k.shape[2], q.shape[3], keys.v.shape[3], q.dtype)
+    phase = Phase.FORWARD_BY_QUERIES if queries_move((mask,), layout, kv_layout, tensors.shape) else Phase.FORWARD
+    mesh, without = cache.team, without_tensors(score)
+    plan = _execution_plan(mask, layout, kv_layout, mesh.rank, phase, tensors, kernel, without)
+    state = empty_state(q, keys.v.shape[3])
+    kind = ForwardByQueries if phase is Phase.FORWARD_BY_QUERIES else Forward
+    movement = kind(plan.headwise(), [Queries(q)], [state], [keys])
+    execute(plan.compiled(mesh, backward=False), mesh, movement)
+    if sink is not None:
+        add_sink_(state.out, state.lse, sink)
+    return state.out.to(q.dtype)
 
 
 @lru_cache(maxsize=64)
-def queries_move(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: AttentionShape) -> bool:
+def _execution_plan(
+    mask: Mask,
+    layout: Layout,
+    kv_layout: Layout,
+    rank: int,
+    phase: Phase,
+    tensors: TensorSpec,
+    kernel: BlockKernel,
+    score: Score,
+) -> ExecutionPlan:
+    """Returns how a rank runs a prefill: the same for all layers."""
+    exchange = Gather() if phase is Phase.FORWARD_BY_QUERIES else Gather(layout.world_size)
+    plan = build_plan(exchange, (mask,), layout, kv_layout, rank, forward=phase)
+    chunks = (layout.num_tokens(rank),), (kv_layout.num_tokens(rank),)
+    return ExecutionPlan(plan, None, kernel, score, tensors, *chunks, returns_lse=False, wanted=(False, False))
+
+
+@lru_cache(maxsize=64)
+def queries_move(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, shape: AttentionShape) -> bool:
     """Returns whether it is fewer bytes, over all ranks, to pass queries and their results than keys and values.
 
     Args:
         masks, layout, kv_layout: of the plan.
-        sizes: of the tensors.
+        shape: of the tensors.
     """
-    by_queries, by_keys = (bytes_moved(carried, masks, layout, kv_layout, sizes) for carried in (Payload.Q, Payload.KV))
+    by_queries, by_keys = (bytes_moved(moving, masks, layout, kv_layout, shape) for moving in (Payload.Q, Payload.KV))
     return by_queries < by_keys
 
 
 def bytes_moved(
-    carried: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: AttentionShape
+    moving: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, shape: AttentionShape
 ) -> int:
     """Returns the bytes that all ranks together send when keys and values travel, or queries and their results."""
-    rows, _ = Gather().rows_moved(CommPattern(carried, masks, layout, kv_layout))
-    if carried is Payload.KV:
-        return rows * sizes.row_bytes(Payload.KV)
-    there = sizes.head_dim * sizes.itemsize
-    back = (sizes.v_head_dim + 1) * sizes.sum_itemsize
-    return rows * sizes.batch * sizes.heads * (there + back)
-
-
-def _sizes(q: Tensor, cache: DistributedKVCache) -> AttentionShape:
-    form = cache.form
-    wide = accumulation_dtype(q.dtype).itemsize
-    return AttentionShape(1, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, q.dtype.itemsize, wide)
+    rows, _ = Gather().rows_moved(CommPattern(moving, masks, layout, kv_layout))
+    returning = shape.row_bytes(Payload.STATE) if moving is Payload.Q else 0
+    return rows * (shape.row_bytes(moving) + returning)
 
 
 def _layouts(cache: DistributedKVCache, extension: SlotAllocation) -> tuple[Layout, Layout]:
@@ -147,7 +149,7 @@ def _shifted(layout: Layout, start: int) -> Layout:
     return Layout(start + layout.seq_len, ranges, f"{layout} from {start}", whole=False)
 
 
-def _prepare(call: CacheCall) -> tuple[BlockKernel, ScoreOptions]:
+def _prepare(call: CacheCall) -> tuple[BlockKernel, Score]:
     """Checks a call, and returns what runs it."""
     q, cache, extension = call.q, call.cache, call.extension
 
@@ -177,59 +179,3 @@ def _check_rows(q: Tensor, cache: DistributedKVCache, extension: SlotAllocation)
     rows = 0 if extension.layout is None else extension.layout.num_tokens(cache.team.rank)
     if q.shape[:2] != (1, rows):
         raise ArgumentError(f"q has (sequences, rows) = {tuple(q.shape[:2])}: the extension has (1, {rows}) here")
-
-
-def _move_queries(
-    travel: CommPattern,
-    cache: DistributedKVCache,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kernel: BlockKernel,
-    spec: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of this rank's queries: they go to whoever holds keys for them, and what is found comes home.
-
-    Communication: each query once to each rank that it needs; its output and lse once back.
-    """
-    team = cache.team
-    program = Gather().program(travel, team.rank, backward=False)
-    blocks = BlockBuffers(program, team, team.rank, ChunkedRows([(q.transpose(1, 2),)]))
-    out, lse = empty_state(q, values.shape[3])
-    answers: list[Packet | None] = [None] * team.size
-    for step in program.steps:
-        blocks.begin(step)
-        for visit in step.visits:
-            (came,) = blocks.carried(visit.piece)
-            if visit.piece.block == team.rank:
-                kernel.forward(q, keys, values, visit.tiles, spec, out, lse)
-                continue
-            asked = came.transpose(1, 2)
-            answer = Packet.empty(_result_fields(asked, values.shape[3], asked.shape[1]), q.device)
-            for place, x in zip(answer.tensors, empty_state(asked, values.shape[3]), strict=True):
-                place.copy_(x)
-            kernel.forward(asked, keys, values, visit.tiles, spec, answer.tensors[0], answer.tensors[1])
-            answers[visit.piece.block] = answer
-        blocks.end(step)
-    blocks.finish()
-    given = travel.rows_given(team.rank)
-    fields = [_result_fields(q, values.shape[3], count_rows(given.get(peer, ()))) for peer in range(team.size)]
-    found = AllToAll(team.axes[0], answers, fields).wait()
-    for peer in sorted(given):  # always in the same order, so that results do not depend on who was first
-        part, part_lse = found[peer].tensors
-        _merge_rows(out, lse, part, part_lse, given[peer])
-    return out, lse
-
-
-def _result_fields(q: Tensor, v_dim: int, rows: int) -> list[Field]:
-    """What a rank tells of others' queries."""
-    dtype = accumulation_dtype(q.dtype)
-    return [Field((q.shape[0], rows, q.shape[2], v_dim), dtype), Field((q.shape[0], q.shape[2], rows), dtype)]
-
-
-def _merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Rows) -> None:
-    start = 0
-    for run in rows:
-        here, there = slice(run.start, run.stop), slice(start, start + len(run))
-        merge_(out[:, here], lse[:, :, here], part[:, there], part_lse[:, :, there])
-        start += len(run)

@@ -10,7 +10,8 @@ waits for:
 - it waits for a send in the step after which its buffer is reused.
 
 All ranks have the same number of steps, a message stands in the same step of its sender and its receiver, and
-messages between two ranks stand in the same order at both. So no step waits for a later one, and no two messages can be confused.
+messages between two ranks stand in the same order at both. So no step waits for a later one, and no two messages can be
+confused.
 """
 
 from __future__ import annotations

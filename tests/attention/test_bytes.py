@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn.attention.validate import AttentionCall, plan_call, shape_of
+from ringattn.attention.auto_exchange import prepare
+from ringattn.attention.validate import AttentionCall
+from ringattn.score import Score
 from ringattn.comm.topology import RankMesh, rank_mesh
 from tests.attention.problem import (
     FLAT_WAYS,
@@ -62,12 +64,12 @@ def planned_and_sent(
         out, _ = attend(group, problem, q, k, v)
     with counted_bytes() as backward:
         torch.autograd.grad(out, [x for x in (q, k, v) if x.requires_grad], t.dout)
-    request = AttentionCall(
-        f"{problem.way.operation}_attention", q, k, v, problem.built_mask(), layout, kv_layout, None, None, None, None,
-        problem.way.stages, returns_lse=True,
+    call = AttentionCall(
+        f"{problem.way.operation}_attention", q, k, v, Score(), problem.built_mask(), layout, kv_layout, None,
+        problem.way.operation, problem.way.stages, returns_lse=True,
     )  # fmt: skip
-    _, job = plan_call(request, team_for(group, problem.way))
-    return job.bytes_sent(shape_of(q, k, v)), (sum(forward), sum(backward))
+    _, plan = prepare(call, team_for(group, problem.way))
+    return plan.bytes_sent(), (sum(forward), sum(backward))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ringattn
 from ringattn.attention import autograd
-from ringattn.attention.executor import ExecutionPlan
+from ringattn.attention.execution_plan import ExecutionPlan
 from ringattn.comm.topology import RankMesh
 from ringattn.geometry.layout import parse_layout
 from ringattn.geometry.masks import parse_mask

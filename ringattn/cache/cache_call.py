@@ -13,8 +13,8 @@ from ringattn.cache.pages import SlotAllocation
 from ringattn.comm.agreement import agree
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.masks import Mask
-from ringattn.kernels import ProblemSpec, ScoreOptions
-from ringattn.score import check_number
+from ringattn.kernels import ProblemSpec
+from ringattn.score import Score
 
 Kernel = TypeVar("Kernel")
 
@@ -50,7 +50,7 @@ def prepare_call(
     check: Callable[[], None],
     select: Callable[[str | None, ProblemSpec], Kernel],
     alike: Callable[[Kernel], Mapping[str, str]],
-) -> tuple[Kernel, ScoreOptions]:
+) -> tuple[Kernel, Score]:
     """Checks a call, compares notes with the other ranks, and returns what runs it.
 
     Args:
@@ -63,9 +63,9 @@ def prepare_call(
 
     q, k, v, sink, cache, layer, extension, options = call
 
-    def prepare() -> tuple[Mapping[str, str], tuple[Kernel, ScoreOptions]]:
+    def prepare() -> tuple[Mapping[str, str], tuple[Kernel, Score]]:
         cache.check(layer, extension)
-        spec = check_queries(q, sink, cache, options.scale, options.softcap)
+        score = check_queries(q, sink, cache, options.scale, options.softcap)
         if options.mask is not None and not isinstance(options.mask, Mask):
             raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
         check()
@@ -73,13 +73,13 @@ def prepare_call(
         cache.check_new("k", k, extension, form.head_dim)
         cache.check_new("v", v, extension, form.v_head_dim)
         asked = ProblemSpec(
-            q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, spec
+            q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, score
         )
         kernel = select(options.backend, asked)
         digest = None if options.mask is None else options.mask.digest
         sink_shape = None if sink is None else tuple(sink.shape)
         told = {"the call": f"{options} {digest} heads={q.shape[2]} sink={sink_shape} {form}"}
-        return {**told, **alike(kernel)}, (kernel, spec)
+        return {**told, **alike(kernel)}, (kernel, score)
 
     cache.check(layer, extension)
     return agree(cache.team, key, prepare)
@@ -96,8 +96,8 @@ def hashable_key(key: Hashable) -> Hashable | None:
 
 def check_queries(
     q: Tensor, sink: Tensor | None, cache: DistributedKVCache, scale: float | None, softcap: float | None
-) -> ScoreOptions:
-    """Checks queries and options against a cache; returns what every tile of the call shares."""
+) -> Score:
+    """Checks queries and options against a cache; returns the resolved score."""
     form = cache.form
     if not isinstance(q, Tensor) or q.ndim != 4:
         raise ArgumentError("q: must be a tensor (batch, tokens, heads, head_dim)")
@@ -110,7 +110,4 @@ def check_queries(
         raise ArgumentError(f"q has head_dim {q.shape[3]}: the cache has {form.head_dim}")
     if sink is not None and (not isinstance(sink, Tensor) or sink.shape != (heads,) or not sink.is_floating_point()):
         raise ArgumentError(f"sink: must be a floating tensor ({heads},), one logit per query head, or None")
-    found_cap = None if softcap is None else check_number("softcap", softcap)
-    if found_cap is not None and found_cap <= 0:
-        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
-    return ScoreOptions(form.head_dim**-0.5 if scale is None else check_number("scale", scale), found_cap)
+    return Score(scale, softcap).resolve(form.head_dim)

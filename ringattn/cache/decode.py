@@ -25,8 +25,9 @@ from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.visible_keys import visible_key_ranges
-from ringattn.kernels import ScoreOptions
-from ringattn.kernels.paged import PagedKernel, VisibleKeys, select_paged
+from ringattn.kernels import Queries, State
+from ringattn.kernels.paged import PagedKernel, Pools, VisibleKeys, select_paged
+from ringattn.score import Score
 from ringattn.softmax import accumulation_dtype
 
 
@@ -82,9 +83,9 @@ def decode_attention(
     """
     options = CacheOptions("decode_attention", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
-    kernel, spec = _prepare(call)
+    kernel, score = _prepare(call)
     meeting = _collective(call, gather_results)
-    _attend(call, kernel, spec, meeting)
+    _attend(call, kernel, score, meeting)
     return _merge(meeting, cache.agreement, kernel, sink).to(q.dtype)
 
 
@@ -113,9 +114,9 @@ def decode_attention_by_heads(
     """
     options = CacheOptions("decode_attention_by_heads", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
-    kernel, spec = _prepare(call)
+    kernel, score = _prepare(call)
     meeting = _collective(call, exchange_results_by_head)
-    _attend(call, kernel, spec, meeting)
+    _attend(call, kernel, score, meeting)
     own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
     return _merge(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
@@ -188,7 +189,7 @@ def _call_mark(
     return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
-def _attend(call: CacheCall, kernel: PagedKernel, spec: ScoreOptions, meeting: PersistentCollective) -> None:
+def _attend(call: CacheCall, kernel: PagedKernel, score: Score, meeting: PersistentCollective) -> None:
     """Attends to what this rank holds, and writes down what it was asked for: before and now."""
     q, cache, extension, options = call.q, call.cache, call.extension, call.options
     mark, out, lse = meeting.local
@@ -199,9 +200,10 @@ def _attend(call: CacheCall, kernel: PagedKernel, spec: ScoreOptions, meeting: P
     now = _call_mark(call.layer, extension.sequences, q.shape[:3], digest, rest)
     cache.agreement.tell(mark.view(torch.int32), cache.pages.short_digest, now)
     tables = cache.page_tables(extension)
-    sight = _visible(extension.starts, extension.num_tokens, options.mask, q.device)
+    visible = _visible(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
-        kernel.forward(q, *cache.pools(call.layer), tables, sight, spec, out, lse)
+        pools = Pools(*cache.pools(call.layer))
+        kernel.forward(Queries(q), pools, tables, visible, score, State(out, lse))
 
 
 @lru_cache(maxsize=64)
@@ -213,7 +215,7 @@ def _visible(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device
     return VisibleKeys(first, stop)
 
 
-def _prepare(call: CacheCall) -> tuple[PagedKernel, ScoreOptions]:
+def _prepare(call: CacheCall) -> tuple[PagedKernel, Score]:
     """Checks a call, writes the new keys and values, and returns what runs it."""
     q, k, v, sink, cache, layer, extension, options = call
 

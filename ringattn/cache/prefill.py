@@ -13,7 +13,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ringattn.attention.backward_modes import KeyBlock
 from ringattn.attention.block_buffers import BlockBuffers
 from ringattn.attention.chunked_rows import ChunkedRows
 from ringattn.attention.executor import ExecutionPlan, run_forward
@@ -26,12 +25,13 @@ from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.rows import count_rows
-from ringattn.kernels import BlockKernel, ScoreOptions, select
+from ringattn.kernels import BlockKernel, Keys, Queries, State, select
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Gather, build_plan
 from ringattn.plan.head_shards import all_heads
 from ringattn.plan.payload import AttentionShape, Payload
-from ringattn.softmax import AttentionState, accumulation_dtype, add_sink_, empty_state, merge_
+from ringattn.score import Score
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_
 from ringattn.types import Rows
 
 
@@ -83,24 +83,23 @@ def prefill_attention(
     cache.agreement.settle()
     mask = causal() if mask is None else mask
     options = CacheOptions("prefill_attention", mask, scale, softcap, backend)
-    kernel, spec = _prepare(CacheCall(q, k, v, sink, cache, layer, extension, options))
+    kernel, score = _prepare(CacheCall(q, k, v, sink, cache, layer, extension, options))
     layout, kv_layout = _layouts(cache, extension)
     mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
     cache.write(layer, extension, k, v)
-    keys, values = cache.held(layer, extension.sequences[0])
+    keys = Keys(*cache.held(layer, extension.sequences[0]))
     if queries_move((mask,), layout, kv_layout, _sizes(q, cache)):
         travel = CommPattern(Payload.Q, (mask,), layout, kv_layout)
-        out, lse = _move_queries(travel, cache, q, keys, values, kernel, spec)
+        out, lse = _move_queries(travel, cache, q, keys, kernel, score)
         if sink is not None:
             add_sink_(out, lse, sink)
     else:
         team = cache.team
         plan = build_plan(Gather(team.size), (mask,), layout, kv_layout, team.rank)
-        heads = all_heads(q.shape[2], keys.shape[2]).runs()
-        job = ExecutionPlan(plan, None, kernel, spec, heads, False, (False, False))
-        queries = AttentionState.to_nothing(q, values.shape[3])
-        run_forward(job, team, [queries], [KeyBlock(keys, values)], sink)
-        out = queries.out
+        heads = all_heads(q.shape[2], keys.k.shape[2]).runs()
+        job = ExecutionPlan(plan, None, kernel, score, heads, False, (False, False))
+        out, _ = state = empty_state(q, keys.v.shape[3])
+        run_forward(job, team, [Queries(q)], [keys], [state], sink)
     return out.to(q.dtype)
 
 
@@ -147,7 +146,7 @@ def _shifted(layout: Layout, start: int) -> Layout:
     return Layout(start + layout.seq_len, ranges, f"{layout} from {start}", whole=False)
 
 
-def _prepare(call: CacheCall) -> tuple[BlockKernel, ScoreOptions]:
+def _prepare(call: CacheCall) -> tuple[BlockKernel, Score]:
     """Checks a call, and returns what runs it."""
     q, cache, extension = call.q, call.cache, call.extension
 
@@ -183,11 +182,10 @@ def _move_queries(
     travel: CommPattern,
     cache: DistributedKVCache,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Keys,
     kernel: BlockKernel,
-    spec: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
+    score: Score,
+) -> State:
     """Returns (out, lse) of this rank's queries: they go to whoever holds keys for them, and what is found comes home.
 
     Communication: each query once to each rank that it needs; its output and lse once back.
@@ -195,30 +193,30 @@ def _move_queries(
     team = cache.team
     program = Gather().program(travel, team.rank, backward=False)
     blocks = BlockBuffers(program, team, team.rank, ChunkedRows([(q.transpose(1, 2),)]))
-    out, lse = empty_state(q, values.shape[3])
+    v_dim = keys.v.shape[3]
+    state = empty_state(q, v_dim)
     answers: list[Packet | None] = [None] * team.size
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
             (came,) = blocks.carried(visit.piece)
             if visit.piece.block == team.rank:
-                kernel.forward(q, keys, values, visit.tiles, spec, out, lse)
+                kernel.forward(Queries(q), keys, visit.tiles, score, state)
                 continue
             asked = came.transpose(1, 2)
-            answer = Packet.empty(_result_fields(asked, values.shape[3], asked.shape[1]), q.device)
-            for place, x in zip(answer.tensors, empty_state(asked, values.shape[3]), strict=True):
-                place.copy_(x)
-            kernel.forward(asked, keys, values, visit.tiles, spec, answer.tensors[0], answer.tensors[1])
+            answer = Packet.empty(_result_fields(asked, v_dim, asked.shape[1]), q.device)
+            part_out, part_lse = answer.tensors
+            kernel.forward(Queries(asked), keys, visit.tiles, score, empty_state(asked, v_dim, part_out, part_lse))
             answers[visit.piece.block] = answer
         blocks.end(step)
     blocks.finish()
     given = travel.rows_given(team.rank)
-    fields = [_result_fields(q, values.shape[3], count_rows(given.get(peer, ()))) for peer in range(team.size)]
+    fields = [_result_fields(q, v_dim, count_rows(given.get(peer, ()))) for peer in range(team.size)]
     found = AllToAll(team.axes[0], answers, fields).wait()
     for peer in sorted(given):  # always in the same order, so that results do not depend on who was first
         part, part_lse = found[peer].tensors
-        _merge_rows(out, lse, part, part_lse, given[peer])
-    return out, lse
+        _merge_rows(*state, part, part_lse, given[peer])
+    return state
 
 
 def _result_fields(q: Tensor, v_dim: int, rows: int) -> list[Field]:

@@ -11,11 +11,12 @@ do, it is told by the batch that comes with it.
 """
 
 from ringattn.hf.accelerate_config import RingParallelism
-from ringattn.hf.attention import register
 from ringattn.hf.attention_call import ForwardContext, LayerCall
-from ringattn.hf.cache import RingCache
-from ringattn.hf.handle import Handle, patch
+from ringattn.hf.attention_interface import register
+from ringattn.hf.handle import Handle
 from ringattn.hf.mask_patterns import MaskPattern
+from ringattn.hf.patching import patch
+from ringattn.hf.ring_cache import RingCache
 from ringattn.hf.sequence_batch import SequenceRows, ShardingContext
 from ringattn.hf.trainer import RingMixin, RingTrainer
 

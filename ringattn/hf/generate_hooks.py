@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ringattn.errors import ArgumentError
-from ringattn.hf.cache import RingCache
 from ringattn.hf.generation_inputs import read_inputs
-
-if TYPE_CHECKING:
-    from ringattn.hf.handle import Handle
+from ringattn.hf.handle import Handle
+from ringattn.hf.ring_cache import RingCache
 
 
 class GenerateHooks:
@@ -34,8 +32,8 @@ class GenerateHooks:
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._context = ExitStack()
 
-    def hooks(self) -> list[RemovableHandle]:
-        """Puts them on the model."""
+    def register(self) -> list[RemovableHandle]:
+        """Registers the hooks on the model; returns the handles that remove them."""
         return [
             self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True),

@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from ringattn.errors import ArgumentError
 from ringattn.hf.accelerate_config import RingParallelism
-from ringattn.hf.handle import Handle, patch
+from ringattn.hf.handle import Handle
+from ringattn.hf.patching import patch
 
 # The mixin stands before a Trainer, whose methods it calls.
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class RingMixin(_Base):
             ),
             "eval_use_gather_object": (self.args.eval_use_gather_object, "tensors are gathered, of each sequence once"),
             "a model whose loss takes no num_items_in_batch": (
-                not (self.model_accepts_loss_kwargs and handle.sharding.facts.counts_items),
+                not (self.model_accepts_loss_kwargs and handle.sharder.facts.counts_items),
                 "its loss is a mean over the tokens of one rank; write a loop with handle.loss",
             ),
         }

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import ringattn.hf as rhf
 from ringattn.errors import ArgumentError
-from ringattn.hf.memory import MemorySavings
+from ringattn.hf.memory_savings import MemorySavings
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture

@@ -191,7 +191,7 @@ REFUSALS: dict[Callable[[dist.ProcessGroup], None], tuple[str, str]] = {
     ),
     unknown_layout: ("layout='spiral'", "'contiguous', 'zigzag', 'striped', 'balanced'"),
     layout_that_leaves_a_rank_out: ("ranks [1] have none", "one or more for each rank"),
-    patched_twice: ("LlamaForCausalLM is patched", "call its handle's unpatch() before"),
+    patched_twice: ("model=LlamaForCausalLM: is patched already", "call its handle's unpatch() first"),
     no_transformer: ("model=Linear", "must be a transformers PreTrainedModel"),
     relative_bias: ("T5ForConditionalGeneration", "has a bias for their distance"),
     state_space: ("MambaForCausalLM", "run it unpatched"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from ringattn.hf.attention_call import LayerCall
 from ringattn.hf.cache_io import load_rows, save_rows
 from ringattn.hf.forward_plan import ForwardPlan, ReplicatedForward, ShardedForward
 from ringattn.hf.generation_inputs import GenerationInputs, PastTokens
+from ringattn.hf.handle import Handle
 from ringattn.hf.model_support import unwrap_model
-
-if TYPE_CHECKING:
-    from ringattn.hf.handle import Handle
 
 
 @dataclass
@@ -113,7 +111,7 @@ class RingCache(Cache):
             work = ReplicatedForward(tokens)
         else:
             same = tuple(range(tokens.num_rows)) if self._rows else tokens.same()
-            work = ShardedForward(tokens, past.length, same, self._layout_of, self._handle.team, keeps=keeps)
+            work = ShardedForward(tokens, past.length, same, self._layout_of, self._handle.rank_mesh, keeps=keeps)
         self._turn = _Step(work, tokens, past)
         return work.arguments()
 
@@ -184,10 +182,10 @@ class RingCache(Cache):
 
     def _layout_of(self, num_tokens: int) -> Layout:
         """Who computes which of a row's new tokens; here, unlike in training, a rank may have none."""
-        team = self._handle.team
+        team = self._handle.rank_mesh
         if num_tokens < team.size:
             return contiguous(num_tokens, team.size)
-        return self._handle.sharding.rows(num_tokens).layout
+        return self._handle.sharder.rows(num_tokens).layout
 
     def _extended(self, turn: _Step, call: LayerCall) -> DistributedKVCache:
         """Returns the store, in which the new tokens have their places."""

@@ -1,4 +1,4 @@
-"""The attention and mask functions that transformers calls: what a layer asks for, as one Call, given to the batch."""
+"""The attention and mask functions that transformers calls, registered as the implementation "ringattn"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringattn.hf.attention_call import ForwardContext, LayerCall, MaskSpec
 from ringattn.hf.layer_options import read_options
 from ringattn.hf.mask_patterns import CAUSAL, read_pattern
 
-NAME = "ringattn"
+IMPLEMENTATION = "ringattn"
 
 
 def attention(
@@ -29,29 +29,28 @@ def attention(
     ringattn: ForwardContext | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Returns the attention output (B, rows, heads, v_dim), as transformers' attention functions do.
+    """Returns the attention output (B, rows, heads, v_dim) and None, as transformers' attention functions do.
 
     Args:
-        module: the attention module that calls.
+        module: the attention module of the layer.
         query, key, value: (B, heads, rows, head_dim).
-        attention_mask: what `mask` has returned, or None.
+        attention_mask: what `mask` returned, or None.
         dropout: must be 0.
-        scaling: softmax scale.
-        ringattn: the batch that comes with the model's other arguments.
-        options: what else the model passes; see `requests`.
+        scaling: softmax scale; None is head_dim ** -0.5.
+        ringattn: the context of the forward pass.
+        options: the other arguments that the model passes; `read_options` checks them.
     Raises:
-        ArgumentError: when the model asks for something that cannot be done.
+        ArgumentError: when there is no context, or an option is not supported.
     """
-    found = read_options(module, query, attention_mask, dropout, options)
+    pattern, padding, score = read_options(module, attention_mask, dropout, scaling, options)
     if ringattn is None:
         raise ArgumentError(
-            f"{type(module).__name__} was called without a batch: pass the model what handle.shard(batch) returns, "
-            "where handle = ringattn.hf.patch(model, group); or, to generate, past_key_values=ringattn.hf.RingCache("
-            "handle, num_pages=...)"
+            f"{type(module).__name__} was called without a sharded batch or a RingCache: call the model with what "
+            "handle.shard(batch) returns, where handle = ringattn.hf.patch(model, group); to generate, pass "
+            "past_key_values=ringattn.hf.RingCache(handle, num_pages=...)"
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    call = LayerCall(module, q, k, v, found.pattern, found.padding, scaling, found.softcap, found.sink)
-    return ringattn.attend(call), None
+    return ringattn.attend(LayerCall(module, q, k, v, pattern, padding, score)), None
 
 
 def mask(
@@ -62,17 +61,17 @@ def mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
-    **hints: Any,
+    **options: Any,
 ) -> MaskSpec:
-    """Returns what a layer asks for, as transformers' mask functions return a mask.
+    """Returns the mask pattern and the padding of a layer, in place of a mask tensor.
 
-    Args are transformers'; `hints` say how other implementations may save work.
+    Args are those of transformers' mask functions; sizes, offsets and `options` are not needed.
     """
     padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
     return MaskSpec(CAUSAL if mask_function is None else read_pattern(mask_function), padding)
 
 
 def register() -> None:
-    """Makes "ringattn" an attention implementation of transformers."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+    """Registers the attention implementation "ringattn" with transformers."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)

@@ -15,7 +15,7 @@ from ringattn.hf.attention_call import ForwardContext
 from ringattn.hf.batch_sharding import BATCH
 from ringattn.hf.handle import Handle
 from ringattn.hf.implicit_positions import append_max_position, counting_embeddings, drop_max_position, dynamic_rotaries
-from ringattn.hf.layer_options import check_arguments
+from ringattn.hf.layer_options import check_model_options
 from ringattn.hf.model_support import text_modules
 from ringattn.hf.multimodal import own_rows
 from ringattn.hf.sequence_batch import ShardingContext
@@ -52,7 +52,7 @@ class ForwardHooks:
 
     def _inject_context(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Adds the context to a model's arguments; transformers passes it on to the attention layers."""
-        check_arguments(module, kwargs)
+        check_model_options(module, kwargs)
         if kwargs.get(BATCH) is None and self._handle.context is not None:
             kwargs = {**kwargs, BATCH: self._handle.context}
         context = kwargs.get(BATCH)

@@ -76,7 +76,7 @@ class ReplicatedForward:
         assert self._extension is not None
         return decode_attention(
             call.q, call.k, call.v, store, layer, self._extension,
-            mask=call.pattern.within(None), scale=call.scale, softcap=call.softcap, sink=call.sink,
+            mask=call.pattern.within(None), **call.score.options(),
         )  # fmt: skip
 
     def logits(self, local: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class ShardedForward:
             here = slice(start, start + layout.num_tokens(self._team.rank))
             out[:, here] = prefill_attention(
                 q[:, here], call.k[:, here], call.v[:, here], store, layer, self._extensions[row],
-                mask=mask, scale=call.scale, softcap=call.softcap, sink=call.sink,
+                mask=mask, **call.score.options(),
             )  # fmt: skip
             start = here.stop
         return out

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ringattn.comm.topology import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
-from ringattn.hf.attention_interface import NAME
+from ringattn.hf.attention_interface import IMPLEMENTATION
 from ringattn.hf.batch_sharding import BatchSharder
 from ringattn.hf.forward_hooks import ForwardHooks
 from ringattn.hf.generate_hooks import GenerateHooks
@@ -84,4 +84,4 @@ def _select_attention(model: PreTrainedModel, undo: ExitStack) -> None:
     configs = [getattr(module, "config", None) for module in text_modules(model)]
     for config in {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values():
         undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = IMPLEMENTATION

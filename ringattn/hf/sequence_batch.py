@@ -104,10 +104,8 @@ class ShardingContext:
             mask=queries.mask(call.pattern) if keys is queries else keys.mask_of_keys(),
             layout=queries.layout,
             kv_layout=keys.layout,
-            scale=call.scale,
-            softcap=call.softcap,
-            sink=call.sink,
             backend=self.backend,
+            **call.score.options(),
         )
 
     def _sides(self, call: LayerCall) -> tuple[SequenceRows, SequenceRows]:

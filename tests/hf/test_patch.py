@@ -114,7 +114,7 @@ def _by_name(group: dist.ProcessGroup) -> None:
     model = LlamaForCausalLM(config).double()
     assert model.config._attn_implementation == "ringattn"
     batch = PLAIN.batch()
-    with pytest.raises(ArgumentError, match="pass the model what handle"):
+    with pytest.raises(ArgumentError, match="call the model with what handle"):
         model(**batch)
     with rhf.patch(model, group) as handle:
         logits = _logits(handle, batch)

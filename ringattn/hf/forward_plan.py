@@ -76,7 +76,7 @@ class ReplicatedForward:
         assert self._extension is not None
         return decode_attention(
             call.q, call.k, call.v, store, layer, self._extension,
-            mask=call.pattern.within(None), **call.score.options(),
+            mask=call.pattern.to_mask(None), **call.score.options(),
         )  # fmt: skip
 
     def logits(self, local: Tensor) -> Tensor:
@@ -159,8 +159,8 @@ class ShardedForward:
         out = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
         # Models that count their own rows count columns, padding included.
         columns = self._past + np.append(self._own % self._tokens.width, 0)
-        q = rescale_queries(call.module, call.q, columns, first=self._past)
-        mask, start = call.pattern.within(None), 0
+        q = rescale_queries(call.module, call.q, columns, first_position=self._past)
+        mask, start = call.pattern.to_mask(None), 0
         for row, layout in self._layouts.items():
             here = slice(start, start + layout.num_tokens(self._team.rank))
             out[:, here] = prefill_attention(

@@ -14,7 +14,7 @@ from ringattn.attention.sharding import unshard
 from ringattn.comm.topology import RankMesh
 from ringattn.errors import ArgumentError
 from ringattn.hf.attention_call import ForwardContext
-from ringattn.hf.batch_sharding import BATCH, BatchSharder
+from ringattn.hf.batch_sharding import CONTEXT_KEY, BatchSharder
 from ringattn.hf.causal_lm_loss import causal_lm_loss
 from ringattn.hf.sequence_batch import ShardingContext
 from ringattn.types import Group
@@ -42,7 +42,7 @@ class Handle:
     @property
     def rank_mesh(self) -> RankMesh:
         """The ranks of the group."""
-        return self.sharder.team
+        return self.sharder.rank_mesh
 
     def unpatch(self) -> None:
         """Undoes the patch: the model gets its own attention back. A second call does nothing."""
@@ -75,7 +75,7 @@ class Handle:
             LayoutError: when the layout does not fit the length.
         Communication: none.
         """
-        return self.sharder.share(batch)
+        return self.sharder.shard(batch)
 
     @contextmanager
     def using(self, context: ForwardContext) -> Iterator[None]:
@@ -127,7 +127,7 @@ def sharding_context(batch: Mapping[str, Any]) -> ShardingContext:
     Raises:
         ArgumentError: when it has none.
     """
-    context = batch.get(BATCH)
+    context = batch.get(CONTEXT_KEY)
     if not isinstance(context, ShardingContext):
-        raise ArgumentError(f"batch has no {BATCH!r}: pass what handle.shard(batch) returned")
+        raise ArgumentError(f"batch has no {CONTEXT_KEY!r}: pass what handle.shard(batch) returned")
     return context

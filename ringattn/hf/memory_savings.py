@@ -212,7 +212,7 @@ def _head(model: PreTrainedModel) -> nn.Linear:
             f"chunk_loss: the output head of {name} is {type(head).__name__}, and must be nn.Linear; leave chunk_loss "
             "out, or leave the head out of what peft adapts"
         )
-    if model.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss) or not model_facts(model).counts_items:
+    if model.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss) or not model_facts(model).takes_num_items:
         raise ArgumentError(
             f"chunk_loss: {name} does not take its loss from transformers' cross-entropy over words; leave chunk_loss "
             "out, and use ringattn.memory.chunked_cross_entropy on its hidden states"

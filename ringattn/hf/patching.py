@@ -18,7 +18,7 @@ from ringattn.hf.generate_hooks import GenerateHooks
 from ringattn.hf.handle import Handle
 from ringattn.hf.memory_savings import MemorySavings
 from ringattn.hf.model_support import check_model, copy_configs, model_facts, text_modules, unwrap_model
-from ringattn.hf.multimodal import text_model
+from ringattn.hf.multimodal import find_text_model
 from ringattn.types import Group
 
 
@@ -55,8 +55,8 @@ def patch(
     Communication: none. Each forward pass then communicates in its attention layers.
     """
     pretrained = unwrap_model(model)
-    text = text_model(pretrained)
-    facts = model_facts(pretrained, merges=text is not None)
+    text_model = find_text_model(pretrained)
+    facts = model_facts(pretrained, is_multimodal=text_model is not None)
     sharder = BatchSharder(facts, rank_mesh(group_or_mesh), group_or_mesh, layout, exchange, backend)
     savings = MemorySavings(model, tile_mlp=tile_mlp, chunk_loss=chunk_loss)
     check_model(pretrained)
@@ -65,7 +65,7 @@ def patch(
     handle = Handle(model, sharder)
     copy_configs(pretrained)
     _select_attention(pretrained, handle.undo)
-    hooks = [*ForwardHooks(handle, pretrained, text).register(), *GenerateHooks(handle, pretrained).register()]
+    hooks = [*ForwardHooks(handle, pretrained, text_model).register(), *GenerateHooks(handle, pretrained).register()]
     for hook in hooks:
         handle.undo.callback(hook.remove)
     savings.apply()

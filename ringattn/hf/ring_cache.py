@@ -185,7 +185,7 @@ class RingCache(Cache):
         team = self._handle.rank_mesh
         if num_tokens < team.size:
             return contiguous(num_tokens, team.size)
-        return self._handle.sharder.rows(num_tokens).layout
+        return self._handle.sharder.sequence_rows(num_tokens).layout
 
     def _extended(self, turn: _Step, call: LayerCall) -> DistributedKVCache:
         """Returns the store, in which the new tokens have their places."""

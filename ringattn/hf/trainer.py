@@ -124,7 +124,7 @@ class RingMixin(_Base):
             ),
             "eval_use_gather_object": (self.args.eval_use_gather_object, "tensors are gathered, of each sequence once"),
             "a model whose loss takes no num_items_in_batch": (
-                not (self.model_accepts_loss_kwargs and handle.sharder.facts.counts_items),
+                not (self.model_accepts_loss_kwargs and handle.sharder.facts.takes_num_items),
                 "its loss is a mean over the tokens of one rank; write a loop with handle.loss",
             ),
         }

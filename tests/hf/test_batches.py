@@ -94,7 +94,7 @@ def test_padding_and_documents_of_the_whole_sequence(pool: RankPool) -> None:
     batch["attention_mask"][0, 9:] = 0
     batch["attention_mask"][1, :3] = 0
     (share, _) = pool.run(_shares, 2, batch)
-    assert share["rows"].spans == ((0, 9), (3, LENGTH))
+    assert share["rows"].token_spans == ((0, 9), (3, LENGTH))
     assert "attention_mask" not in share
     (share, _) = pool.run(_shares, 2, PACKED.batch())
     assert share["rows"].documents == ((0, 5, 6, 13),) * 2
@@ -109,7 +109,7 @@ def test_padding_and_documents_of_the_whole_sequence(pool: RankPool) -> None:
 def test_fewer_tokens_than_ranks(pool: RankPool) -> None:
     shares = pool.run(_shares, 4, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
     assert [share["input_ids"].shape[1] for share in shares] == [1, 1, 1, 1]
-    assert shares[0]["rows"].spans == ((0, 3),)
+    assert shares[0]["rows"].token_spans == ((0, 3),)
     assert shares[0]["num_tokens"] == 3
 
 

@@ -158,14 +158,14 @@ def two_towers(group: dist.ProcessGroup) -> None:
 @pytest.mark.parametrize(
     ("asked", "named", "remedy"),
     [
-        (something_beside, "LlamaModel is given cross_states, of shape (2, 4, 16)", "run this model, or this batch"),
-        (another_length, "LlamaModel is given 16 rows for a sequence of 13", "as many placeholders"),
+        (something_beside, "cross_states: LlamaModel gets shape (2, 4, 16)", "run this model, or this batch"),
+        (another_length, "LlamaModel gets 16 rows for a sequence of 13", "as many placeholders"),
         (
             both_ways,
             "unions (images whose tokens see each other both ways)",
             "Run this model, or this batch, unpatched",
         ),
-        (two_towers, "CLIPTextModel is given no inputs_embeds", "run it unpatched"),
+        (two_towers, "inputs_embeds=None: CLIPTextModel gets none", "run it unpatched"),
         (no_text_model, "reads image, text, and must have one text model inside", "Run it unpatched"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

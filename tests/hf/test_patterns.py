@@ -38,7 +38,7 @@ def seen(function: Callable[..., Any], length: int) -> np.ndarray[Any, np.dtype[
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_says_what_transformers_says(name: str) -> None:
-    mask = read_pattern(FUNCTIONS[name]).within(None)
+    mask = read_pattern(FUNCTIONS[name]).to_mask(None)
     np.testing.assert_array_equal(
         slice_counts(mask.slices(LENGTH, LENGTH), LENGTH, LENGTH), seen(FUNCTIONS[name], LENGTH)
     )
@@ -48,7 +48,7 @@ def test_says_what_transformers_says(name: str) -> None:
 def test_says_so_of_each_document(name: str) -> None:
     """Chunks, too, are counted from a document's first token."""
     ends = (0, 5, 5, 6, LENGTH)
-    counts = slice_counts(read_pattern(FUNCTIONS[name]).within(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
+    counts = slice_counts(read_pattern(FUNCTIONS[name]).to_mask(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
     expected = np.zeros((LENGTH, LENGTH), dtype=np.bool_)
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
         expected[start:stop, start:stop] = seen(FUNCTIONS[name], stop - start)
@@ -76,7 +76,7 @@ def test_leaves_out_what_was_seen_in_a_shard() -> None:
     ids=["or", "own", "blocks"],
 )
 def test_refuses_what_it_does_not_know(function: Callable[..., Any]) -> None:
-    with pytest.raises(MaskError, match="asks for attention by the mask function"):
+    with pytest.raises(MaskError, match="asks for the mask function"):
         read_pattern(function)
 
 

@@ -133,6 +133,21 @@ def _check_submodel(name: str, submodel: PreTrainedModel) -> None:
         )
 
 
+def num_decoder_layers(model: PreTrainedModel) -> int:
+    """Returns the number of layers with a KV cache.
+
+    Raises:
+        ArgumentError: when the model has an encoder, or its config lacks num_hidden_layers.
+    """
+    config, name = model.config, type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArgumentError(f"model={name}: has an encoder, but a RingCache supports decoder-only models")
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise ArgumentError(f"model={name}: num_hidden_layers={num_layers!r} in its config: must be 1 or more")
+    return num_layers
+
+
 def copy_configs(model: nn.Module) -> None:
     """Replaces the configs of a model by copies, since other models may share them."""
     memo: dict[int, Any] = {}

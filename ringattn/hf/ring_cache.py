@@ -1,4 +1,4 @@
-"""A cache for `generate` of transformers whose keys and values are spread over the ranks of a patched model's group."""
+"""RingCache: the KV cache of transformers' `generate`, distributed over the ranks of a patched model's group."""
 
 from __future__ import annotations
 
@@ -20,175 +20,192 @@ from ringattn.hf.cache_io import load_rows, save_rows
 from ringattn.hf.forward_plan import ForwardPlan, ReplicatedForward, ShardedForward
 from ringattn.hf.generation_inputs import GenerationInputs, PastTokens
 from ringattn.hf.handle import Handle
-from ringattn.hf.model_support import unwrap_model
+from ringattn.hf.model_support import num_decoder_layers, unwrap_model
 
 
 @dataclass
 class _Step:
-    """A forward pass under way.
+    """A forward pass in progress.
 
     Args:
-        work: who computes what.
-        tokens: the new ones.
-        past: what was held before.
-        rows: the sequence of each row, once the new tokens have their places.
-        lengths: how long the rows were before.
-        layer: which has come with its keys and values, and will ask for its attention.
+        plan: which rank computes which tokens.
+        inputs: the new tokens.
+        past: what the cache held before.
+        sequences: the sequence of each row; None until the slots of the new tokens are allocated.
+        lengths: tokens of each row before.
+        layer: the layer whose `update` was called last, and whose `attend` comes next; else None.
     """
 
-    work: ForwardPlan
-    tokens: GenerationInputs
+    plan: ForwardPlan
+    inputs: GenerationInputs
     past: PastTokens
-    rows: tuple[int, ...] | None = None
+    sequences: tuple[int, ...] | None = None
     lengths: tuple[int, ...] = ()
     layer: int | None = None
 
 
 class RingCache(Cache):
-    """What `model.generate(ids, past_key_values=cache)` keeps of a batch, each token of it on one rank.
+    """The KV cache of `model.generate(ids, past_key_values=cache)`; each token's keys and values are on one rank.
 
-    Every rank calls `generate`, with the same ids and options, and with the same seed if it draws. A prompt of
-    `shard_from` tokens or more is dealt out to the ranks by the handle's layout. Fewer new tokens are computed by every
-    rank, and what the ranks find in their parts of the cache is merged. Logits are the same to the bit on all ranks.
-    Padding is not stored; rows of the same ids, as beams are, are computed once and share their pages.
+    Every rank calls `generate` with the same ids and options and, when sampling, with the same seed. A prompt of
+    `shard_from` or more tokens is sharded by the handle's layout. Fewer new tokens are computed by every rank, and the
+    partial attention over each rank's part of the cache is merged. Logits are bitwise equal on all ranks. Padding is
+    not stored. Rows with the same ids, such as beams, are computed once and share their pages.
 
-    Pages are allocated in the first forward pass, when the heads are known.
+    Pages are allocated in the first forward pass, when the number of heads is known.
 
     Args:
         handle: what `patch` returned for the model.
         num_pages: pages of each rank.
-        page_size: tokens of a page.
-        shard_from: as many new tokens in a row, or more, are dealt out to the ranks; 1 or more.
+        page_size: tokens per page.
+        shard_from: smallest number of new tokens in a row that is sharded; 1 or more.
     Raises:
-        ArgumentError: when an argument is not allowed, or the model cannot generate from such a cache.
-    Communication: that of `prefill_attention` and `decode_attention` in each layer; after a prefill, the logits that
-        were asked for, from their rank to each other one.
+        ArgumentError: when an argument is out of range, or the model cannot generate from a RingCache.
+    Communication: that of `prefill_attention` or `decode_attention` in each layer; after a prefill, each rank also
+        sends the logits that it computed to all others.
     """
 
     def __init__(self, handle: Handle, *, num_pages: int, page_size: int = 16, shard_from: int = 64) -> None:
         super().__init__(layers=[])
         for name, value in (("num_pages", num_pages), ("page_size", page_size), ("shard_from", shard_from)):
             check_integer(name, value, 1)
-        self._num_layers = _num_layers(handle)
+        self._num_layers = num_decoder_layers(unwrap_model(handle.model))
         self._handle, self._num_pages, self._page_size, self._shard_from = handle, num_pages, page_size, shard_from
         self._group = resolve_group(handle.group)
         self._store: DistributedKVCache | None = None
-        self._rows: tuple[int, ...] = ()  # the sequence of each row of the batch
-        self._pads: tuple[int, ...] = ()  # how many columns of padding each row begins with
-        self._turn: _Step | None = None
+        self._sequences: tuple[int, ...] = ()  # the sequence of each batch row
+        self._left_padding: tuple[int, ...] = ()  # columns of padding at the start of each batch row
+        self._step: _Step | None = None
 
     @property
     def handle(self) -> Handle:
-        """Of the model that this is for."""
+        """The handle of the model."""
         return self._handle
 
     @property
     def store(self) -> DistributedKVCache | None:
-        """Where the keys and values are; None before the first forward pass."""
+        """The keys and values; None before the first forward pass."""
         return self._store
 
     @property
     def past(self) -> PastTokens:
-        """What it holds, as a model's forward counts it; during a pass, what it held before, in every layer."""
-        if self._turn is not None:
-            return self._turn.past
-        if self._store is None or not self._rows:
+        """The tokens in the cache; during a forward pass, those before it."""
+        if self._step is not None:
+            return self._step.past
+        if self._store is None or not self._sequences:
             return PastTokens(0, ())
-        return PastTokens(self._pads[0] + self._store.length(self._rows[0]), self._pads)
+        return PastTokens(self._left_padding[0] + self._store.length(self._sequences[0]), self._left_padding)
 
-    # A forward pass: begin; update and attend in each layer; finish, or abandon if it failed.
+    # One forward pass: begin_forward; update and attend in each layer; finish_forward, or abort_forward if it failed.
 
-    def begin(self, tokens: GenerationInputs, *, keeps: bool) -> dict[str, Any]:
-        """Starts a pass over new tokens; returns what the model's forward is given on this rank.
+    def begin_forward(self, inputs: GenerationInputs, *, takes_logits_to_keep: bool) -> dict[str, Any]:
+        """Begins a forward pass; returns the tokens and positions that this rank's model gets, as arguments.
 
         Args:
-            tokens: the same on every rank.
-            keeps: whether the forward takes `logits_to_keep`.
+            inputs: the new tokens, equal on every rank.
+            takes_logits_to_keep: whether the model's forward has the argument `logits_to_keep`.
         """
-        work: ForwardPlan
+        plan: ForwardPlan
         past = self.past
-        if max(tokens.counts) < self._shard_from and not any(tokens.pads):
-            work = ReplicatedForward(tokens)
+        if max(inputs.num_tokens) < self._shard_from and not any(inputs.left_padding):
+            plan = ReplicatedForward(inputs)
         else:
-            same = tuple(range(tokens.num_rows)) if self._rows else tokens.same()
-            work = ShardedForward(tokens, past.length, same, self._layout_of, self._handle.rank_mesh, keeps=keeps)
-        self._turn = _Step(work, tokens, past)
-        return work.arguments()
+            computed_rows = tuple(range(inputs.num_rows)) if self._sequences else inputs.first_equal_rows()
+            plan = ShardedForward(
+                inputs,
+                past.num_columns,
+                computed_rows,
+                self._make_layout,
+                self._handle.rank_mesh,
+                takes_logits_to_keep=takes_logits_to_keep,
+            )
+        self._step = _Step(plan, inputs, past)
+        return plan.model_inputs()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes note of a layer that is about to attend; its keys and values are stored when it does."""
-        if self._turn is None:
+        """Notes the layer, and returns its keys and values unchanged; `attend` stores them."""
+        if self._step is None:
             raise ArgumentError(
-                "past_key_values: a RingCache is for the model of its handle, while that is patched and called as a "
-                "whole, as model.generate does; this call did not come from there"
+                "past_key_values: a RingCache works with the model of its handle, while that is patched and called as "
+                "a whole, as model.generate does; call the model, not a part of it, inside the patch"
             )
-        self._turn.layer = layer_idx
+        self._step.layer = layer_idx
         return key_states, value_states
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Attention of the new tokens to all that is cached of their rows; see `Context`.
+        """Stores the keys and values of the new tokens, and returns their attention to all tokens of their rows.
 
         Raises:
-            ArgumentError: when the layer asks for something that a cache cannot give.
-            OutOfPagesError: when there is no room; on every rank. The cache is then as it was before the pass.
-            DisagreementError: when the ranks were given different tokens, or have drawn different ones; on every rank.
+            ArgumentError: when the layer needs something that a RingCache does not support.
+            OutOfPagesError: when the tokens do not fit, on every rank; the cache is then as before the pass.
+            DisagreementError: when the ranks have different tokens; on every rank.
         """
-        name, turn = type(call.module).__name__, self._turn
-        if turn is None or turn.layer is None:
+        layer_name, step = type(call.module).__name__, self._step
+        if step is None or step.layer is None:
             raise ArgumentError(
-                f"{name} attends to keys that it has not given to the cache: layers that share those of others, and "
-                "cross-attention, have no place in a RingCache"
+                f"past_key_values: {layer_name} attends without storing its keys; cross-attention, and layers that "
+                "share the keys of others, are not supported with a RingCache; use a cache of transformers"
             )
         if call.pattern.right != 0:
-            raise ArgumentError(f"{name} sees tokens after its own: such attention cannot go on from a cache")
+            raise ArgumentError(
+                f"past_key_values: {layer_name} sees tokens after its own; only causal layers are supported with a "
+                "RingCache"
+            )
         if torch.is_grad_enabled() and call.q.requires_grad:
-            raise ArgumentError("a forward pass on a RingCache has no gradients: call the model under torch.no_grad()")
+            raise ArgumentError(
+                "past_key_values: a forward pass on a RingCache has no gradients; call the model under torch.no_grad()"
+            )
         try:
-            store = self._extended(turn, call)
-            layer, turn.layer = turn.layer, None
-            return turn.work.attend(call, store, layer)
+            store = self._allocate_slots(step, call)
+            layer, step.layer = step.layer, None
+            return step.plan.attend(call, store, layer)
         except DisagreementError as error:
             raise DisagreementError(
-                f"{error}. Every rank must call generate with the same ids and options and, if tokens are drawn, after "
-                "the same torch.manual_seed; go on with cache.reset()"
+                f"{error}. Every rank must call generate with the same ids and options and, when sampling, after the "
+                "same torch.manual_seed; call cache.reset() and start again"
             ) from error
 
-    def finish(self, logits: Tensor) -> Tensor:
-        """Ends a pass; returns the logits that were asked for, (B, columns, V), the same to the bit on every rank."""
-        turn, store = self._turn, self._store
-        assert turn is not None
-        assert turn.rows is not None
+    def finish_forward(self, local_logits: Tensor) -> Tensor:
+        """Ends a forward pass; returns the logits (B, columns, vocabulary), bitwise equal on every rank.
+
+        Args:
+            local_logits: the logits of this rank's model.
+        """
+        step, store = self._step, self._store
+        assert step is not None
+        assert step.sequences is not None
         assert store is not None
-        found = turn.work.logits(logits)
-        first = turn.work.same
-        rows = [row if first[i] == i else store.fork(row) for i, row in enumerate(turn.rows)]
-        pads = self._pads or (0,) * len(rows)
-        self._pads = tuple(old + new for old, new in zip(pads, turn.tokens.pads, strict=True))
-        self._rows, self._turn = tuple(rows), None
-        return found
+        logits = step.plan.gather_logits(local_logits)
+        computed_rows = step.plan.computed_rows
+        pairs = enumerate(step.sequences)
+        sequences = [number if computed_rows[row] == row else store.fork(number) for row, number in pairs]
+        stored = self._left_padding or (0,) * len(sequences)
+        self._left_padding = tuple(old + new for old, new in zip(stored, step.inputs.left_padding, strict=True))
+        self._sequences, self._step = tuple(sequences), None
+        return logits
 
-    def abandon(self) -> None:
-        """Takes back a pass that failed; does nothing if none is under way."""
-        turn, store, self._turn = self._turn, self._store, None
-        if turn is None or turn.rows is None or store is None:
+    def abort_forward(self) -> None:
+        """Restores the cache to its state before a forward pass that failed; does nothing if none is in progress."""
+        step, store, self._step = self._step, self._store, None
+        if step is None or step.sequences is None or store is None:
             return
-        for row in dict.fromkeys(turn.rows):
-            if row in self._rows:
-                store.truncate(row, turn.lengths[self._rows.index(row)])
+        for sequence in dict.fromkeys(step.sequences):
+            if sequence in self._sequences:
+                store.truncate(sequence, step.lengths[self._sequences.index(sequence)])
             else:
-                store.free(row)
+                store.free(sequence)
 
-    def _layout_of(self, num_tokens: int) -> Layout:
-        """Who computes which of a row's new tokens; here, unlike in training, a rank may have none."""
-        team = self._handle.rank_mesh
-        if num_tokens < team.size:
-            return contiguous(num_tokens, team.size)
+    def _make_layout(self, num_tokens: int) -> Layout:
+        """Returns the layout of the new tokens of a row; unlike in training, a rank may have none."""
+        world_size = self._handle.rank_mesh.size
+        if num_tokens < world_size:
+            return contiguous(num_tokens, world_size)
         return self._handle.sharder.sequence_rows(num_tokens).layout
 
-    def _extended(self, turn: _Step, call: LayerCall) -> DistributedKVCache:
-        """Returns the store, in which the new tokens have their places."""
+    def _allocate_slots(self, step: _Step, call: LayerCall) -> DistributedKVCache:
+        """Returns the store, with slots for the new tokens; the first layer of a pass allocates them."""
         if self._store is None:
             self._store = DistributedKVCache(
                 num_layers=self._num_layers,
@@ -201,28 +218,28 @@ class RingCache(Cache):
                 device=call.k.device,
                 group=self._group,
             )
-        if turn.rows is None:
-            store = self._store
-            store.note(f"tokens {turn.tokens.digest}")
-            new = {} if self._rows else {first: store.new() for first in sorted(set(turn.work.same))}
-            turn.rows = self._rows or tuple(new[first] for first in turn.work.same)
-            turn.lengths = tuple(map(store.length, self._rows))
-            turn.work.extend(store, turn.rows)
+        if step.sequences is None:
+            store, computed_rows = self._store, step.plan.computed_rows
+            store.note(f"tokens {step.inputs.digest}")
+            new = {} if self._sequences else {row: store.new() for row in sorted(set(computed_rows))}
+            step.sequences = self._sequences or tuple(new[row] for row in computed_rows)
+            step.lengths = tuple(map(store.length, self._sequences))
+            step.plan.extend(store, step.sequences)
         return self._store
 
-    # What generate asks.
+    # The interface that `generate` reads.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns how many columns the batch has so far, padding included."""
-        return self.past.length
+        """Returns the number of columns of the batch in the cache, padding included."""
+        return self.past.num_columns
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """Returns (columns with the new ones, 0); no mask of that size is ever made."""
+        """Returns (cached plus new columns, 0). No mask tensor of that size is made."""
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.past.length + new, 0
+        return self.past.num_columns + new, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Returns -1: how much there is room for depends on how rows share pages."""
+        """Returns -1: the capacity depends on how rows share pages."""
         return -1
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -231,8 +248,8 @@ class RingCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """How many rows there are; -1 before the first forward pass."""
-        return len(self._rows) or -1
+        """Number of rows; -1 before the first forward pass."""
+        return len(self._sequences) or -1
 
     @property
     def is_compileable(self) -> bool:
@@ -241,149 +258,143 @@ class RingCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it holds anything."""
-        return bool(self._rows)
+        """Whether the cache holds tokens."""
+        return bool(self._sequences)
 
     def __len__(self) -> int:
         return self._num_layers
 
     def __repr__(self) -> str:
         past = self.past
-        return f"RingCache({len(past.pads)} rows of {past.length} columns, {self._num_layers} layers)"
+        return f"RingCache({len(past.left_padding)} rows of {past.num_columns} columns, {self._num_layers} layers)"
 
-    # Changing what is held.
+    # Changing the rows and tokens that the cache holds.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last columns: -n of them if it is negative; all after the first n if it is positive, as in older
-        versions. Speculated tokens that were refused are forgotten like this.
+        """Removes the last columns, for example rejected tokens of assisted decoding.
+
+        Args:
+            tokens_to_remove: -n removes the last n columns; a positive n keeps the first n, as in older versions.
+        Raises:
+            ArgumentError: when there are fewer columns.
         """
         past = self.past
-        kept = tokens_to_remove if tokens_to_remove > 0 else past.length + tokens_to_remove
+        kept = tokens_to_remove if tokens_to_remove > 0 else past.num_columns + tokens_to_remove
         if kept < 0:
-            raise ArgumentError(f"tokens_to_remove={tokens_to_remove}: the cache has only {past.length} columns")
-        if self._store is None or kept >= past.length:
+            raise ArgumentError(f"tokens_to_remove={tokens_to_remove}: the cache has only {past.num_columns} columns")
+        if self._store is None or kept >= past.num_columns:
             return
-        for row, pad in zip(self._rows, past.pads, strict=True):
-            self._store.truncate(row, max(kept - pad, 0))
-        self._pads = tuple(min(pad, kept) for pad in past.pads)
+        for sequence, padding in zip(self._sequences, past.left_padding, strict=True):
+            self._store.truncate(sequence, max(kept - padding, 0))
+        self._left_padding = tuple(min(padding, kept) for padding in past.left_padding)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Takes these rows in place of those that there are; what is taken several times shares its pages."""
-        if self._rows:
-            self._select(torch.arange(len(self._rows))[indices.cpu()].tolist())
+        """Replaces the rows by a selection of them. A row may be selected several times; the copies share its pages."""
+        if self._sequences:
+            self._select_rows(torch.arange(len(self._sequences))[indices.cpu()].tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes these rows, one for each beam; see `batch_select_indices`."""
+        """Selects the row of each beam, as `batch_select_indices` does."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Takes each row so many times, one after the other; they share their pages."""
-        self._select([row for row in range(len(self._rows)) for _ in range(repeats)])
+        """Repeats each row `repeats` times, next to each other; the copies share its pages."""
+        self._select_rows([row for row in range(len(self._sequences)) for _ in range(repeats)])
 
     def fork(self) -> RingCache:
-        """Returns a cache of the same tokens, to go on from twice. They share pages; one that is written to is copied.
+        """Returns a second cache with the same tokens. Both share pages; a page is copied before a write to it.
 
-        Call `reset` on it when it is no longer needed, on every rank: its pages are in use until then.
+        Call `reset` on it, on every rank, when it is no longer needed: its pages are in use until then.
         """
-        made = RingCache(
+        fork = RingCache(
             self._handle, num_pages=self._num_pages, page_size=self._page_size, shard_from=self._shard_from
         )
         if self._store is not None:
-            made._store, made._rows, made._pads = self._store, tuple(map(self._store.fork, self._rows)), self._pads
-        return made
+            fork._store, fork._left_padding = self._store, self._left_padding
+            fork._sequences = tuple(map(self._store.fork, self._sequences))
+        return fork
 
     def __deepcopy__(self, memo: dict[int, object]) -> RingCache:
         return self.fork()
 
     def reset(self) -> None:
-        """Forgets everything. Pages are free again, and so is the memory, if no fork uses it."""
+        """Removes all tokens and frees their pages; also frees the memory of all pages, if no fork uses them."""
         if self._store is not None:
-            for row in self._rows:
-                self._store.free(row)
+            for sequence in self._sequences:
+                self._store.free(sequence)
             if not self._store.sequences:
                 self._store = None
-        self._rows, self._pads, self._turn = (), (), None
+        self._sequences, self._left_padding, self._step = (), (), None
 
-    def _select(self, chosen: Sequence[int]) -> None:
-        """Rows are handed on as they are the first time, and forked after that."""
+    def _select_rows(self, indices: Sequence[int]) -> None:
+        """Replaces the rows by those at `indices`; a row that is selected again is forked."""
         if self._store is None:
             return
-        taken: set[int] = set()
-        rows = []
-        for index in chosen:
-            row = self._rows[index]
-            rows.append(self._store.fork(row) if row in taken else row)
-            taken.add(row)
-        for row in self._rows:
-            if row not in taken:
-                self._store.free(row)
-        self._rows, self._pads = tuple(rows), tuple(self._pads[index] for index in chosen)
+        selected: set[int] = set()
+        sequences = []
+        for index in indices:
+            sequence = self._sequences[index]
+            sequences.append(self._store.fork(sequence) if sequence in selected else sequence)
+            selected.add(sequence)
+        for sequence in self._sequences:
+            if sequence not in selected:
+                self._store.free(sequence)
+        self._sequences = tuple(sequences)
+        self._left_padding = tuple(self._left_padding[index] for index in indices)
 
-    # To files and back.
+    # Saving and loading.
 
     def save(self, folder: str | Path) -> None:
-        """Writes the cache into a folder that all ranks reach. All of them call it together; see `save_cache`.
+        """Writes the cache to a folder on a file system that all ranks share; all ranks call it together.
+
+        The format is that of `save_cache`, and a file with the sequence of each row.
 
         Raises:
-            ArgumentError: when it is empty. SnapshotError: when files cannot be written. On every rank.
+            ArgumentError: when the cache is empty.
+            SnapshotError: when files cannot be written; on every rank.
         """
-        if self._store is None or not self._rows:
-            raise ArgumentError("the cache is empty: there is nothing to be saved")
-        save_rows(self._store, self._rows, self._pads, folder)
+        if self._store is None or not self._sequences:
+            raise ArgumentError("the cache is empty: generate with it before it is saved")
+        save_rows(self._store, self._sequences, self._left_padding, folder)
 
     @classmethod
     def load(cls, handle: Handle, folder: str | Path, *, num_pages: int, shard_from: int = 64) -> RingCache:
-        """Returns a cache as it was saved, over the ranks of a handle's group, however many they are.
-
-        All of them call it together.
+        """Returns a saved cache, over any number of ranks; all ranks of the handle's group call it together.
 
         Args:
             handle: what `patch` returned for the model.
             folder: where `save` wrote it.
-            num_pages, shard_from: as for a new one.
+            num_pages, shard_from: as for a new cache.
         Raises:
-            SnapshotError: when it is not there, not whole, or of another model; OutOfPagesError when it does not fit.
-                On every rank.
+            SnapshotError: when the snapshot is missing or incomplete, or of another model; on every rank.
+            OutOfPagesError: when the tokens do not fit into the pages; on every rank.
         """
-        made = cls(handle, num_pages=num_pages, shard_from=shard_from)
+        cache = cls(handle, num_pages=num_pages, shard_from=shard_from)
         device = next(handle.model.parameters()).device
-        made._store, made._rows, made._pads = load_rows(
-            folder, num_layers=made._num_layers, num_pages=num_pages, device=device, group=made._group
+        cache._store, cache._sequences, cache._left_padding = load_rows(
+            folder, num_layers=cache._num_layers, num_pages=num_pages, device=device, group=cache._group
         )
-        made._page_size = made._store.form.page_size
-        return made
+        cache._page_size = cache._store.form.page_size
+        return cache
 
-    # What layers that do not attend would keep.
+    # States of layers other than attention.
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> NoReturn:
         """Raises ArgumentError."""
-        self._refuse_state(layer_idx)
+        self._raise_stateful(layer_idx)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> NoReturn:
         """Raises ArgumentError."""
-        self._refuse_state(layer_idx)
+        self._raise_stateful(layer_idx)
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> NoReturn:
         """Raises ArgumentError."""
-        self._refuse_state(layer_idx)
+        self._raise_stateful(layer_idx)
 
-    def _refuse_state(self, layer: int) -> NoReturn:
-        raise ArgumentError(f"layer {layer} keeps more than keys and values: a RingCache has no place for it")
-
-
-def _num_layers(handle: Handle) -> int:
-    """Returns how many layers of a handle's model attend to a cache.
-
-    Raises:
-        ArgumentError: when it cannot generate from a RingCache.
-    """
-    model = unwrap_model(handle.model)
-    config, name = model.config, type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ArgumentError(f"{name} has an encoder: a RingCache is for models that are decoders alone")
-    found = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if not isinstance(found, int) or found < 1:
-        raise ArgumentError(f"{name}: its config does not tell num_hidden_layers, so nobody knows what to cache")
-    return found
+    def _raise_stateful(self, layer: int) -> NoReturn:
+        raise ArgumentError(
+            f"past_key_values: layer {layer} keeps a state besides keys and values, which a RingCache does not store; "
+            "use a cache of transformers"
+        )

@@ -24,9 +24,9 @@ IDS = prompts(2, 5)
 @pytest.mark.parametrize(
     ("arguments", "past", "told"),
     [
-        ({"pixel_values": torch.ones(1)}, EMPTY, "pixel_values: a pass on a RingCache takes token ids"),
-        ({"labels": IDS}, EMPTY, "labels: a pass"),
-        ({"output_attentions": True}, EMPTY, "output_attentions: a pass"),
+        ({"pixel_values": torch.ones(1)}, EMPTY, "pixel_values: not supported with a RingCache, which takes token ids"),
+        ({"labels": IDS}, EMPTY, "labels: not supported"),
+        ({"output_attentions": True}, EMPTY, "output_attentions: not supported"),
         ({"use_cache": False}, EMPTY, "use_cache=False"),
         ({"return_dict": False}, EMPTY, "return_dict=False"),
         ({"inputs_embeds": torch.ones(2, 5, 3)}, EMPTY, "give one of them"),
@@ -51,25 +51,25 @@ def test_arguments(arguments: dict[str, Any], past: PastTokens, told: str) -> No
 def test_padding_is_read_from_the_mask() -> None:
     _, mask = padded([5, 2, 0], 5)
     found = read_inputs({"input_ids": prompts(3, 5), "attention_mask": mask}, EMPTY)
-    assert found.pads == (0, 3, 5)
-    assert found.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    assert found.left_padding == (0, 3, 5)
+    assert found.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
     mask = torch.cat([mask, torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 1]])], 1)
     found = read_inputs(
-        {"input_ids": prompts(3, 3), "attention_mask": mask, "logits_to_keep": 2}, PastTokens(5, found.pads)
+        {"input_ids": prompts(3, 3), "attention_mask": mask, "logits_to_keep": 2}, PastTokens(5, found.left_padding)
     )
-    assert found.pads == (0, 0, 2)
-    assert found.positions.tolist() == [[5, 6, 7], [2, 3, 4], [0, 0, 0]]
-    assert found.columns.tolist() == [1, 2]
+    assert found.left_padding == (0, 0, 2)
+    assert found.position_ids.tolist() == [[5, 6, 7], [2, 3, 4], [0, 0, 0]]
+    assert found.logit_columns.tolist() == [1, 2]
 
 
 def test_rows_of_the_same_ids_are_one() -> None:
     ids, mask = padded([3, 2, 3, 2], 3)
     ids[2], ids[3] = ids[0], ids[1]
-    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
-    assert read_inputs({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 1)
+    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).first_equal_rows() == (0, 1, 0, 1)
+    assert read_inputs({"input_ids": ids}, EMPTY).first_equal_rows() == (0, 1, 0, 1)
     ids[3, 0] = 9  # padding for one mask, a token for the other
-    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
-    assert read_inputs({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 3)
+    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).first_equal_rows() == (0, 1, 0, 1)
+    assert read_inputs({"input_ids": ids}, EMPTY).first_equal_rows() == (0, 1, 0, 3)
 
 
 def other_seeds(model: Any, cache: RingCache, rank: int) -> None:
@@ -145,7 +145,7 @@ CASES: dict[Callable[..., None], tuple[str, str]] = {
     no_cache: ("ArgumentError", "use_cache=False"),
     crop_too_much: ("ArgumentError", "only 0 columns"),
     save_nothing: ("ArgumentError", "the cache is empty"),
-    a_state: ("ArgumentError", "more than keys and values"),
+    a_state: ("ArgumentError", "a state besides keys and values"),
     no_pages: ("ArgumentError", "num_pages=0"),
 }  # fmt: skip
 
@@ -205,4 +205,4 @@ def an_encoder(group: dist.ProcessGroup) -> None:
 def test_a_model_with_an_encoder(pool: RankPool) -> None:
     for error in pool.expect_error(an_encoder, 1):
         assert error.type_name == "ArgumentError"
-        assert "BartForConditionalGeneration has an encoder" in error.message
+        assert "BartForConditionalGeneration: has an encoder" in error.message

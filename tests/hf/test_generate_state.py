@@ -66,7 +66,7 @@ def test_a_snapshot_that_does_not_fit(pool: RankPool, tmp_path: Path) -> None:
     pool.run(save, 2, str(tmp_path))
     for error in pool.expect_error(load_wrong, 2, str(tmp_path)):
         assert error.type_name == "SnapshotError"
-        assert "the snapshot has 2 layers: the model has 1" in error.message
+        assert "the snapshot has 2 layers, the model has 1" in error.message
 
 
 def free(cache: RingCache) -> int:
@@ -86,7 +86,7 @@ def use_up(group: dist.ProcessGroup) -> list[tuple[int, int]]:
             seen.append((cache.get_seq_length(), 60 * group.size() - free(cache) if cache.store else 0))
 
         def pads() -> list[int]:
-            return list(cache.past.pads)
+            return list(cache.past.left_padding)
 
         ids, mask = padded([11, 6], 11)
         with torch.no_grad():

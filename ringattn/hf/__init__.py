@@ -1,13 +1,13 @@
-"""Floor 5: Hugging Face transformers: any model's attention over a sequence that the ranks of a group share.
+"""Floor 6: Hugging Face transformers: any model's attention over the ranks of a group, for training and generation.
 
     import ringattn.hf as rhf
 
     with rhf.patch(model, group) as handle:
-        share = handle.shard(batch)
-        loss = model(**share).loss
+        local_batch = handle.shard(batch)
+        loss = model(**local_batch).loss
 
-Importing it registers the attention implementation "ringattn" with transformers, and nothing else: what a call is to
-do, it is told by the batch that comes with it.
+The import registers the attention implementation "ringattn" with transformers, and changes nothing else. The sharded
+batch carries a context through the model's arguments to the attention layers; there is no global state.
 """
 
 from ringattn.hf.accelerate_config import RingParallelism

@@ -60,7 +60,11 @@ def test_four_ranks(pool: RankPool, cp_size: int) -> None:
     ("model", "options", "told"),
     [
         ("Qwen2ForCausalLM", {"label_smoothing_factor": 0.1}, "labels are shifted before they are sharded"),
-        ("Qwen2ForCausalLM", {"average_tokens_across_devices": False}, "the loss is that of all ranks' tokens"),
+        (
+            "Qwen2ForCausalLM",
+            {"average_tokens_across_devices": False},
+            "the loss is normalised by the tokens of all ranks",
+        ),
         ("BertForMaskedLM", {}, "write a loop with handle.loss"),
     ],
     ids=["smoothing", "averaging", "loss"],

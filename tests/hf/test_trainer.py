@@ -57,7 +57,7 @@ def test_four_ranks(pool: RankPool, cp_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "told"),
+    ("model", "options", "message"),
     [
         ("Qwen2ForCausalLM", {"label_smoothing_factor": 0.1}, "labels are shifted before they are sharded"),
         (
@@ -69,6 +69,6 @@ def test_four_ranks(pool: RankPool, cp_size: int) -> None:
     ],
     ids=["smoothing", "averaging", "loss"],
 )
-def test_refusals(pair: RankPool, model: str, options: dict[str, object], told: str) -> None:
+def test_refusals(pair: RankPool, model: str, options: dict[str, object], message: str) -> None:
     for error in pair.expect_error(refused, 2, model, options):
-        assert told in error.message
+        assert message in error.message

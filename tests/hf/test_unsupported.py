@@ -1,4 +1,4 @@
-"""What cannot be done is refused on every rank, by the name of what was asked for, and with what to do instead."""
+"""Unsupported models, options and batches raise an error on every rank that names them and says what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ringattn.hf as rhf
 from ringattn import contiguous
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
-from tests.hf.programs import PACKED, PLAIN
+from tests.hf.comparison import PACKED, PLAIN
 
 SIZES = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -26,7 +26,7 @@ def made(name: str, config: str, **options: Any) -> Any:
 
 
 def run(group: dist.ProcessGroup, name: str = "LlamaForCausalLM", **more: Any) -> None:
-    """Calls a patched model with something more than its share of a batch."""
+    """Calls a patched model with additional arguments."""
     with rhf.patch(architecture(name).build(), group) as handle:
         handle.model(**(handle.shard(PLAIN.batch()) | more))
 
@@ -90,7 +90,7 @@ def something_unknown(group: dist.ProcessGroup) -> None:
 
 
 def two_windows(group: dist.ProcessGroup) -> None:
-    """The layers say that they have a window, the config that they have none."""
+    """The layer has a window, its config has none."""
     model = architecture("Gemma3ForCausalLM").build()
     model.model.layers[1].self_attn.sliding_window = 3
     with rhf.patch(model, group) as handle:
@@ -205,10 +205,10 @@ REFUSALS: dict[Callable[[dist.ProcessGroup], None], tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("asked", REFUSALS, ids=lambda program: program.__name__)
-def test_refuses(pool: RankPool, asked: Callable[[dist.ProcessGroup], None]) -> None:
-    named, remedy = REFUSALS[asked]
-    for error in pool.expect_error(asked, 2):
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda program: program.__name__)
+def test_refuses(pool: RankPool, case: Callable[[dist.ProcessGroup], None]) -> None:
+    message, remedy = REFUSALS[case]
+    for error in pool.expect_error(case, 2):
         assert "ArgumentError" in error.mro_names, error.traceback
-        assert named in error.message
+        assert message in error.message
         assert remedy in error.message

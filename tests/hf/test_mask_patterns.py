@@ -1,4 +1,4 @@
-"""What is read from transformers' mask functions is what they say, pair by pair."""
+"""The pattern read from a mask function of transformers allows the same pairs as the function."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ def seen(function: Callable[..., Any], length: int) -> np.ndarray[Any, np.dtype[
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_says_what_transformers_says(name: str) -> None:
-    mask = read_pattern(FUNCTIONS[name]).within(None)
+def test_equals_the_mask_function(name: str) -> None:
+    mask = read_pattern(FUNCTIONS[name]).to_mask(None)
     np.testing.assert_array_equal(
         slice_counts(mask.slices(LENGTH, LENGTH), LENGTH, LENGTH), seen(FUNCTIONS[name], LENGTH)
     )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_says_so_of_each_document(name: str) -> None:
+def test_equals_the_mask_function_in_each_document(name: str) -> None:
     """Chunks, too, are counted from a document's first token."""
     ends = (0, 5, 5, 6, LENGTH)
-    counts = slice_counts(read_pattern(FUNCTIONS[name]).within(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
+    counts = slice_counts(read_pattern(FUNCTIONS[name]).to_mask(ends).slices(LENGTH, LENGTH), LENGTH, LENGTH)
     expected = np.zeros((LENGTH, LENGTH), dtype=np.bool_)
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
         expected[start:stop, start:stop] = seen(FUNCTIONS[name], stop - start)
     np.testing.assert_array_equal(counts, expected)
 
 
-def test_leaves_out_what_was_seen_in_a_shard() -> None:
+def test_ignores_packing_and_padding_of_a_shard() -> None:
     """A shard's positions look packed where they jump, and its padding is not the whole sequence's."""
     positions = torch.tensor([[0, 1, 2, 9, 10, 11]])
     packed = theirs.find_packed_sequence_indices(positions)
@@ -75,12 +75,12 @@ def test_leaves_out_what_was_seen_in_a_shard() -> None:
     ],
     ids=["or", "own", "blocks"],
 )
-def test_refuses_what_it_does_not_know(function: Callable[..., Any]) -> None:
-    with pytest.raises(MaskError, match="asks for attention by the mask function"):
+def test_refuses_unknown_mask_functions(function: Callable[..., Any]) -> None:
+    with pytest.raises(MaskError, match="asks for the mask function"):
         read_pattern(function)
 
 
-def test_windows_told_by_number_alone() -> None:
+def test_windows_given_by_number() -> None:
     assert with_window(CAUSAL, 4) == read_pattern(theirs.sliding_window_causal_mask_function(4))
     assert with_window(MaskPattern(), 4) == MaskPattern(left=3, right=3)
     assert with_window(MaskPattern(left=1, right=0), 4) == MaskPattern(left=1, right=0)

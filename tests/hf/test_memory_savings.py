@@ -1,4 +1,4 @@
-"""Tiled MLPs and a loss in chunks, in models of transformers: the same numbers, and taken back without a trace."""
+"""Tiled MLPs and chunked losses in transformers models: the same numbers, and a complete undo."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 import ringattn.hf as rhf
 from ringattn.errors import ArgumentError
-from ringattn.hf.memory import MemorySavings
+from ringattn.hf.memory_savings import MemorySavings
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
+from tests.hf.comparison import UNEVEN_LABELS, one_process, sharded
 from tests.hf.exact import Exact
-from tests.hf.programs import UNEVEN_LABELS, one_process, sharded
 from tests.hf.training import VOCABULARY
 
 ATOL = 1e-10
@@ -40,7 +40,7 @@ def loss_and_gradients(model: PreTrainedModel, **batch: Tensor) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_is_that_of_the_model(name: str) -> None:
+def test_equals_the_model(name: str) -> None:
     model = build(name)
     batch = UNEVEN_LABELS.batch()
     forwards = {module: dict(vars(module)) for module in model.modules()}
@@ -101,8 +101,8 @@ def test_patch(pool: RankPool) -> None:
     pool.run(patched, 2, "Gemma2ForCausalLM")
 
 
-class Asks(nn.Module):
-    """A model's head whose logits are asked for something else."""
+class ClampLogits(nn.Module):
+    """A hook on the output head that clamps the logits."""
 
     def forward(self, module: nn.Module, args: object, out: Tensor) -> Tensor:
         return out.clamp(-1, 1)
@@ -116,7 +116,7 @@ def test_errors() -> None:
     with pytest.raises(ArgumentError, match="output head of Qwen2ForCausalLM is Sequential"):
         MemorySavings(model, chunk_loss=2)
     model = build("Qwen2ForCausalLM")
-    model.lm_head.register_forward_hook(Asks())
+    model.lm_head.register_forward_hook(ClampLogits())
     savings = MemorySavings(model, chunk_loss=2)
     savings.apply()
     with pytest.raises(ArgumentError, match="asks its logits for clamp"):

@@ -1,4 +1,4 @@
-"""What every rank does: a model in one process, the same model patched, and how far they are apart."""
+"""Compares a patched model over ranks with the same model in one process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SIZES = (2, 13)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of batch: its lengths, padding and documents."""
+class BatchSpec:
+    """The shape, padding and documents of a batch."""
 
     name: str
     sizes: tuple[int, int] = SIZES
     padding: tuple[tuple[int, int], ...] = ()  # how many at the left and at the right, of each row
     documents: tuple[int, ...] = ()  # their lengths
-    told_by: str = "position_ids"
+    documents_as: str = "position_ids"  # or "cu_seq_lens"
     unlabelled: int = 0  # so many positions at the start have no label
 
     def __str__(self) -> str:
@@ -56,22 +56,22 @@ class Kind:
         return batch
 
 
-PLAIN = Kind("plain")
-UNEVEN_LABELS = Kind("uneven_labels", unlabelled=9)
-LEFT = Kind("padding_left", padding=((0, 0), (4, 0)))
-RIGHT = Kind("padding_right", padding=((0, 5), (0, 0)))
-PACKED = Kind("packed", documents=(5, 1, 7))
-CU_SEQ_LENS = Kind("cu_seq_lens", sizes=(1, 13), documents=(5, 1, 7), told_by="cu_seq_lens")
-SHORT = Kind("short", sizes=(2, 2))
+PLAIN = BatchSpec("plain")
+UNEVEN_LABELS = BatchSpec("uneven_labels", unlabelled=9)
+LEFT = BatchSpec("padding_left", padding=((0, 0), (4, 0)))
+RIGHT = BatchSpec("padding_right", padding=((0, 5), (0, 0)))
+PACKED = BatchSpec("packed", documents=(5, 1, 7))
+CU_SEQ_LENS = BatchSpec("cu_seq_lens", sizes=(1, 13), documents=(5, 1, 7), documents_as="cu_seq_lens")
+SHORT = BatchSpec("short", sizes=(2, 2))
 
-KINDS = (PLAIN, UNEVEN_LABELS, LEFT, RIGHT, PACKED, CU_SEQ_LENS, SHORT)
+BATCH_SPECS = (PLAIN, UNEVEN_LABELS, LEFT, RIGHT, PACKED, CU_SEQ_LENS, SHORT)
 
 
-def told(kind: Kind, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """The batch as it is given to a handle."""
-    if kind.told_by == "position_ids":
+def handle_batch(spec: BatchSpec, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the batch with the arguments that describe its documents, as a handle takes it."""
+    if spec.documents_as == "position_ids":
         return dict(batch)
-    ends = torch.tensor([sum(kind.documents[:i]) for i in range(len(kind.documents) + 1)], dtype=torch.int32)
+    ends = torch.tensor([sum(spec.documents[:i]) for i in range(len(spec.documents) + 1)], dtype=torch.int32)
     return batch | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
 
 
@@ -104,24 +104,24 @@ def forward(model: PreTrainedModel, batch: dict[str, Tensor], documents: tuple[i
 
 
 @cache
-def reference(name: str, kind: Kind) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What one process makes of a kind of batch: computed once for all layouts, exchanges and numbers of ranks."""
-    return one_process(architecture(name).build(), kind.batch(), alone(name, kind))
+def reference(name: str, spec: BatchSpec) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns the results of one process, cached for all layouts, exchanges and numbers of ranks."""
+    return one_process(architecture(name).build(), spec.batch(), unpacked_documents(name, spec))
 
 
-def alone(name: str, kind: Kind) -> tuple[int, ...]:
-    """The documents that one process must run each by itself."""
-    return () if architecture(name).packs else kind.documents
+def unpacked_documents(name: str, spec: BatchSpec) -> tuple[int, ...]:
+    """Returns the documents that one process must run one by one."""
+    return () if architecture(name).supports_packing else spec.documents
 
 
 def sharded(
     model: PreTrainedModel, handle: rhf.Handle, batch: dict[str, Any], group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same of a patched model: logits gathered, loss and gradients summed over the ranks."""
-    share = handle.shard(batch)
+    local_batch = handle.shard(batch)
     with exact_in(model.dtype):
-        out = model(**share)
-        loss = handle.loss(out.logits, share) if out.loss is None else out.loss
+        out = model(**local_batch)
+        loss = handle.loss(out.logits, local_batch) if out.loss is None else out.loss
     loss.backward()
     summed = {}
     for name, parameter in model.named_parameters():
@@ -129,24 +129,24 @@ def sharded(
         dist.all_reduce(grad, group=group)
         summed[name] = grad.clone()
     model.zero_grad(set_to_none=True)
-    return handle.unshard(out.logits.detach(), share), handle.reduce(loss), summed
+    return handle.unshard(out.logits.detach(), local_batch), handle.reduce(loss), summed
 
 
-def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str, kind: Kind) -> None:
-    """The patched model's logits, loss and gradients are those of the unpatched one; and again when it is unpatched.
+def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str, spec: BatchSpec) -> None:
+    """Checks that logits, loss and gradients of the patched model equal those of one process; and again when unpatched.
 
-    What the ranks have made together is compared on one of them.
+    Gathered results are compared on rank 0.
     """
-    model, batch = architecture(name).build(), kind.batch()
+    model, batch = architecture(name).build(), spec.batch()
     with rhf.patch(model, group, layout=layout, exchange=exchange) as handle:
-        ours = sharded(model, handle, told(kind, batch), group)
+        ours = sharded(model, handle, handle_batch(spec, batch), group)
     if group.rank():
         return
-    logits, loss, grads = reference(name, kind)
-    valid = batch["attention_mask"].bool() if kind.padding else torch.ones(kind.sizes, dtype=torch.bool)
+    logits, loss, grads = reference(name, spec)
+    valid = batch["attention_mask"].bool() if spec.padding else torch.ones(spec.sizes, dtype=torch.bool)
     assert_close(ours[0][valid], logits[valid], atol=1e-10, name="logits")
     assert_close(ours[1], loss, atol=1e-10, name="loss")
     for parameter, grad in ours[2].items():
         expected = grads.get(parameter, torch.zeros_like(grad))
         assert_close(grad, expected, atol=1e-10, name=f"gradient of {parameter}")
-    assert torch.equal(forward(model, batch, alone(name, kind))[0], logits)
+    assert torch.equal(forward(model, batch, unpacked_documents(name, spec))[0], logits)

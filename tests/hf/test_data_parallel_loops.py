@@ -182,4 +182,4 @@ def wrong_size(group: dist.ProcessGroup) -> None:
 
 def test_sizes_that_do_not_fit_are_refused(pool: RankPool) -> None:
     for error in pool.expect_error(wrong_size, 4):
-        assert "make 2 processes, and there are 4" in error.message
+        assert "is 2, but there are 4 processes" in error.message

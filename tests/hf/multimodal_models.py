@@ -1,4 +1,4 @@
-"""Models that see: a tiny one of each kind, and batches with images of other sizes and at other places in each row."""
+"""Tiny models with images, and batches whose rows have images of different sizes at different positions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.hf.programs import PLAIN, VOCABULARY, Kind
+from tests.hf.comparison import PLAIN, VOCABULARY, BatchSpec
 
-IMAGE = VOCABULARY - 1  # the token that holds a feature's place
+IMAGE = VOCABULARY - 1  # the placeholder of a feature
 ROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -48,13 +48,13 @@ TOKENS = {"image_token_id": IMAGE, "video_token_id": 35, "vision_start_token_id"
 
 
 @dataclass(frozen=True)
-class Seeing:
+class MultimodalModel:
     """A tiny random model that merges images into its text.
 
     Args:
         model: its class.
         config: its config's.
-        asks_for: what is special to it.
+        features: what is special to it.
         options: of its config.
         counts: features of each image, two of them, one in each row.
         pixels: makes what else a batch has, of the ids.
@@ -62,7 +62,7 @@ class Seeing:
 
     model: str
     config: str
-    asks_for: str
+    features: str
     options: dict[str, Any]
     counts: tuple[int, int]
     pixels: Callable[[Tensor], dict[str, Tensor]]
@@ -83,9 +83,9 @@ class Seeing:
         nn.Module.eval(model)
         return model
 
-    def batch(self, kind: Kind = PLAIN) -> dict[str, Tensor]:
-        """Returns a batch of this kind with its images, the same on every rank."""
-        batch = kind.batch()
+    def batch(self, spec: BatchSpec = PLAIN) -> dict[str, Tensor]:
+        """Returns a batch of this shape with its images, the same on every rank."""
+        batch = spec.batch()
         ids = batch["input_ids"]
         ids[ids >= min(TOKENS.values())] = 3
         for row, (start, count) in enumerate(zip((2, 7), self.counts, strict=True)):
@@ -115,11 +115,11 @@ def _patches(ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-SEEING = (
-    Seeing(
+MULTIMODAL_MODELS = (
+    MultimodalModel(
         "LlavaForConditionalGeneration",
         "LlavaConfig",
-        "images among the text",
+        "images",
         {
             "vision_config": {"model_type": "clip_vision_model", **CLIP},
             "text_config": {"model_type": "llama", **TEXT},
@@ -128,7 +128,7 @@ SEEING = (
         (4, 4),
         _squares,
     ),
-    Seeing(
+    MultimodalModel(
         "Qwen2VLForConditionalGeneration",
         "Qwen2VLConfig",
         "images; positions in time, height and width",
@@ -140,10 +140,10 @@ SEEING = (
         (4, 2),
         _patches,
     ),
-    Seeing(
+    MultimodalModel(
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLConfig",
-        "images, of which the first layers are given features of their own; positions in time, height and width",
+        "images, whose features are also added in the first layers; positions in time, height and width",
         {
             "text_config": TEXT | {"head_dim": 8, "rope_parameters": ROPE | {"mrope_interleaved": True}},
             "vision_config": QWEN
@@ -160,8 +160,8 @@ SEEING = (
     ),
 )
 
-# Its images see each other both ways.
-GEMMA = Seeing(
+# The tokens of an image see each other both ways.
+GEMMA = MultimodalModel(
     "Gemma3ForConditionalGeneration",
     "Gemma3Config",
     "sliding windows in most layers; images whose tokens see one another both ways",
@@ -177,6 +177,6 @@ GEMMA = Seeing(
 )
 
 
-def seeing(model: str) -> Seeing:
-    """Returns the entry of this model: an entry travels to a rank by its name."""
-    return next(entry for entry in (*SEEING, GEMMA) if entry.model == model)
+def multimodal_model(model: str) -> MultimodalModel:
+    """Returns the entry of this model: entries are passed to ranks by name."""
+    return next(entry for entry in (*MULTIMODAL_MODELS, GEMMA) if entry.model == model)

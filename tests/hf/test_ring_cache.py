@@ -1,4 +1,4 @@
-"""What a RingCache holds between calls of generate: saved, loaded, forked, cropped, chosen from, freed."""
+"""The contents of a RingCache between calls of generate: save, load, fork, crop, select rows, free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from ringattn.errors import OutOfPagesError
 from ringattn.hf import RingCache
 from tests.harness.compare import assert_within_rule
 from tests.harness.ranks import RankPool
-from tests.hf.generating import PAGE_SIZE, alone, beams, build, first_turn, padded, prompts, second_turn
+from tests.hf.generate_cases import (
+    PAGE_SIZE,
+    beams,
+    build,
+    first_turn,
+    generate_in_one_process,
+    padded,
+    prompts,
+    second_turn,
+)
 
 NAME = "MistralForCausalLM"
 
@@ -44,7 +53,8 @@ def load(group: dist.ProcessGroup, folder: str, sequences: Tensor) -> tuple[list
     [(3, 2), *(pytest.param(a, b, marks=pytest.mark.long) for a in (1, 2, 4) for b in (1, 3, 4))],
 )
 def test_saved_and_continued_on_other_ranks(pool: RankPool, tmp_path: Path, saving: int, loading: int) -> None:
-    plain, exact = (alone(NAME, "padded_conversation", dtype) for dtype in (torch.float32, torch.float64))
+    dtypes = (torch.float32, torch.float64)
+    plain, exact = (generate_in_one_process(NAME, "padded_conversation", dtype) for dtype in dtypes)
     sequences = pool.run(save, saving, str(tmp_path))[0]
     for found, num_sequences in pool.run(load, loading, str(tmp_path), sequences):
         assert num_sequences == 2
@@ -66,7 +76,7 @@ def test_a_snapshot_that_does_not_fit(pool: RankPool, tmp_path: Path) -> None:
     pool.run(save, 2, str(tmp_path))
     for error in pool.expect_error(load_wrong, 2, str(tmp_path)):
         assert error.type_name == "SnapshotError"
-        assert "the snapshot has 2 layers: the model has 1" in error.message
+        assert "the snapshot has 2 layers, the model has 1" in error.message
 
 
 def free(cache: RingCache) -> int:
@@ -86,7 +96,7 @@ def use_up(group: dist.ProcessGroup) -> list[tuple[int, int]]:
             seen.append((cache.get_seq_length(), 60 * group.size() - free(cache) if cache.store else 0))
 
         def pads() -> list[int]:
-            return list(cache.past.pads)
+            return list(cache.past.left_padding)
 
         ids, mask = padded([11, 6], 11)
         with torch.no_grad():
@@ -137,33 +147,33 @@ def test_pages_follow_what_is_held(pool: RankPool) -> None:
 def longer_than(group: dist.ProcessGroup) -> list[tuple[str, int, int]]:
     """Runs out of pages in a prefill, in the middle of a batch, and while decoding; goes on each time."""
     model = build("LlamaForCausalLM")
-    told = []
+    errors = []
     with rhf.patch(model, group) as handle:
         cache = RingCache(handle, num_pages=4, page_size=PAGE_SIZE, shard_from=5)
         half = 12 * group.size()  # more than half of what there is room for
         for ids, mask in (padded([90], 90), padded([half, half], half)):
             with pytest.raises(OutOfPagesError) as raised:
                 model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4)
-            told.append((str(raised.value), cache.get_seq_length(), free(cache)))
+            errors.append((str(raised.value), cache.get_seq_length(), free(cache)))
         with torch.no_grad():
             model(prompts(1, 9), past_key_values=cache)
         with pytest.raises(OutOfPagesError) as raised:
             model.generate(prompts(1, 10), past_key_values=cache, max_new_tokens=90)
-        told.append((str(raised.value), cache.get_seq_length(), free(cache)))
+        errors.append((str(raised.value), cache.get_seq_length(), free(cache)))
         cache.reset()
         model.generate(prompts(1, 10), past_key_values=cache, max_new_tokens=3)
-    return told
+    return errors
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_out_of_pages_everywhere_and_nothing_lost(pool: RankPool, world_size: int) -> None:
     results = pool.run(longer_than, world_size)
-    assert all(told == results[0] for told in results)
+    assert all(errors == results[0] for errors in results)
     prefill, batch, decode = results[0]
     assert "num_pages" in prefill[0]
     assert prefill[1:] == batch[1:] == (0, 4 * world_size)
     assert "num_pages" in decode[0]
-    assert decode[1:] == (4 * 4 * world_size, 0)  # the last step found no place; all before it did
+    assert decode[1:] == (4 * 4 * world_size, 0)  # the last step found no free slot; all steps before it did
 
 
 def test_one_process_of_transformers_is_what_we_compare_with() -> None:

@@ -1,4 +1,4 @@
-"""What is generated: tiny models, and ways to generate that are the same for one process and for many ranks."""
+"""Tiny models, and cases of generation that run in one process and over ranks."""
 
 from __future__ import annotations
 
@@ -148,9 +148,9 @@ def common_prefix(model: Any, cache: Cache) -> list[Tensor]:
     return found
 
 
-WAYS: dict[str, Callable[[Any, Cache], list[Tensor]]] = {
-    way.__name__: way
-    for way in (
+GENERATION_CASES: dict[str, Callable[[Any, Cache], list[Tensor]]] = {
+    case.__name__: case
+    for case in (
         greedy,
         left_padding,
         ends_early,
@@ -168,21 +168,23 @@ WAYS: dict[str, Callable[[Any, Cache], list[Tensor]]] = {
 }  # fmt: skip
 
 
-def alone(name: str, way: str, dtype: torch.dtype) -> list[Tensor]:
-    """What one process gives, with transformers' own cache and attention; in float64, exact all through."""
+def generate_in_one_process(name: str, case: str, dtype: torch.dtype) -> list[Tensor]:
+    """Returns the results of one process, with transformers' cache and attention; float64 throughout if dtype is."""
     model = build(name, dtype)
     model.set_attn_implementation("eager")
     with Exact() if dtype is torch.float64 else nullcontext():
-        return WAYS[way](model, DynamicCache(config=model.config))
+        return GENERATION_CASES[case](model, DynamicCache(config=model.config))
 
 
-def together(group: dist.ProcessGroup, name: str, ways: list[str], shard_from: int, layout: str) -> list[list[Tensor]]:
-    """What the ranks of a group give, for each way, with a cache for all of them."""
+def generate_on_ranks(
+    group: dist.ProcessGroup, name: str, cases: list[str], shard_from: int, layout: str
+) -> list[list[Tensor]]:
+    """Returns the results of each case over the ranks of a group; all cases use one cache."""
     model = build(name)
     found = []
     with rhf.patch(model, group, layout=layout) as handle:
         cache = RingCache(handle, num_pages=120, page_size=PAGE_SIZE, shard_from=shard_from)
-        for way in ways:
-            found.append(WAYS[way](model, cache))
+        for case in cases:
+            found.append(GENERATION_CASES[case](model, cache))
             cache.reset()
     return found

@@ -7,26 +7,26 @@ from itertools import product
 import pytest
 
 from tests.harness.ranks import RankPool
+from tests.hf.architecture_table import PAGE, table
 from tests.hf.architectures import ARCHITECTURES, Architecture
-from tests.hf.programs import (
+from tests.hf.comparison import (
+    BATCH_SPECS,
     CU_SEQ_LENS,
-    KINDS,
     LEFT,
     PACKED,
     PLAIN,
     RIGHT,
     SHORT,
     UNEVEN_LABELS,
-    Kind,
+    BatchSpec,
     check_equal,
 )
-from tests.hf.table import PAGE, table
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 # On one rank all layouts are one.
 SHARDINGS = [("zigzag", 1), *product(LAYOUTS, (2, 3, 4))]
 # An encoder-decoder has no packed documents.
-PAIRS = [(a, kind) for a, kind in product(ARCHITECTURES, KINDS) if not (kind.documents and a.encodes)]
+PAIRS = [(a, spec) for a, spec in product(ARCHITECTURES, BATCH_SPECS) if not (spec.documents and a.is_encoder_decoder)]
 DECODER = "GptOssForCausalLM"  # windows, sinks and experts
 
 
@@ -35,13 +35,13 @@ def test_equals_one_process(pool: RankPool, architecture: Architecture) -> None:
     pool.run(check_equal, 2, architecture.model, "zigzag", "auto", UNEVEN_LABELS)
 
 
-@pytest.mark.parametrize("kind", [LEFT, RIGHT, PACKED, CU_SEQ_LENS, SHORT], ids=str)
-def test_kinds_of_batches(pool: RankPool, kind: Kind) -> None:
-    pool.run(check_equal, 3, DECODER, "zigzag", "auto", kind)
+@pytest.mark.parametrize("spec", [LEFT, RIGHT, PACKED, CU_SEQ_LENS, SHORT], ids=str)
+def test_batch_specs(pool: RankPool, spec: BatchSpec) -> None:
+    pool.run(check_equal, 3, DECODER, "zigzag", "auto", spec)
 
 
 @pytest.mark.parametrize(
-    ("model", "kind"),
+    ("model", "spec"),
     [
         # Chunks are counted from the first token of a row, or of a document.
         ("Llama4ForCausalLM", LEFT),
@@ -53,8 +53,8 @@ def test_kinds_of_batches(pool: RankPool, kind: Kind) -> None:
     ],
     ids=str,
 )
-def test_padding_and_documents(pool: RankPool, model: str, kind: Kind) -> None:
-    pool.run(check_equal, 2, model, "zigzag", "auto", kind)
+def test_padding_and_documents(pool: RankPool, model: str, spec: BatchSpec) -> None:
+    pool.run(check_equal, 2, model, "zigzag", "auto", spec)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -64,9 +64,9 @@ def test_layouts(pool: RankPool, layout: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("layout", "world_size"), SHARDINGS)
-@pytest.mark.parametrize(("architecture", "kind"), PAIRS, ids=str)
-def test_all(pool: RankPool, architecture: Architecture, kind: Kind, layout: str, world_size: int) -> None:
-    pool.run(check_equal, world_size, architecture.model, layout, "auto", kind)
+@pytest.mark.parametrize(("architecture", "spec"), PAIRS, ids=str)
+def test_all(pool: RankPool, architecture: Architecture, spec: BatchSpec, layout: str, world_size: int) -> None:
+    pool.run(check_equal, world_size, architecture.model, layout, "auto", spec)
 
 
 @pytest.mark.long
@@ -76,5 +76,5 @@ def test_exchanges(pool: RankPool, architecture: Architecture, exchange: str) ->
     pool.run(check_equal, 3, architecture.model, "zigzag", exchange, LEFT)
 
 
-def test_the_manual_lists_what_is_tested() -> None:
-    assert PAGE.read_text(encoding="utf-8") == table(), "python -m tests.hf.table writes it"
+def test_the_manual_lists_the_tested_architectures() -> None:
+    assert PAGE.read_text(encoding="utf-8") == table(), "python -m tests.hf.architecture_table writes it"

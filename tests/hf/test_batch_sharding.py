@@ -1,4 +1,4 @@
-"""What a batch becomes: shares, labels, documents, padding; and that nothing leaks from where it must not."""
+"""Sharding of batches: rows, labels, documents, padding; and no token sees what its mask hides."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ringattn import Layout, contiguous, zigzag
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
+from tests.hf.comparison import CU_SEQ_LENS, PACKED, PLAIN, SIZES, VOCABULARY, handle_batch, one_process, sharded
 from tests.hf.exact import Exact
-from tests.hf.programs import CU_SEQ_LENS, PACKED, PLAIN, SIZES, VOCABULARY, one_process, sharded, told
 
 LENGTH = SIZES[1]
 
 
 def _logits(handle: rhf.Handle, batch: dict[str, Any]) -> Tensor:
-    share = handle.shard(batch)
+    local_batch = handle.shard(batch)
     with torch.no_grad(), Exact():
-        return handle.unshard(handle.model(**share).logits, share)
+        return handle.unshard(handle.model(**local_batch).logits, local_batch)
 
 
 def _perturbed(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def _perturbed(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def _documents_stay_apart(group: dist.ProcessGroup, name: str, cu_seq_lens: bool) -> None:
-    kind = CU_SEQ_LENS if cu_seq_lens else PACKED
+    spec = CU_SEQ_LENS if cu_seq_lens else PACKED
     with rhf.patch(architecture(name).build(), group) as handle:
-        batch = told(kind, kind.batch())
+        batch = handle_batch(spec, spec.batch())
         before = _logits(handle, batch)
         start = 0
-        for length in kind.documents:
+        for length in spec.documents:
             changed = (_logits(handle, _perturbed(batch, start, start + length)) != before).any(2).any(0)
             assert changed.nonzero()[:, 0].tolist() == list(range(start, start + length))
             start += length
@@ -63,29 +63,29 @@ def test_the_future_is_not_seen(pool: RankPool, model: str) -> None:
     pool.run(_future_is_not_seen, 3, model)
 
 
-def _shares(group: dist.ProcessGroup, batch: dict[str, Any]) -> dict[str, Any]:
+def _local_batch(group: dist.ProcessGroup, batch: dict[str, Any]) -> dict[str, Any]:
     with rhf.patch(architecture("LlamaForCausalLM").build(), group) as handle:
-        share = handle.shard(batch)
-        told = share.pop("ringattn")
-        return share | {"rows": told.rows, "num_tokens": told.num_tokens}
+        local_batch = handle.shard(batch)
+        context = local_batch.pop("ringattn")
+        return local_batch | {"rows": context.rows, "num_tokens": context.num_tokens}
 
 
-def test_what_is_sharded_and_what_is_left(pool: RankPool) -> None:
+def test_sharded_and_unchanged_values(pool: RankPool) -> None:
     batch: dict[str, Any] = PLAIN.batch()
     batch |= {"mm_token_type_ids": batch["input_ids"] % 2, "pixel_values": torch.ones(2, 3, 5, 5), "name": "as it is"}
-    shares = pool.run(_shares, 2, batch)
+    local_batches = pool.run(_local_batch, 2, batch)
     layout = zigzag(LENGTH, 2)
-    for rank, share in enumerate(shares):
+    for rank, local_batch in enumerate(local_batches):
         rows = torch.as_tensor(layout.positions(rank))
-        assert share["rows"].layout == layout
-        assert torch.equal(share["input_ids"], batch["input_ids"][:, rows])
-        assert torch.equal(share["mm_token_type_ids"], batch["mm_token_type_ids"][:, rows])
-        assert torch.equal(share["position_ids"], rows[None])
+        assert local_batch["rows"].layout == layout
+        assert torch.equal(local_batch["input_ids"], batch["input_ids"][:, rows])
+        assert torch.equal(local_batch["mm_token_type_ids"], batch["mm_token_type_ids"][:, rows])
+        assert torch.equal(local_batch["position_ids"], rows[None])
         shifted = torch.cat([batch["labels"][:, 1:], torch.full((2, 1), -100)], 1)
-        assert torch.equal(share["shift_labels"], shifted[:, rows])
-        assert share["num_items_in_batch"] == 2 * (LENGTH - 1)
-        assert torch.equal(share["pixel_values"], batch["pixel_values"])
-        assert share["name"] == "as it is"
+        assert torch.equal(local_batch["shift_labels"], shifted[:, rows])
+        assert local_batch["num_items_in_batch"] == 2 * (LENGTH - 1)
+        assert torch.equal(local_batch["pixel_values"], batch["pixel_values"])
+        assert local_batch["name"] == "as it is"
 
 
 def test_padding_and_documents_of_the_whole_sequence(pool: RankPool) -> None:
@@ -93,24 +93,24 @@ def test_padding_and_documents_of_the_whole_sequence(pool: RankPool) -> None:
     batch["attention_mask"] = torch.ones(SIZES, dtype=torch.long)
     batch["attention_mask"][0, 9:] = 0
     batch["attention_mask"][1, :3] = 0
-    (share, _) = pool.run(_shares, 2, batch)
-    assert share["rows"].spans == ((0, 9), (3, LENGTH))
-    assert "attention_mask" not in share
-    (share, _) = pool.run(_shares, 2, PACKED.batch())
-    assert share["rows"].documents == ((0, 5, 6, 13),) * 2
-    assert share["position_ids"].tolist()[0] == [0, 1, 2, 3, *(4, 5, 6)]
+    (local_batch, _) = pool.run(_local_batch, 2, batch)
+    assert local_batch["rows"].token_spans == ((0, 9), (3, LENGTH))
+    assert "attention_mask" not in local_batch
+    (local_batch, _) = pool.run(_local_batch, 2, PACKED.batch())
+    assert local_batch["rows"].documents == ((0, 5, 6, 13),) * 2
+    assert local_batch["position_ids"].tolist()[0] == [0, 1, 2, 3, *(4, 5, 6)]
     ends = torch.tensor([0, 5, 6, 13])
     batch = {"input_ids": torch.ones(1, 13, dtype=torch.long), "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-    (share, _) = pool.run(_shares, 2, batch | {"max_length_q": 7, "max_length_k": 7})
-    assert share["rows"].documents == ((0, 5, 6, 13),)
-    assert not {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} & share.keys()
+    (local_batch, _) = pool.run(_local_batch, 2, batch | {"max_length_q": 7, "max_length_k": 7})
+    assert local_batch["rows"].documents == ((0, 5, 6, 13),)
+    assert not {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} & local_batch.keys()
 
 
 def test_fewer_tokens_than_ranks(pool: RankPool) -> None:
-    shares = pool.run(_shares, 4, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
-    assert [share["input_ids"].shape[1] for share in shares] == [1, 1, 1, 1]
-    assert shares[0]["rows"].spans == ((0, 3),)
-    assert shares[0]["num_tokens"] == 3
+    local_batches = pool.run(_local_batch, 4, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+    assert [local_batch["input_ids"].shape[1] for local_batch in local_batches] == [1, 1, 1, 1]
+    assert local_batches[0]["rows"].token_spans == ((0, 3),)
+    assert local_batches[0]["num_tokens"] == 3
 
 
 def _no_valid_token(group: dist.ProcessGroup) -> None:
@@ -135,7 +135,7 @@ def test_ranks_without_a_valid_token(pool: RankPool) -> None:
 
 
 def _accumulated(group: dist.ProcessGroup) -> None:
-    """A number of items that is given is kept: that of several batches, say."""
+    """A given num_items_in_batch is kept, for example the number of labels of several batches."""
     model = architecture("LlamaForCausalLM").build()
     batch = PLAIN.batch()
     _, loss, _ = one_process(model, batch)
@@ -154,7 +154,7 @@ def _uneven(length: int, world_size: int) -> Layout:
     return Layout(length, (*ranges, (range(world_size - 1, length),)))
 
 
-def _own_layout(group: dist.ProcessGroup) -> None:
+def _custom_layouts(group: dist.ProcessGroup) -> None:
     model = architecture("MistralForCausalLM").build()
     logits, _, _ = one_process(model, PLAIN.batch())
     for layout in (_uneven, contiguous):
@@ -163,5 +163,5 @@ def _own_layout(group: dist.ProcessGroup) -> None:
             assert_close(_logits(handle, PLAIN.batch()), logits, atol=1e-10, name="logits")
 
 
-def test_layouts_of_ones_own(pool: RankPool) -> None:
-    pool.run(_own_layout, 3)
+def test_custom_layouts(pool: RankPool) -> None:
+    pool.run(_custom_layouts, 3)

@@ -1,4 +1,4 @@
-"""What cannot be done is refused on every rank, by the name of what was asked for, and with what to do instead."""
+"""Unsupported models, options and batches raise an error on every rank that names them and says what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ringattn.hf as rhf
 from ringattn import contiguous
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
-from tests.hf.programs import PACKED, PLAIN
+from tests.hf.comparison import PACKED, PLAIN
 
 SIZES = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -26,7 +26,7 @@ def made(name: str, config: str, **options: Any) -> Any:
 
 
 def run(group: dist.ProcessGroup, name: str = "LlamaForCausalLM", **more: Any) -> None:
-    """Calls a patched model with something more than its share of a batch."""
+    """Calls a patched model with additional arguments."""
     with rhf.patch(architecture(name).build(), group) as handle:
         handle.model(**(handle.shard(PLAIN.batch()) | more))
 
@@ -90,7 +90,7 @@ def something_unknown(group: dist.ProcessGroup) -> None:
 
 
 def two_windows(group: dist.ProcessGroup) -> None:
-    """The layers say that they have a window, the config that they have none."""
+    """The layer has a window, its config has none."""
     model = architecture("Gemma3ForCausalLM").build()
     model.model.layers[1].self_attn.sliding_window = 3
     with rhf.patch(model, group) as handle:
@@ -170,42 +170,45 @@ def pooled_at_the_end(group: dist.ProcessGroup) -> None:
 
 
 REFUSALS: dict[Callable[[dist.ProcessGroup], None], tuple[str, str]] = {
-    attention_dropout: ("LlamaAttention asks for attention dropout of 0.1", "set the config's attention dropout to 0"),
-    attention_weights: ("LlamaForCausalLM asks for output_attentions", "ask for them from the unpatched model"),
-    attention_weights_by_config: ("asks for output_attentions", "ask for them from the unpatched model"),
-    load_on_experts: ("MixtralForCausalLM asks for output_router_logits", "a rank has but its own"),
+    attention_dropout: ("LlamaAttention asks for attention dropout of 0.1", "set it to 0 in the config"),
+    attention_weights: ("LlamaForCausalLM asks for output_attentions", "get them from the unpatched model"),
+    attention_weights_by_config: ("asks for output_attentions", "get them from the unpatched model"),
+    load_on_experts: ("MixtralForCausalLM asks for output_router_logits", "each rank has only its own tokens"),
     head_mask: ("asks for head_mask", "multiply the rows of the output projection"),
     mask_of_four_dims: ("a Tensor of shape (2, 1, 6, 13) as its mask", "give padding as a 2-D attention_mask"),
     mask_of_four_dims_in_the_batch: ("attention_mask has shape (2, 1, 13, 13)", "must be (2, 13), 1 for tokens"),
-    padding_beside_the_batch: ("was given an attention_mask with padding", "leave padding to handle.shard(batch)"),
+    padding_beside_the_batch: ("LlamaAttention got one with padding", "leave attention_mask to handle.shard(batch)"),
     padding_with_holes: ("padding between the tokens of row 1", "move the tokens together"),
-    something_unknown: ("LlamaAttention asks for alibi_slopes=", "run it unpatched"),
+    something_unknown: ("LlamaAttention asks for alibi_slopes=", "run the model unpatched"),
     two_windows: ("sliding_window=3 with a mask that has no window", "run this model unpatched"),
-    lengths_that_end_early: ("cu_seq_lens_q=tensor([ 0,  5, 12])", "from 0 to 13"),
-    packed_encoder_decoder: ("batch has ['position_ids']", "give each a row of its own"),
+    lengths_that_end_early: ("cu_seq_lens_q=tensor([ 0,  5, 12])", "end at 13"),
+    packed_encoder_decoder: ("batch has ['position_ids']", "put each document into a row of its own"),
     no_tokens: ("batch has ['labels']", "must have input_ids or inputs_embeds"),
-    no_batch: ("LlamaAttention was called without a batch", "pass the model what handle.shard(batch) returns"),
+    no_batch: (
+        "LlamaAttention was called without a sharded batch",
+        "call the model with what handle.shard(batch) returns",
+    ),
     no_cache: (
-        "LlamaAttention was called without a batch",
-        "to generate, past_key_values=ringattn.hf.RingCache(handle",
+        "LlamaAttention was called without a sharded batch",
+        "to generate, pass past_key_values=ringattn.hf.RingCache(handle",
     ),
     unknown_layout: ("layout='spiral'", "'contiguous', 'zigzag', 'striped', 'balanced'"),
-    layout_that_leaves_a_rank_out: ("ranks [1] have none", "one or more for each rank"),
-    patched_twice: ("LlamaForCausalLM is patched", "call its handle's unpatch() before"),
+    layout_that_leaves_a_rank_out: ("ranks [1] have none", "at least one on each rank"),
+    patched_twice: ("model=LlamaForCausalLM: is patched already", "call its handle's unpatch() first"),
     no_transformer: ("model=Linear", "must be a transformers PreTrainedModel"),
     relative_bias: ("T5ForConditionalGeneration", "has a bias for their distance"),
     state_space: ("MambaForCausalLM", "run it unpatched"),
-    linear_attention: ("layers of the kinds ['linear_attention']", "run it unpatched"),
-    classification: ("makes one result of a whole sequence", "what handle.unshard returns"),
-    pooled_at_the_end: ("CLIPTextModel makes a pooler_output", "run it unpatched"),
+    linear_attention: ("layers of types ['linear_attention']", "run it unpatched"),
+    classification: ("its head pools a whole sequence", "what handle.unshard returns"),
+    pooled_at_the_end: ("CLIPTextModel pools a whole sequence", "run it unpatched"),
     pooler: ("BertPooler takes the first row of a sequence", "add_pooling_layer=False"),
 }
 
 
-@pytest.mark.parametrize("asked", REFUSALS, ids=lambda program: program.__name__)
-def test_refuses(pool: RankPool, asked: Callable[[dist.ProcessGroup], None]) -> None:
-    named, remedy = REFUSALS[asked]
-    for error in pool.expect_error(asked, 2):
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda program: program.__name__)
+def test_refuses(pool: RankPool, case: Callable[[dist.ProcessGroup], None]) -> None:
+    message, remedy = REFUSALS[case]
+    for error in pool.expect_error(case, 2):
         assert "ArgumentError" in error.mro_names, error.traceback
-        assert named in error.message
+        assert message in error.message
         assert remedy in error.message

@@ -1,4 +1,4 @@
-"""Images among the text: the ranks' logits, loss and gradients, the vision tower's too, are those of one process."""
+"""Models with images: logits, loss and gradients, the vision tower's too, equal those of one process."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import ringattn.hf as rhf
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
+from tests.hf.comparison import PLAIN, SIZES, BatchSpec, gradients, one_process, sharded
 from tests.hf.exact import Exact
-from tests.hf.images import CLIP, GEMMA, SEEING, TEXT, seeing
-from tests.hf.programs import PLAIN, SIZES, Kind, gradients, one_process, sharded
+from tests.hf.multimodal_models import CLIP, GEMMA, MULTIMODAL_MODELS, TEXT, multimodal_model
 
 # Their images lie behind the padding, and across the ranks' bounds.
-PADDED = Kind("padded", padding=((1, 0), (4, 2)))
+PADDED = BatchSpec("padded", padding=((1, 0), (4, 2)))
 
 
-def _as_in_one_process(group: dist.ProcessGroup, name: str, kind: Kind, layout: str) -> None:
-    model, batch = seeing(name).build(), seeing(name).batch(kind)
+def _as_in_one_process(group: dist.ProcessGroup, name: str, spec: BatchSpec, layout: str) -> None:
+    model, batch = multimodal_model(name).build(), multimodal_model(name).batch(spec)
     with rhf.patch(model, group, layout=layout) as handle:
         ours = sharded(model, handle, batch, group)
     if group.rank():
         return
     logits, loss, grads = one_process(model, batch)
-    valid = batch["attention_mask"].bool() if kind.padding else torch.ones(SIZES, dtype=torch.bool)
+    valid = batch["attention_mask"].bool() if spec.padding else torch.ones(SIZES, dtype=torch.bool)
     assert_close(ours[0][valid], logits[valid], atol=1e-10, name="logits")
     assert_close(ours[1], loss, atol=1e-10, name="loss")
     for parameter, grad in ours[2].items():
@@ -40,20 +40,20 @@ def _as_in_one_process(group: dist.ProcessGroup, name: str, kind: Kind, layout: 
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
-@pytest.mark.parametrize("entry", SEEING, ids=str)
+@pytest.mark.parametrize("entry", MULTIMODAL_MODELS, ids=str)
 def test_as_in_one_process(pool: RankPool, entry: Any, layout: str) -> None:
     pool.run(_as_in_one_process, 3 if layout == "zigzag" else 2, str(entry), PLAIN, layout)
 
 
-@pytest.mark.parametrize("entry", SEEING, ids=str)
+@pytest.mark.parametrize("entry", MULTIMODAL_MODELS, ids=str)
 def test_padding(pool: RankPool, entry: Any) -> None:
     """Some models count positions by the padding."""
     pool.run(_as_in_one_process, 2, str(entry), PADDED, "contiguous")
 
 
 def _packed(group: dist.ProcessGroup) -> None:
-    """Documents told by the first of four kinds of positions, as Qwen2-VL has them."""
-    model = seeing("Qwen2VLForConditionalGeneration").build()
+    """Documents given by the first of four axes of position_ids, as Qwen2-VL has them."""
+    model = multimodal_model("Qwen2VLForConditionalGeneration").build()
     ids = PLAIN.batch()["input_ids"][:1] % 33
     positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(4, 1, -1).contiguous()
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
@@ -73,7 +73,7 @@ def test_documents_by_four_kinds_of_positions(pool: RankPool) -> None:
 
 def _savings(group: dist.ProcessGroup) -> None:
     """With MLPs in tiles and the loss in chunks."""
-    entry = seeing("LlavaForConditionalGeneration")
+    entry = multimodal_model("LlavaForConditionalGeneration")
     model, batch = entry.build(), entry.batch()
     _, loss, grads = one_process(model, batch)
     with rhf.patch(model, group, tile_mlp=2, chunk_loss=3) as handle, Exact():
@@ -90,7 +90,7 @@ def test_with_memory_saved(pool: RankPool) -> None:
 
 
 def _embeddings(group: dist.ProcessGroup) -> None:
-    """Whoever merges images into embeddings without the model may shard those."""
+    """Embeddings that were made without the model, for example with images merged in, can be sharded."""
     model = architecture("MistralForCausalLM").build()
     ids = PLAIN.batch()["input_ids"]
     found = []
@@ -115,12 +115,12 @@ def test_embeddings(pool: RankPool) -> None:
 
 
 def _run(group: dist.ProcessGroup, name: str, **more: Tensor) -> None:
-    """A text model that is given something more."""
-    model = seeing(name).build()
+    """Runs a model whose text model gets additional arguments."""
+    model = multimodal_model(name).build()
     with rhf.patch(model, group) as handle:
         text: nn.Module = model.model.language_model
         text.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | more), with_kwargs=True, prepend=True)
-        model(**handle.shard(seeing(name).batch()))
+        model(**handle.shard(multimodal_model(name).batch()))
 
 
 def something_beside(group: dist.ProcessGroup) -> None:
@@ -152,25 +152,25 @@ def two_towers(group: dist.ProcessGroup) -> None:
     config = CLIPConfig(text_config=text | {"num_attention_heads": 2}, vision_config=CLIP, projection_dim=8)
     model = CLIPModel(config).double()
     with rhf.patch(model, group) as handle:
-        model(**handle.shard(seeing("LlavaForConditionalGeneration").batch()))
+        model(**handle.shard(multimodal_model("LlavaForConditionalGeneration").batch()))
 
 
 @pytest.mark.parametrize(
-    ("asked", "named", "remedy"),
+    ("case", "message", "remedy"),
     [
-        (something_beside, "LlamaModel is given cross_states, of shape (2, 4, 16)", "run this model, or this batch"),
-        (another_length, "LlamaModel is given 16 rows for a sequence of 13", "as many placeholders"),
+        (something_beside, "cross_states: LlamaModel gets shape (2, 4, 16)", "run this model, or this batch"),
+        (another_length, "LlamaModel gets 16 rows for a sequence of 13", "as many placeholders"),
         (
             both_ways,
             "unions (images whose tokens see each other both ways)",
             "Run this model, or this batch, unpatched",
         ),
-        (two_towers, "CLIPTextModel is given no inputs_embeds", "run it unpatched"),
+        (two_towers, "inputs_embeds=None: CLIPTextModel gets none", "run it unpatched"),
         (no_text_model, "reads image, text, and must have one text model inside", "Run it unpatched"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_refuses(pool: RankPool, asked: Any, named: str, remedy: str) -> None:
-    for error in pool.expect_error(asked, 2):
-        assert named in error.message
+def test_refuses(pool: RankPool, case: Any, message: str, remedy: str) -> None:
+    for error in pool.expect_error(case, 2):
+        assert message in error.message
         assert remedy in error.message

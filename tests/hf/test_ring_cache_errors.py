@@ -1,4 +1,4 @@
-"""What a RingCache refuses: on every rank, and in words that help."""
+"""Errors of a RingCache: raised on every rank, with what to do instead."""
 
 from __future__ import annotations
 
@@ -10,66 +10,10 @@ import torch
 import torch.distributed as dist
 
 import ringattn.hf as rhf
-from ringattn.errors import ArgumentError, DisagreementError
+from ringattn.errors import DisagreementError
 from ringattn.hf import RingCache
-from ringattn.hf.generation_inputs import PastTokens, read_inputs
 from tests.harness.ranks import RankPool
-from tests.hf.generating import build, padded, prompts
-
-EMPTY = PastTokens(0, ())
-HELD = PastTokens(7, (2, 0))
-IDS = prompts(2, 5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "past", "told"),
-    [
-        ({"pixel_values": torch.ones(1)}, EMPTY, "pixel_values: a pass on a RingCache takes token ids"),
-        ({"labels": IDS}, EMPTY, "labels: a pass"),
-        ({"output_attentions": True}, EMPTY, "output_attentions: a pass"),
-        ({"use_cache": False}, EMPTY, "use_cache=False"),
-        ({"return_dict": False}, EMPTY, "return_dict=False"),
-        ({"inputs_embeds": torch.ones(2, 5, 3)}, EMPTY, "give one of them"),
-        ({"input_ids": None}, EMPTY, "inputs_embeds=None: must be"),
-        ({"input_ids": prompts(2, 0)}, EMPTY, "must be ids"),
-        ({"input_ids": prompts(3, 5)}, HELD, "3 rows, but the cache holds 2"),
-        ({"attention_mask": torch.ones(2, 5)}, HELD, "must be (2, 12)"),
-        ({"attention_mask": torch.ones(2, 1, 5, 5)}, EMPTY, "must be (2, 5)"),
-        ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 2)}, EMPTY, "pad on the left"),
-        ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1]] * 2)}, EMPTY, "pad on the left"),
-        ({"attention_mask": torch.ones(2, 12)}, HELD, "begin with [0, 0] columns of padding"),
-        ({"position_ids": torch.ones(3, 2, 5)}, EMPTY, "must be (2, 5)"),
-        ({"logits_to_keep": -1}, EMPTY, "logits_to_keep=-1"),
-    ],
-)
-def test_arguments(arguments: dict[str, Any], past: PastTokens, told: str) -> None:
-    with pytest.raises(ArgumentError) as raised:
-        read_inputs({"input_ids": IDS} | arguments, past)
-    assert told in str(raised.value)
-
-
-def test_padding_is_read_from_the_mask() -> None:
-    _, mask = padded([5, 2, 0], 5)
-    found = read_inputs({"input_ids": prompts(3, 5), "attention_mask": mask}, EMPTY)
-    assert found.pads == (0, 3, 5)
-    assert found.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
-    mask = torch.cat([mask, torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 1]])], 1)
-    found = read_inputs(
-        {"input_ids": prompts(3, 3), "attention_mask": mask, "logits_to_keep": 2}, PastTokens(5, found.pads)
-    )
-    assert found.pads == (0, 0, 2)
-    assert found.positions.tolist() == [[5, 6, 7], [2, 3, 4], [0, 0, 0]]
-    assert found.columns.tolist() == [1, 2]
-
-
-def test_rows_of_the_same_ids_are_one() -> None:
-    ids, mask = padded([3, 2, 3, 2], 3)
-    ids[2], ids[3] = ids[0], ids[1]
-    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
-    assert read_inputs({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 1)
-    ids[3, 0] = 9  # padding for one mask, a token for the other
-    assert read_inputs({"input_ids": ids, "attention_mask": mask}, EMPTY).same() == (0, 1, 0, 1)
-    assert read_inputs({"input_ids": ids}, EMPTY).same() == (0, 1, 0, 3)
+from tests.hf.generate_cases import build, prompts
 
 
 def other_seeds(model: Any, cache: RingCache, rank: int) -> None:
@@ -145,14 +89,14 @@ CASES: dict[Callable[..., None], tuple[str, str]] = {
     no_cache: ("ArgumentError", "use_cache=False"),
     crop_too_much: ("ArgumentError", "only 0 columns"),
     save_nothing: ("ArgumentError", "the cache is empty"),
-    a_state: ("ArgumentError", "more than keys and values"),
+    a_state: ("ArgumentError", "a state besides keys and values"),
     no_pages: ("ArgumentError", "num_pages=0"),
 }  # fmt: skip
 
 
 def refuse(group: dist.ProcessGroup) -> list[tuple[str, str, int]]:
-    """What every case raises here, and how much of it stays in the cache; the ranks go on together after each."""
-    told = []
+    """Returns the error of every case, and how many columns stay in the cache; the ranks stay in step after each."""
+    raised = []
     for case in CASES:
         model = build("LlamaForCausalLM", num_hidden_layers=1)
         with rhf.patch(model, group) as handle:
@@ -160,17 +104,17 @@ def refuse(group: dist.ProcessGroup) -> list[tuple[str, str, int]]:
             try:
                 case(model, cache, group.rank())
             except Exception as error:
-                told.append((type(error).__name__, str(error), cache.get_seq_length()))
+                raised.append((type(error).__name__, str(error), cache.get_seq_length()))
             else:
-                told.append(("nothing", "", 0))
-    return told
+                raised.append(("nothing", "", 0))
+    return raised
 
 
 def test_what_is_refused(pool: RankPool) -> None:
-    for told in pool.run(refuse, 2):
-        for case, (kind, words), found in zip(CASES, CASES.values(), told, strict=True):
-            assert found[0] == kind, (case.__name__, found)
-            assert words in found[1], (case.__name__, found)
+    for raised in pool.run(refuse, 2):
+        for case, (error_type, message), found in zip(CASES, CASES.values(), raised, strict=True):
+            assert found[0] == error_type, (case.__name__, found)
+            assert message in found[1], (case.__name__, found)
             assert found[2] == 0 or case is other_seeds, (case.__name__, found)
 
 
@@ -205,4 +149,4 @@ def an_encoder(group: dist.ProcessGroup) -> None:
 def test_a_model_with_an_encoder(pool: RankPool) -> None:
     for error in pool.expect_error(an_encoder, 1):
         assert error.type_name == "ArgumentError"
-        assert "BartForConditionalGeneration has an encoder" in error.message
+        assert "BartForConditionalGeneration: has an encoder" in error.message

@@ -1,4 +1,4 @@
-"""patch changes one model, for as long as it lasts."""
+"""patch changes one model, until it is undone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ringattn.errors import ArgumentError
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
+from tests.hf.comparison import PLAIN, gradients, one_process, sharded
 from tests.hf.exact import Exact
-from tests.hf.programs import PLAIN, gradients, one_process, sharded
 
 
 def _logits(handle: rhf.Handle, batch: dict[str, Tensor]) -> Tensor:
@@ -114,7 +114,7 @@ def _by_name(group: dist.ProcessGroup) -> None:
     model = LlamaForCausalLM(config).double()
     assert model.config._attn_implementation == "ringattn"
     batch = PLAIN.batch()
-    with pytest.raises(ArgumentError, match="pass the model what handle"):
+    with pytest.raises(ArgumentError, match="call the model with what handle"):
         model(**batch)
     with rhf.patch(model, group) as handle:
         logits = _logits(handle, batch)
@@ -128,7 +128,7 @@ def test_the_attention_implementation_by_name(pool: RankPool) -> None:
 
 
 def _checkpointed(group: dist.ProcessGroup, reentrant: bool) -> None:
-    """What is computed again in backward is told of the same batch, though another was sharded meanwhile."""
+    """Layers recomputed in backward get the context of their own batch, although another was sharded since."""
     model = architecture("GptOssForCausalLM").build()
     with rhf.patch(model, group) as handle:
         share = handle.shard(PLAIN.batch())

@@ -25,12 +25,12 @@ from benchmarks.measure import peak_bytes
 from benchmarks.session import Session
 from benchmarks.traffic import Traffic
 from ringattn.attention.sharding import IGNORED_LABEL
-from ringattn.parallel.context import local_batch, make_cp_attention
+from ringattn.parallel.context_parallel import local_batch, make_cp_attention
 from ringattn.parallel.decoder import AttentionFn, Decoder, DecoderConfig
-from ringattn.parallel.expert import make_moe
+from ringattn.parallel.expert_parallel import make_moe
 from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import axis_size, context_mesh, data_parallel_rank
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.parallelize_decoder import parallelize
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from ringattn.parallel.pipeline_profile import TimedOp
 from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule, plan_pipeline

@@ -5,11 +5,11 @@ import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringattn import causal, zigzag
-from ringattn.parallel.context import local_batch, make_cp_attention
+from ringattn.parallel.context_parallel import local_batch, make_cp_attention
 from ringattn.parallel.decoder import Decoder, DecoderConfig
 from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import build_mesh, context_mesh, describe
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.parallelize_decoder import parallelize
 from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
 
 CONFIG = DecoderConfig(vocab_size=32, num_layers=2, dim=16, num_heads=4, num_kv_heads=2, hidden=24)

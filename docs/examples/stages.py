@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from ringattn import causal, contiguous
 from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
-from ringattn.parallel.context import make_cp_attention
+from ringattn.parallel.context_parallel import make_cp_attention
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
-from ringattn.parallel.expert import make_moe
+from ringattn.parallel.expert_parallel import make_moe
 from ringattn.parallel.mesh import build_mesh
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.parallelize_decoder import parallelize
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from ringattn.parallel.pipeline_schedule import plan_pipeline
 from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy

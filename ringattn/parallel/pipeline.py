@@ -23,7 +23,7 @@ from ringattn.comm.agreement import agree
 from ringattn.comm.topology import rank_mesh
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder
-from ringattn.parallel.expert import MixtureOfExperts
+from ringattn.parallel.expert_parallel import MixtureOfExperts
 from ringattn.parallel.pipeline_eval import forward_only
 from ringattn.parallel.pipeline_profile import PipelineTimer, TimedOp, TimedStage
 from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.parallel.pipelined import Resumable
+from tests.parallel.pipeline_training import Resumable
 from tests.parallel.training import Mix
 
 MIX = Mix({"ring": 2}, "packed", length=32)

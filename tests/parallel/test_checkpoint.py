@@ -16,7 +16,7 @@ from ringattn.parallel.checkpoint import Progress, latest, load_checkpoint, save
 from ringattn.parallel.decoder import MoESpec
 from tests.harness.compare import assert_close
 from tests.harness.ranks import RankPool
-from tests.parallel.pipelined import Resumable, train_on, train_on_alone
+from tests.parallel.pipeline_training import Resumable, train_on, train_on_alone
 from tests.parallel.training import CONFIG, Mix, Trained, train_alone
 
 DEEP = replace(CONFIG, num_layers=4)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import ringattn
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
-from ringattn.parallel.expert import MixtureOfExperts, make_moe
+from ringattn.parallel.expert_parallel import MixtureOfExperts, make_moe
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from ringattn.parallel.pipeline_eval import check_given
 from ringattn.parallel.pipeline_profile import PipelineOp, bubble_formula, bubble_fraction, ideal_actions, ideal_bubble

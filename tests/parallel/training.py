@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import ringattn
-from ringattn.parallel.context import local_batch, make_cp_attention
-from ringattn.parallel.data import no_sync
+from ringattn.parallel.context_parallel import local_batch, make_cp_attention
+from ringattn.parallel.data_parallel import no_sync
 from ringattn.parallel.decoder import Decoder, DecoderConfig
-from ringattn.parallel.expert import make_moe
+from ringattn.parallel.expert_parallel import make_moe
 from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import build_mesh, context_mesh
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.parallelize_decoder import parallelize
 from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
 from ringattn.types import Masks
 from tests.harness.cases import LAYOUT_CASES

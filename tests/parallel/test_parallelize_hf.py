@@ -20,11 +20,11 @@ from transformers import (
 import ringattn.hf as rhf
 from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import context_mesh, data_parallel_rank
-from ringattn.parallel.parallelize_hf import parallelize_hf
+from ringattn.parallel.parallelize_hf_model import parallelize_hf
 from ringattn.parallel.vocab_parallel_loss import sum_over_token_ranks
 from tests.harness.ranks import RankPool
 from tests.hf.exact import Exact
-from tests.parallel.test_mixes import compare
+from tests.parallel.test_parallelize import compare
 from tests.parallel.training import IGNORED, LEARNING_RATE, MAX_NORM, Trained, batches, mesh_of, whole
 
 VOCABULARY, LENGTH, STEPS = 36, 32, 3

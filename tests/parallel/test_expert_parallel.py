@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.expert import MixtureOfExperts, TokenDispatch, grouped_matmul, segment_matmul
+from ringattn.parallel.expert_parallel import MixtureOfExperts, TokenDispatch, grouped_matmul, segment_matmul
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.ranks import RankPool
 

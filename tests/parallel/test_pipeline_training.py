@@ -8,10 +8,10 @@ import pytest
 import torch.distributed as dist
 
 from ringattn.parallel.decoder import MoESpec
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.parallelize_decoder import parallelize
 from tests.harness.ranks import RankPool
-from tests.parallel.pipelined import train_in_stages
-from tests.parallel.test_mixes import STEPS, check, compare
+from tests.parallel.pipeline_training import train_in_stages
+from tests.parallel.test_parallelize import STEPS, check, compare
 from tests.parallel.training import CONFIG, Mix, make_model, mesh_of, train_alone
 
 MOE = replace(CONFIG, moe=MoESpec(num_experts=4, top_k=2, hidden=10, every=2, aux_loss_weight=0.2))

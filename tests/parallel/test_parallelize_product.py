@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from tests.harness.ranks import RankPool
-from tests.parallel.test_mixes import check
+from tests.parallel.test_parallelize import check
 from tests.parallel.training import Mix
 
 STEPS = 10

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.data import apply_fsdp_to_layers, check_data
+from ringattn.parallel.data_parallel import apply_fsdp_to_layers, check_data
 from ringattn.parallel.mesh import axis_mesh, axis_size
 
 _HEADS = 2  # the dim of heads in what the norms of queries and keys get, (B, S, heads, head_dim)

@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
-from ringattn.parallel.context import local_batch, make_cp_attention
+from ringattn.parallel.context_parallel import local_batch, make_cp_attention
 from ringattn.parallel.decoder import AttentionFn, Decoder
 from ringattn.parallel.grad_norm import clip_gradients
 from ringattn.parallel.mesh import axis_size, context_mesh
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.parallelize_decoder import parallelize
 from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
 from ringattn.parallel.pipeline_schedule import plan_pipeline
 from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.parallel.context import local_batch, make_cp_attention
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel.context_parallel import local_batch, make_cp_attention
+from ringattn.parallel.parallelize_decoder import parallelize
 from tests.harness.ranks import RankPool
 from tests.parallel.training import CONFIG, batches, make_model, mesh_of
 

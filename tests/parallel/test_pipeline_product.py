@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness.ranks import RankPool
-from tests.parallel.test_mixes import check
-from tests.parallel.test_pipelined_mixes import DEEP, MOE, UNBALANCED, check_stages
+from tests.parallel.test_parallelize import check
+from tests.parallel.test_pipeline_training import DEEP, MOE, UNBALANCED, check_stages
 from tests.parallel.training import Mix
 
 STEPS = 10

@@ -6,11 +6,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.data import apply_fsdp, check_data
+from ringattn.parallel.data_parallel import apply_fsdp, check_data
 from ringattn.parallel.decoder import Decoder
-from ringattn.parallel.expert import apply_ep, check_experts
+from ringattn.parallel.expert_parallel import apply_ep, check_experts
 from ringattn.parallel.mesh import axis_size
-from ringattn.parallel.tensor import apply_tp, check_tensor
+from ringattn.parallel.tensor_parallel import apply_tp, check_tensor
 
 
 def parallelize(

@@ -1,19 +1,19 @@
-"""Data parallelism: the copies of the weights, and who keeps which part of them.
+"""Data parallelism: which ranks replicate the weights, which shard them (FSDP), and how gradients are summed.
 
-Ranks that see other tokens, be it of other sequences or of the same one, have the same weights to learn. So the ranks
-along dp_shard x ring x ulysses share out one copy of them (`fully_shard`), and those along dp_replicate have copies
-(HSDP; plain replicas where there is nothing to share out). How much is shared out is ZeRO's stage:
+Ranks with different tokens, of the same sequence or of different ones, train the same weights. The ranks along
+dp_shard x ring x ulysses shard one copy of them (`fully_shard`), and the ranks along dp_replicate hold replicas of that
+copy: HSDP, or plain replicas where nothing is sharded. `zero` selects the ZeRO stage:
 
-    zero  parameters             gradients                          optimizer state
-    3     whole in a layer only  shared out after each micro-batch  shared out
-    2     whole until backward   shared out after each micro-batch  shared out
-    1     whole until the step   whole until the last micro-batch   shared out
-    0     whole                  whole, all-reduced                 whole
+    zero  parameters                      gradients                               optimizer state
+    3     sharded outside of a layer      sharded after each micro-batch          sharded
+    2     whole from forward to backward  sharded after each micro-batch          sharded
+    1     whole until the optimizer step  accumulated, sharded after the last     sharded
+    0     whole                           whole, all-reduced                      whole
 
-Stage 1 is a way to run micro-batches: either of the two above, with `no_sync` around all of them but the last.
+Stage 1 is not a value of `zero` but a way to run micro-batches: zero=2, with `no_sync` around all of them but the last.
 
-Gradients are summed, never averaged: a rank's loss is its share of the global loss (loss.py), so the sum of the ranks'
-gradients is the gradient. torch's own division is undone.
+Gradients are summed, not averaged. Each rank's loss is its share of the global loss (`vocab_parallel_loss`), so the
+gradient of the global loss is the sum of the ranks' gradients. FSDP's own division is turned off.
 
 Source: Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
 """
@@ -32,35 +32,34 @@ from torch.distributed.tensor import DTensor
 
 from ringattn.errors import ArgumentError
 from ringattn.parallel.decoder import Decoder
-from ringattn.parallel.mesh import EXPERT, axis_mesh, axis_size, expert_fsdp_mesh, fsdp_mesh, loss_mesh
+from ringattn.parallel.mesh import EXPERT_AXIS, axis_mesh, axis_size, expert_fsdp_mesh, fsdp_mesh, loss_mesh
 
 
-def check_data(mesh: DeviceMesh, zero: int) -> None:
-    """Checks the stage of ZeRO.
+def check_zero_stage(mesh: DeviceMesh, zero: int) -> None:
+    """Checks the ZeRO stage against the mesh.
 
     Raises:
-        ArgumentError: when there is no such stage, it says nothing of weights, or "dp_shard" contradicts it.
+        ArgumentError: when `zero` is not 0, 2 or 3, or it is 0 and the mesh has "dp_shard".
     """
     if isinstance(zero, bool) or zero not in (0, 2, 3):
-        told = ": for ZeRO-1 take 2, and hold_gradients around every micro-batch but the last" if zero == 1 else ""
-        raise ArgumentError(f"zero={zero!r:.100}: must be 0, 2 or 3{told}")
+        hint = ": for ZeRO-1 pass 2, and use no_sync around every micro-batch but the last" if zero == 1 else ""
+        raise ArgumentError(f"zero={zero!r:.100}: must be 0, 2 or 3{hint}")
     if zero == 0 and (size := axis_size(mesh, "dp_shard")) > 1:
-        raise ArgumentError(f"zero=0 keeps all weights whole, but dp_shard={size} shares them out: take dp_replicate")
+        raise ArgumentError(f"zero=0 keeps all weights whole, but dp_shard={size} shards them: use dp_replicate")
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPrecisionPolicy | None = None) -> None:
-    """Has the ranks that see other tokens share out the weights of a decoder, or of a stage, and sum its gradients.
+    """Shards and replicates the weights of a decoder, or of one of its stages, and sums its gradients; in place.
 
-    Experts are spread over "ep" already: what there is to share out or to sum lies between the ranks that have the same
-    ones, "efsdp".
+    Experts are already sharded over "ep"; they are sharded further over the ranks with the same experts, "efsdp".
 
     Args:
-        model: with its weights split over "tp", if at all.
+        model: after `apply_tp` and `apply_ep`.
         mesh: from `build_mesh`.
-        zero: 3, 2, or 0; see the file's own text.
-        precision: dtypes of computing and of summing gradients; None is that of the weights.
-    Communication: none here. A step: with 3, each weight all-gathered in forward and in backward, else once; each
-        gradient reduce-scattered, and its shard all-reduced over dp_replicate. With 0, each gradient all-reduced.
+        zero: 3, 2, or 0; see the table in the module docstring.
+        precision: dtypes of computation and of gradient reduction; None takes the dtype of the weights.
+    Communication: none here. Per step: zero=3 all-gathers each weight in forward and in backward, zero=2 once; each
+        gradient is reduce-scattered, and its shard all-reduced over dp_replicate. zero=0 all-reduces each gradient.
     """
     apply_fsdp_to_layers(model, list(model.layers.values()), mesh, zero=zero, precision=precision)
 
@@ -73,15 +72,21 @@ def apply_fsdp_to_layers(
     zero: int,
     precision: MixedPrecisionPolicy | None = None,
 ) -> None:
-    """Does what `apply_fsdp` does, for any model of which the layers are told: each is gathered by itself.
+    """Applies FSDP as `apply_fsdp` does, to any model: each layer is one FSDP unit, the rest of the model another.
 
-    Args are those of `apply_fsdp`, but for `layers`: modules of the model, none within another.
+    Args:
+        model: after its weights were split over "tp", if they are.
+        layers: submodules of the model, none inside another.
+        mesh: from `build_mesh`.
+        zero: as in `apply_fsdp`.
+        precision: as in `apply_fsdp`.
+    Communication: as `apply_fsdp`.
     """
     policy = MixedPrecisionPolicy() if precision is None else precision
-    spread = {parameter for parameter in model.parameters() if _is_spread(parameter)}
-    apart = [module for module in model.modules() if not spread.isdisjoint(module.parameters(recurse=False))]
-    _apply_fsdp(apart, spread, _expert_ranks(mesh, zero), zero, policy)
-    _apply_fsdp([*layers, model], set(model.parameters()) - spread, _ranks(mesh, zero), zero, policy)
+    expert_params = {parameter for parameter in model.parameters() if _is_expert(parameter)}
+    expert_modules = [m for m in model.modules() if not expert_params.isdisjoint(m.parameters(recurse=False))]
+    _apply_fsdp(expert_modules, expert_params, _expert_meshes(mesh, zero), zero, policy)
+    _apply_fsdp([*layers, model], set(model.parameters()) - expert_params, _dense_meshes(mesh, zero), zero, policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -90,78 +95,86 @@ def apply_fsdp_to_layers(
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Within it, backward adds gradients up on each rank and sends nothing, and weights stay whole: ZeRO-1.
+    """Accumulates gradients locally: inside, backward communicates no gradients and keeps the weights whole (ZeRO-1).
 
-    For all micro-batches of a step but the last, whose backward then sums what all of them gave.
+    Use it around all micro-batches of a step but the last. The backward of the last one reduces the accumulated sum.
 
     Args:
         model: from `parallelize`.
-    Communication: none; the weights' all-gathers fall away from the second micro-batch on.
+    Communication: none for gradients; weights are all-gathered for the first micro-batch only.
     """
-    _set_last(model, False)
+    _set_is_last_micro_batch(model, False)
     try:
         yield
     finally:
-        _set_last(model, True)
+        _set_is_last_micro_batch(model, True)
 
 
-class _FsdpRanks(NamedTuple):
-    """The ranks that have the same weights to learn: `shard` share out one copy, `copies` have copies of that."""
+class _DataParallelMeshes(NamedTuple):
+    """The ranks that train the same weights: sharded over `shard`, and the shards replicated over `replicate`."""
 
-    copies: DeviceMesh | None
+    replicate: DeviceMesh | None
     shard: DeviceMesh | None
 
 
-def _ranks(mesh: DeviceMesh, zero: int) -> _FsdpRanks:
-    return _FsdpRanks(axis_mesh(mesh, "dp_replicate"), fsdp_mesh(mesh)) if zero else _FsdpRanks(loss_mesh(mesh), None)
+def _dense_meshes(mesh: DeviceMesh, zero: int) -> _DataParallelMeshes:
+    if zero == 0:
+        return _DataParallelMeshes(loss_mesh(mesh), None)
+    return _DataParallelMeshes(axis_mesh(mesh, "dp_replicate"), fsdp_mesh(mesh))
 
 
-def _expert_ranks(mesh: DeviceMesh, zero: int) -> _FsdpRanks:
-    copies, shard = axis_mesh(mesh, "dp_replicate"), expert_fsdp_mesh(mesh)
-    if zero or shard is None:
-        return _FsdpRanks(copies, shard)
-    if copies is None:
-        return _FsdpRanks(shard, None)
-    return _FsdpRanks(DeviceMesh._concatenate([copies, shard])._flatten("expert_copies"), None)
+def _expert_meshes(mesh: DeviceMesh, zero: int) -> _DataParallelMeshes:
+    replicas, shards = axis_mesh(mesh, "dp_replicate"), expert_fsdp_mesh(mesh)
+    if zero or shards is None:
+        return _DataParallelMeshes(replicas, shards)
+    if replicas is None:
+        return _DataParallelMeshes(shards, None)
+    return _DataParallelMeshes(DeviceMesh._concatenate([replicas, shards])._flatten("expert_replicate"), None)
 
 
-def _is_spread(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and EXPERT.name in (parameter.device_mesh.mesh_dim_names or ())
+def _is_expert(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and EXPERT_AXIS.name in (parameter.device_mesh.mesh_dim_names or ())
 
 
 def _apply_fsdp(
-    parts: Sequence[nn.Module], owned: set[nn.Parameter], ranks: _FsdpRanks, zero: int, policy: MixedPrecisionPolicy
+    modules: Sequence[nn.Module],
+    parameters: set[nn.Parameter],
+    meshes: _DataParallelMeshes,
+    zero: int,
+    policy: MixedPrecisionPolicy,
 ) -> None:
-    """Shares the parts out, inner ones before outer ones, but only the parameters that are meant."""
-    for part in parts:
-        others = set(part.parameters()) - owned
-        if ranks.shard is not None:
-            both = ranks.shard if ranks.copies is None else DeviceMesh._concatenate([ranks.copies, ranks.shard])
-            fully_shard(part, mesh=both, reshard_after_forward=zero == 3, mp_policy=policy, ignored_params=others)
-        elif ranks.copies is not None:
-            replicate(part, mesh=ranks.copies, mp_policy=policy, ignored_params=others)
-    if ranks == (None, None):
-        _finish_gradients(owned)
+    """Makes each module an FSDP unit, inner modules before outer ones, of the given parameters only."""
+    for module in modules:
+        ignored = set(module.parameters()) - parameters
+        if meshes.shard is not None:
+            hsdp = meshes.shard
+            if meshes.replicate is not None:
+                hsdp = DeviceMesh._concatenate([meshes.replicate, meshes.shard])
+            fully_shard(module, mesh=hsdp, reshard_after_forward=zero == 3, mp_policy=policy, ignored_params=ignored)
+        elif meshes.replicate is not None:
+            replicate(module, mesh=meshes.replicate, mp_policy=policy, ignored_params=ignored)
+    if meshes == (None, None):
+        _register_partial_gradient_hooks(parameters)
 
 
-def _set_last(model: nn.Module, last: bool) -> None:
+def _set_is_last_micro_batch(model: nn.Module, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
 
 
-def _finish_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Has gradients summed over "tp" as soon as they are there, where rows lie on several ranks, as those of norms.
+def _register_partial_gradient_hooks(parameters: Iterable[nn.Parameter]) -> None:
+    """Registers hooks that sum partial gradients over "tp", such as the norms' where rows are sharded over "tp".
 
-    `fully_shard` and `replicate` do it themselves.
+    `fully_shard` and `replicate` reduce them themselves.
     """
     for parameter in parameters:
         if isinstance(parameter, DTensor):
-            parameter.register_post_accumulate_grad_hook(_finish)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(_reduce_partial_gradient)  # type: ignore[no-untyped-call]
 
 
-def _finish(parameter: Tensor) -> None:
+def _reduce_partial_gradient(parameter: Tensor) -> None:
     assert isinstance(parameter, DTensor)
     grad = parameter.grad
     assert isinstance(grad, DTensor)

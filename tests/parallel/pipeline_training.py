@@ -1,4 +1,4 @@
-"""Training on any mix, stages of a pipeline included, from wherever the last checkpoint is."""
+"""Training on any mesh, including pipelines, resumed from the latest checkpoint."""
 
 from __future__ import annotations
 
@@ -13,45 +13,56 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from ringattn.parallel.checkpoint import Progress, load_checkpoint, save_checkpoint
-from ringattn.parallel.context_parallel import local_batch, make_cp_attention
-from ringattn.parallel.decoder import AttentionFn, Decoder
-from ringattn.parallel.grad_norm import clip_gradients
-from ringattn.parallel.mesh import axis_size, context_mesh
-from ringattn.parallel.parallelize_decoder import parallelize
-from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
-from ringattn.parallel.pipeline_schedule import plan_pipeline
-from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
+from ringattn.parallel import (
+    Decoder,
+    MicroBatch,
+    Pipeline,
+    TrainingProgress,
+    all_reduce_loss,
+    axis_size,
+    clip_gradients,
+    context_mesh,
+    count_valid,
+    cross_entropy,
+    cut_stages,
+    load_checkpoint,
+    local_batch,
+    make_cp_attention,
+    parallelize,
+    plan_pipeline,
+    save_checkpoint,
+)
+from ringattn.parallel.decoder import AttentionFn
 from tests.harness.cases import LAYOUT_CASES
 from tests.harness.compare import assert_close
 from tests.parallel.training import (
     LEARNING_RATE,
     MAX_NORM,
     SEQUENCES,
-    Mix,
-    Trained,
+    TrainingRun,
+    TrainingSetup,
     batches,
-    cut_share,
+    full_tensor,
     make_model,
     mesh_of,
-    steps_alone,
-    whole,
+    run_steps_single_process,
+    split_batch,
 )
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the loss of a micro-batch needs beside logits."""
+    """The target of a micro-batch for the loss function."""
 
     labels: Tensor
     num_valid: Tensor
 
 
 @dataclass(frozen=True)
-class Resumable:
-    """A training that can stop and go on: `schedule` where the mix has stages."""
+class ResumableTraining:
+    """A training run that can stop and resume; `schedule` is for setups with pipeline stages."""
 
-    mix: Mix
+    setup: TrainingSetup
     schedule: str = "1f1b"
 
     def train(
@@ -61,94 +72,98 @@ class Resumable:
         *,
         every: int = 10**6,
         after_step: Callable[[int], None] = lambda step: None,
-    ) -> Trained:
-        """Trains up to a number of steps, from the last checkpoint in a folder, and saves there."""
-        mix = self.mix
-        mesh = mesh_of(tuple(mix.sizes.items()))
-        build = next(case.build for case in LAYOUT_CASES if case.name == mix.layout)
-        layout = build(mix.length, context_mesh(mesh).size())
+    ) -> TrainingRun:
+        """Trains up to step `until`, from the latest checkpoint in a folder, and saves there every `every` steps."""
+        setup = self.setup
+        mesh = mesh_of(tuple(setup.sizes.items()))
+        build = next(case.build for case in LAYOUT_CASES if case.name == setup.layout)
+        layout = build(setup.length, context_mesh(mesh).size())
         attend = make_cp_attention(mesh, layout)
-        stages, backward = self._prepared(mesh)
+        stages, backward = self._build(mesh)
         owned = [parameter for stage in stages for parameter in stage.parameters()]
         optimizer = torch.optim.AdamW(owned, lr=LEARNING_RATE)
-        found = load_checkpoint(folder, stages, optimizer) if folder is not None else None
+        progress = load_checkpoint(folder, stages, optimizer) if folder is not None else None
         losses, norms = [], []
-        every_batch = batches(mix.mask, mix.length, mix.config.vocab_size, until)
-        for step in range(0 if found is None else found.samples // SEQUENCES, until):
-            share = local_batch(every_batch[step], mesh, layout)
+        all_batches = batches(setup.mask, setup.length, setup.config.vocab_size, until)
+        for step in range(0 if progress is None else progress.samples // SEQUENCES, until):
+            part = local_batch(all_batches[step], mesh, layout)
             optimizer.zero_grad()
-            total = backward(cut_batch(share, mix.micro_batches, count_valid(share["shift_labels"], mesh), attend))
+            total = backward(
+                make_micro_batches(part, setup.micro_batches, count_valid(part["shift_labels"], mesh), attend)
+            )
             norms.append(float(clip_gradients(owned, mesh, MAX_NORM)))
             optimizer.step()
-            losses.append(float(sum_over_token_ranks(total, mesh)))
+            losses.append(float(all_reduce_loss(total, mesh)))
             if folder is not None and ((step + 1) % every == 0 or step + 1 == until):
-                save_checkpoint(folder, stages, optimizer, Progress(step + 1, (step + 1) * SEQUENCES), keep=2)
+                save_checkpoint(folder, stages, optimizer, TrainingProgress(step + 1, (step + 1) * SEQUENCES), keep=2)
             after_step(step + 1)
-        return Trained(losses, norms, {name: whole(p) for stage in stages for name, p in stage.named_parameters()})
+        return TrainingRun(
+            losses, norms, {name: full_tensor(p) for stage in stages for name, p in stage.named_parameters()}
+        )
 
-    def _prepared(self, mesh: DeviceMesh) -> tuple[list[Decoder], Callable[[list[MicroBatch]], Tensor]]:
-        """This rank's stages, and what runs micro-batches forward and backward through them."""
-        mix, model = self.mix, make_model(self.mix.config)
+    def _build(self, mesh: DeviceMesh) -> tuple[list[Decoder], Callable[[list[MicroBatch]], Tensor]]:
+        """Returns this rank's stages, and a function that runs micro-batches forward and backward."""
+        setup, model = self.setup, make_model(self.setup.config)
 
-        def loss(logits: Tensor, target: Target) -> Tensor:
+        def loss_fn(logits: Tensor, target: Target) -> Tensor:
             return cross_entropy(logits, target.labels, target.num_valid, mesh)
 
         if axis_size(mesh, "pp") == 1:
-            parallelize(model, mesh, zero=mix.zero)
+            parallelize(model, mesh, zero=setup.zero)
 
-            def one_after_the_other(parts: list[MicroBatch]) -> Tensor:
+            def accumulate(micro_batches: list[MicroBatch]) -> Tensor:
                 total = torch.zeros((), dtype=torch.float64)
-                for part in parts:
-                    share = loss(model(part.tokens, **part.arguments), part.target)  # type: ignore[arg-type]
-                    torch.autograd.backward(share)
-                    total += share.detach()
+                for micro_batch in micro_batches:
+                    loss = loss_fn(model(micro_batch.tokens, **micro_batch.arguments), micro_batch.target)  # type: ignore[arg-type]
+                    torch.autograd.backward(loss)
+                    total += loss.detach()
                 return total
 
-            return [model], one_after_the_other
-        course = plan_pipeline(self.schedule, mix.config.num_layers, axis_size(mesh, "pp"), mix.micro_batches)
-        stages = cut_stages(model, course, mesh["pp"].get_local_rank())
+            return [model], accumulate
+        schedule = plan_pipeline(self.schedule, setup.config.num_layers, axis_size(mesh, "pp"), setup.micro_batches)
+        stages = cut_stages(model, schedule, mesh["pp"].get_local_rank())
         for stage in stages:
-            parallelize(stage, mesh, zero=mix.zero)
-        tp, dim = axis_size(mesh, "tp"), mix.config.dim
-        pipeline = Pipeline(stages, course, mesh["pp"], loss=loss, dim=dim, dtype=torch.float64, row_shards=tp)
+            parallelize(stage, mesh, zero=setup.zero)
+        tp, dim = axis_size(mesh, "tp"), setup.config.dim
+        pipeline = Pipeline(stages, schedule, mesh["pp"], loss_fn=loss_fn, dim=dim, dtype=torch.float64, tp_size=tp)
 
-        def evaluated_before(parts: list[MicroBatch]) -> Tensor:
-            evaluated, total = pipeline.evaluate(parts), pipeline.step(parts)
+        def evaluate_then_step(micro_batches: list[MicroBatch]) -> Tensor:
+            evaluated, total = pipeline.evaluate(micro_batches), pipeline.step(micro_batches)
             assert_close(evaluated, total, atol=1e-10, name="loss of the evaluation")
             return total
 
-        return stages, evaluated_before
+        return stages, evaluate_then_step
 
 
-def cut_batch(share: dict[str, Any], count: int, num_valid: Tensor, attend: AttentionFn) -> list[MicroBatch]:
-    """This rank's share of a batch as micro-batches."""
+def make_micro_batches(batch: dict[str, Any], count: int, num_valid: Tensor, attend: AttentionFn) -> list[MicroBatch]:
+    """Splits this rank's part of a batch into micro-batches."""
     return [
         MicroBatch(
             micro["input_ids"],
-            {"positions": micro["position_ids"], "mask": micro["mask"], "attend": attend},
+            {"positions": micro["position_ids"], "mask": micro["mask"], "attention_fn": attend},
             Target(micro["shift_labels"], num_valid),
         )
-        for micro in cut_share(share, count)
+        for micro in split_batch(batch, count)
     ]
 
 
-def train_in_stages(group: dist.ProcessGroup, mix: Mix, schedule: str, steps: int) -> Trained:
-    """Trains on a mesh of all ranks, from the start."""
-    return Resumable(mix, schedule).train(steps)
+def train_pipeline(group: dist.ProcessGroup, setup: TrainingSetup, schedule: str, steps: int) -> TrainingRun:
+    """Trains on a mesh of all ranks, from step 0."""
+    return ResumableTraining(setup, schedule).train(steps)
 
 
-def train_on(group: dist.ProcessGroup, resumable: Resumable, folder: Path, until: int) -> Trained:
-    """Goes on from the last checkpoint, on a mesh of all ranks."""
+def resume_on_mesh(group: dist.ProcessGroup, resumable: ResumableTraining, folder: Path, until: int) -> TrainingRun:
+    """Resumes from the latest checkpoint, on a mesh of all ranks."""
     return resumable.train(until, folder)
 
 
-def train_on_alone(group: dist.ProcessGroup, mix: Mix, folder: Path, until: int) -> Trained:
-    """Goes on from the last checkpoint, in this process alone."""
-    model = make_model(mix.config)
-    optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=123.0)  # the checkpoint's own takes its place
-    found = load_checkpoint(folder, [model], optimizer, group=group)
-    assert found is not None
-    every_batch = batches(mix.mask, mix.length, mix.config.vocab_size, until)
-    trained = steps_alone(model, optimizer, mix.mask, every_batch[found.samples // SEQUENCES :])
-    save_checkpoint(folder, [model], optimizer, Progress(until, until * SEQUENCES), group=group)
+def resume_single_process(group: dist.ProcessGroup, setup: TrainingSetup, folder: Path, until: int) -> TrainingRun:
+    """Resumes from the latest checkpoint, in this process alone."""
+    model = make_model(setup.config)
+    optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=123.0)  # replaced by the checkpoint's
+    progress = load_checkpoint(folder, [model], optimizer, group=group)
+    assert progress is not None
+    all_batches = batches(setup.mask, setup.length, setup.config.vocab_size, until)
+    trained = run_steps_single_process(model, optimizer, setup.mask, all_batches[progress.samples // SEQUENCES :])
+    save_checkpoint(folder, [model], optimizer, TrainingProgress(until, until * SEQUENCES), group=group)
     return trained

@@ -6,9 +6,9 @@ copy: HSDP, or plain replicas where nothing is sharded. `zero` selects the ZeRO 
 
     zero  parameters                      gradients                               optimizer state
     3     sharded outside of a layer      sharded after each micro-batch          sharded
-    2     whole from forward to backward  sharded after each micro-batch          sharded
-    1     whole until the optimizer step  accumulated, sharded after the last     sharded
-    0     whole                           whole, all-reduced                      whole
+    2     gathered, forward to backward   sharded after each micro-batch          sharded
+    1     gathered until optimizer step   accumulated, sharded after the last     sharded
+    0     replicated                      all-reduced                             replicated
 
 Stage 1 is not a value of `zero` but a way to run micro-batches: zero=2, with `no_sync` around all of them but the last.
 
@@ -45,7 +45,7 @@ def check_zero_stage(mesh: DeviceMesh, zero: int) -> None:
         hint = ": for ZeRO-1 pass 2, and use no_sync around every micro-batch but the last" if zero == 1 else ""
         raise ArgumentError(f"zero={zero!r:.100}: must be 0, 2 or 3{hint}")
     if zero == 0 and (size := axis_size(mesh, "dp_shard")) > 1:
-        raise ArgumentError(f"zero=0 keeps all weights whole, but dp_shard={size} shards them: use dp_replicate")
+        raise ArgumentError(f"zero=0 replicates all weights, but dp_shard={size} shards them: use dp_replicate")
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, zero: int, precision: MixedPrecisionPolicy | None = None) -> None:
@@ -95,7 +95,7 @@ def apply_fsdp_to_layers(
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Accumulates gradients locally: inside, backward communicates no gradients and keeps the weights whole (ZeRO-1).
+    """Accumulates gradients locally: inside, backward reduces no gradients and keeps the weights gathered (ZeRO-1).
 
     Use it around all micro-batches of a step but the last. The backward of the last one reduces the accumulated sum.
 

@@ -26,7 +26,7 @@ def parallelize(
         model: with the same weights on every rank.
         mesh: from `build_mesh`.
         zero: the ZeRO stage over the ranks with different tokens. 3 shards weights, gradients and optimizer state; 2
-            keeps weights whole from forward to backward; 0 shards nothing, and all-reduces gradients.
+            keeps weights gathered from forward to backward; 0 shards nothing, and all-reduces gradients.
         precision: dtypes of computation and of gradient reduction; None takes the dtype of the weights.
     Returns:
         The decoder. Split or sharded parameters are DTensors: create the optimizer after this call.

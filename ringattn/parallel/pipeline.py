@@ -97,7 +97,7 @@ class Pipeline:
 
         Args:
             stages: this rank's, from `cut_stages`, after `parallelize`. With a split backward, FSDP keeps their weights
-                whole from the first forward of a step to its last backward, as with ZeRO-2.
+                gathered from the first forward of a step to its last backward, as with ZeRO-2.
             schedule: from `plan_pipeline`, the same on all ranks.
             pp_mesh: the one-dimensional mesh of the axis "pp".
             loss_fn: (output of the last stage, target of a micro-batch) -> the micro-batch's share of the loss, a
@@ -267,7 +267,7 @@ class Pipeline:
 
 
 def _disable_reshard_after_forward(stages: Sequence[nn.Module]) -> None:
-    """Keeps weights whole from forward to backward: torch's split backward looks up the forward's weight tensors."""
+    """Keeps weights gathered from forward to backward: torch's split backward looks up the forward's weight tensors."""
     for stage in stages:
         for module in stage.modules():
             if isinstance(module, FSDPModule):

@@ -144,7 +144,7 @@ def bubble_formula(
         num_micro_batches: m.
         stages_per_rank: v; all stages take the same time.
         fill_fraction: w, the fraction of a stage's work on a micro-batch that the next rank waits for, at both ends of
-            a step: 1 with a whole backward; 1/3 with a split backward in which F, I and W take the same time.
+            a step: 1 with a full backward; 1/3 with a split backward in which F, I and W take the same time.
     Source: Narayanan et al. 2021, arXiv:2104.04473, which gives it as a fraction of the ideal time, while this is the
         fraction of the whole; Qi et al. 2023, arXiv:2401.10241, with w = (F + I - W) / (F + I + W) for ZB1P.
     """

@@ -1,9 +1,9 @@
 """Pipeline schedules: which torch schedules are supported, and which layers and micro-batches run where and when.
 
     name                      stages per rank   backward          source
-    gpipe                     1                 whole             Huang et al. 2019, arXiv:1811.06965
-    1f1b                      1                 whole             Narayanan et al. 2021, arXiv:2104.04473
-    interleaved-1f1b          2 or more         whole             the same
+    gpipe                     1                 full              Huang et al. 2019, arXiv:1811.06965
+    1f1b                      1                 full              Narayanan et al. 2021, arXiv:2104.04473
+    interleaved-1f1b          2 or more         full              the same
     interleaved-zero-bubble   1 or more         split             Qi et al. 2023, arXiv:2401.10241: ZB1P
     zbv-zero-bubble           2, V-shaped       split             the same: ZB-V
 

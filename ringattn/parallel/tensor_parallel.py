@@ -65,14 +65,14 @@ def apply_tp(model: Decoder, mesh: DeviceMesh) -> None:
     tp_mesh = axis_mesh(mesh, "tp")
     if tp_mesh is None:
         return
-    seq_shard, whole = Shard(1), Replicate()
+    seq_shard, replicated = Shard(1), Replicate()
     plan: dict[str, ParallelStyle] = {}
     if model.embed is not None:
-        plan["embed"] = RowwiseParallel(input_layouts=whole, output_layouts=seq_shard)
+        plan["embed"] = RowwiseParallel(input_layouts=replicated, output_layouts=seq_shard)
     for name, layer in model.layers.items():
         plan |= {
             f"layers.{name}.attention_norm": SequenceParallel(),
-            f"layers.{name}.attention": PrepareModuleInput(input_layouts=seq_shard, desired_input_layouts=whole),
+            f"layers.{name}.attention": PrepareModuleInput(input_layouts=seq_shard, desired_input_layouts=replicated),
             f"layers.{name}.attention.wq": ColwiseParallel(),
             f"layers.{name}.attention.wk": ColwiseParallel(),
             f"layers.{name}.attention.wv": ColwiseParallel(),
@@ -81,7 +81,9 @@ def apply_tp(model: Decoder, mesh: DeviceMesh) -> None:
         }
         if isinstance(layer.feed_forward, FeedForward):
             plan |= {
-                f"layers.{name}.feed_forward": PrepareModuleInput(input_layouts=seq_shard, desired_input_layouts=whole),
+                f"layers.{name}.feed_forward": PrepareModuleInput(
+                    input_layouts=seq_shard, desired_input_layouts=replicated
+                ),
                 f"layers.{name}.feed_forward.gate": ColwiseParallel(),
                 f"layers.{name}.feed_forward.up": ColwiseParallel(),
                 f"layers.{name}.feed_forward.down": RowwiseParallel(output_layouts=seq_shard),

@@ -71,7 +71,7 @@ def odd_masks(group: dist.ProcessGroup) -> None:
         (indivisible_dims, "tp=4: must divide hidden=21, vocab_size=35"),
         (zero_1, "zero=1: must be 0, 2 or 3: for ZeRO-1 pass 2, and use no_sync"),
         (zero_4, "zero=4: must be 0, 2 or 3"),
-        (zero_0_with_dp_shard, "zero=0 keeps all weights whole, but dp_shard=2 shards them"),
+        (zero_0_with_dp_shard, "zero=0 replicates all weights, but dp_shard=2 shards them"),
         (pp_without_stages, "pp=2: the model has all its 2 layers; cut it into stages first"),
         (odd_rows, "gives rank 1 3 rows, which tp=2 must divide"),
         (odd_rows_in_batch, "gives rank 1 3 rows, which tp=2 must divide"),

@@ -1,4 +1,4 @@
-"""The loss over a vocabulary that lies on several ranks, and the norm of gradients, as one process has them."""
+"""The vocabulary-parallel loss and the gradient norm equal one process's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from ringattn.parallel.grad_norm import clip_gradients, gradient_norm
-from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
+from ringattn.parallel import all_reduce_loss, clip_gradients, count_valid, cross_entropy, gradient_norm
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.ranks import RankPool
 from tests.parallel.training import mesh_of
@@ -21,7 +20,7 @@ VOCABULARY, SHAPE = 20, (2, 7)
 def _problem(dtype: torch.dtype, labels_of: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     logits = 30 * torch.randn(*SHAPE, VOCABULARY, generator=generator, dtype=torch.float64)
-    logits[0, 0] = -torch.inf  # all but two tokens are forbidden there, on one rank each
+    logits[0, 0] = -torch.inf  # all but two tokens are masked out in this row; the two are on different ranks
     logits[0, 0, [1, VOCABULARY - 1]] = torch.tensor([900.0, 901.0], dtype=torch.float64)
     labels = torch.randint(VOCABULARY, SHAPE, generator=generator)
     labels[0, 0] = 1
@@ -52,7 +51,7 @@ def _plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("labels_of", ["most", "none"])
-def test_a_split_vocabulary(pool: RankPool, dtype: torch.dtype, labels_of: str) -> None:
+def test_vocab_parallel_cross_entropy(pool: RankPool, dtype: torch.dtype, labels_of: str) -> None:
     logits, labels = _problem(dtype, labels_of)
     loss64, grad64 = _plain(logits.double(), labels)
     loss, grad = _plain(logits, labels)
@@ -67,13 +66,13 @@ def _tokens(group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     mesh = mesh_of((("dp_shard", 2), ("tp", 2)))
     labels = torch.tensor([[1, -100, 3]]) if mesh["dp_shard"].get_local_rank() else torch.full((1, 3), -100)
     loss = cross_entropy(torch.zeros(1, 3, 4, dtype=torch.float64), labels, count_valid(labels, mesh), mesh)
-    return loss, sum_over_token_ranks(loss, mesh)
+    return loss, all_reduce_loss(loss, mesh)
 
 
-def test_a_rank_without_a_valid_token_loses_nothing(pool: RankPool) -> None:
-    """Each number counts once: ranks along "tp" have the same tokens."""
+def test_rank_without_valid_tokens_contributes_zero(pool: RankPool) -> None:
+    """Tokens count once: ranks along "tp" hold the same tokens."""
     losses = pool.run(_tokens, 4)
-    expected = torch.tensor(8.0, dtype=torch.float64).log()  # of 2 x 4 tokens that are alike
+    expected = torch.tensor(8.0, dtype=torch.float64).log()  # 2 valid tokens, each with loss log(2 x 4)
     for rank, (share, whole) in enumerate(losses):
         assert_close(share, torch.zeros_like(expected) if rank < 2 else expected, atol=1e-12, name="share")
         assert_close(whole, expected, atol=1e-12, name="loss")
@@ -99,7 +98,7 @@ def _norms(group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     return norm, clipped, first.full_tensor() / grads[0]
 
 
-def test_the_norm_of_gradients_wherever_they_lie(pool: RankPool) -> None:
+def test_gradient_norm_over_placements(pool: RankPool) -> None:
     torch.manual_seed(0)
     expected = torch.cat([torch.randn(5, 3, dtype=torch.float64) for _ in range(4)]).norm()
     for norm, clipped, factor in pool.run(_norms, 4):

@@ -1,4 +1,4 @@
-"""What cannot be: raised on every rank alike, before anything is changed or sent."""
+"""Invalid configurations raise on every rank, before anything is changed or sent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.parallel.context import local_batch, make_cp_attention
-from ringattn.parallel.parallelize import parallelize
+from ringattn.parallel import local_batch, make_cp_attention, parallelize
 from tests.harness.ranks import RankPool
 from tests.parallel.training import CONFIG, batches, make_model, mesh_of
 
@@ -19,27 +18,27 @@ RANKS = 4
 FEW_KV_HEADS = replace(CONFIG, num_kv_heads=2)
 
 
-def heads(group: dist.ProcessGroup) -> None:
+def too_few_kv_heads(group: dist.ProcessGroup) -> None:
     parallelize(make_model(FEW_KV_HEADS), mesh_of((("tp", 4),)))
 
 
-def widths(group: dist.ProcessGroup) -> None:
+def indivisible_dims(group: dist.ProcessGroup) -> None:
     parallelize(make_model(replace(CONFIG, hidden=21, vocab_size=35)), mesh_of((("tp", 4),)))
 
 
-def stage_1(group: dist.ProcessGroup) -> None:
+def zero_1(group: dist.ProcessGroup) -> None:
     parallelize(make_model(CONFIG), mesh_of((("ring", 4),)), zero=1)
 
 
-def stage_4(group: dist.ProcessGroup) -> None:
+def zero_4(group: dist.ProcessGroup) -> None:
     parallelize(make_model(CONFIG), mesh_of((("ring", 4),)), zero=4)
 
 
-def nothing_shared(group: dist.ProcessGroup) -> None:
+def zero_0_with_dp_shard(group: dist.ProcessGroup) -> None:
     parallelize(make_model(CONFIG), mesh_of((("dp_shard", 2), ("tp", 2))), zero=0)
 
 
-def uncut(group: dist.ProcessGroup) -> None:
+def pp_without_stages(group: dist.ProcessGroup) -> None:
     parallelize(make_model(CONFIG), mesh_of((("pp", 2), ("tp", 2))))
 
 
@@ -48,11 +47,11 @@ def odd_rows(group: dist.ProcessGroup) -> None:
     make_cp_attention(mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
 
 
-def odd_rows_of_a_batch(group: dist.ProcessGroup) -> None:
+def odd_rows_in_batch(group: dist.ProcessGroup) -> None:
     local_batch({}, mesh_of((("ring", 2), ("tp", 2))), ringattn.contiguous(7, 2))
 
 
-def other_ranks(group: dist.ProcessGroup) -> None:
+def layout_of_other_world_size(group: dist.ProcessGroup) -> None:
     make_cp_attention(mesh_of((("ring", 2), ("tp", 2))), ringattn.zigzag(16, 4))
 
 
@@ -66,29 +65,29 @@ def odd_masks(group: dist.ProcessGroup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
-        (heads, "tp=4: must divide num_kv_heads=2 (kv heads are not replicated over tp: take a smaller one)"),
-        (widths, "tp=4: must divide hidden=21, vocab_size=35"),
-        (stage_1, "zero=1: must be 0, 2 or 3: for ZeRO-1 take 2, and hold_gradients"),
-        (stage_4, "zero=4: must be 0, 2 or 3"),
-        (nothing_shared, "zero=0 keeps all weights whole, but dp_shard=2 shares them out"),
-        (uncut, "pp=2: the model has all its 2 layers; cut it into stages first"),
+        (too_few_kv_heads, "tp=4: must divide num_kv_heads=2 (kv heads are not replicated over tp: use a smaller tp)"),
+        (indivisible_dims, "tp=4: must divide hidden=21, vocab_size=35"),
+        (zero_1, "zero=1: must be 0, 2 or 3: for ZeRO-1 pass 2, and use no_sync"),
+        (zero_4, "zero=4: must be 0, 2 or 3"),
+        (zero_0_with_dp_shard, "zero=0 replicates all weights, but dp_shard=2 shards them"),
+        (pp_without_stages, "pp=2: the model has all its 2 layers; cut it into stages first"),
         (odd_rows, "gives rank 1 3 rows, which tp=2 must divide"),
-        (odd_rows_of_a_batch, "gives rank 1 3 rows, which tp=2 must divide"),
-        (other_ranks, "4 ranks"),
+        (odd_rows_in_batch, "gives rank 1 3 rows, which tp=2 must divide"),
+        (layout_of_other_world_size, "4 ranks"),
         (odd_sequences, "batch['input_ids'] has 3 sequences, which dp_replicate x dp_shard = 2 must divide"),
         (odd_masks, "batch['mask'] has 3 sequences"),
     ],
 )
-def test_wrong_mixes_raise_on_every_rank(pool: RankPool, wrong: Callable[..., None], told: str) -> None:
+def test_invalid_configs_raise_on_every_rank(pool: RankPool, wrong: Callable[..., None], message: str) -> None:
     for error in pool.expect_error(wrong, RANKS):
         assert "ArgumentError" in error.mro_names
-        assert told in error.message
+        assert message in error.message
 
 
-def _kept(group: dist.ProcessGroup) -> None:
-    """A mix that is refused leaves the model as it was."""
+def _model_unchanged(group: dist.ProcessGroup) -> None:
+    """An invalid configuration leaves the model unchanged."""
     model = make_model(FEW_KV_HEADS)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(ringattn.ArgumentError):
@@ -96,21 +95,21 @@ def _kept(group: dist.ProcessGroup) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_refused_model_is_as_it_was(pool: RankPool) -> None:
-    pool.run(_kept, RANKS)
+def test_invalid_config_leaves_the_model_unchanged(pool: RankPool) -> None:
+    pool.run(_model_unchanged, RANKS)
 
 
-def _shares(group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _local_batches(group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, int]:
     mesh = mesh_of((("dp_shard", 2), ("ring", 2)))
     (batch,) = batches("packed", 37, 36, steps=1)
     share = local_batch(batch, mesh, ringattn.zigzag(37, 2))
     return share["input_ids"], share["position_ids"], len(share["mask"])
 
 
-def test_a_batch_is_dealt_over_sequences_and_tokens(pool: RankPool) -> None:
+def test_local_batch_shards_sequences_and_tokens(pool: RankPool) -> None:
     (batch,) = batches("packed", 37, 36, steps=1)
     layout = ringattn.zigzag(37, 2)
-    for rank, (tokens, positions, num_masks) in enumerate(pool.run(_shares, RANKS)):
+    for rank, (tokens, positions, num_masks) in enumerate(pool.run(_local_batches, RANKS)):
         rows, columns = slice(4 * (rank // 2), 4 * (rank // 2) + 4), torch.as_tensor(layout.positions(rank % 2))
         assert torch.equal(tokens, batch["input_ids"][rows][:, columns])
         assert torch.equal(positions, batch["position_ids"][rows][:, columns])

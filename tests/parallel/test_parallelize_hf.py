@@ -1,4 +1,4 @@
-"""Hugging Face models on a mesh: losses, gradient norms and weights of one process; what is not for them is refused."""
+"""Hugging Face models on a mesh match one process: losses, gradient norms, weights; unsupported axes raise."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ from transformers import (
 )
 
 import ringattn.hf as rhf
-from ringattn.parallel.grad_norm import clip_gradients
-from ringattn.parallel.mesh import context_mesh, data_parallel_rank
-from ringattn.parallel.parallelize_hf import parallelize_hf
-from ringattn.parallel.vocab_parallel_loss import sum_over_token_ranks
+from ringattn.parallel import all_reduce_loss, clip_gradients, context_mesh, data_parallel_rank, parallelize_hf
 from tests.harness.ranks import RankPool
 from tests.hf.exact import Exact
-from tests.parallel.test_mixes import compare
-from tests.parallel.training import IGNORED, LEARNING_RATE, MAX_NORM, Trained, batches, mesh_of, whole
+from tests.parallel.test_parallelize import compare
+from tests.parallel.training import IGNORED, LEARNING_RATE, MAX_NORM, TrainingRun, batches, full_tensor, mesh_of
 
 VOCABULARY, LENGTH, STEPS = 36, 32, 3
 SIZES: dict[str, Any] = {
@@ -41,7 +38,7 @@ Sizes = tuple[tuple[str, int], ...]
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """The same weights everywhere. Norms of heads, and a tied head, are Qwen's."""
+    """Returns a model with the same weights on every rank. Qwen has query/key norms and a tied head."""
     torch.manual_seed(0)
     model: PreTrainedModel
     if name == "qwen3":
@@ -53,7 +50,7 @@ def make_model(name: str) -> PreTrainedModel:
     return model.double()
 
 
-def train_alone(name: str) -> Trained:
+def train_single_process(name: str) -> TrainingRun:
     model = make_model(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, norms = [], []
@@ -65,27 +62,27 @@ def train_alone(name: str) -> Trained:
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         losses.append(float(loss.detach()))
-    return Trained(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
+    return TrainingRun(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
 
 
-def train_together(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> Trained:
+def train_on_mesh(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> TrainingRun:
     mesh = mesh_of(sizes)
     model = parallelize_hf(make_model(name), mesh, zero=zero)
     handle = rhf.patch(model, context_mesh(mesh))
-    place, count = data_parallel_rank(mesh)
+    dp_rank, dp_size = data_parallel_rank(mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
     losses, norms = [], []
     for batch in batches("causal", LENGTH, VOCABULARY, STEPS):
-        mine = {name: batch[name].chunk(count)[place] for name in ("input_ids", "labels")}
-        items = (batch["labels"][:, 1:] != IGNORED).sum()  # of all ranks' sequences
+        local = {name: batch[name].chunk(dp_size)[dp_rank] for name in ("input_ids", "labels")}
+        items = (batch["labels"][:, 1:] != IGNORED).sum()  # on all ranks
         with Exact():
-            loss = model(**handle.shard({**mine, "num_items_in_batch": items})).loss
+            loss = model(**handle.shard({**local, "num_items_in_batch": items})).loss
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         norms.append(float(clip_gradients(model.parameters(), mesh, MAX_NORM)))
         optimizer.step()
-        losses.append(float(sum_over_token_ranks(loss, mesh)))
-    return Trained(losses, norms, {name: whole(p) for name, p in model.named_parameters()})
+        losses.append(float(all_reduce_loss(loss, mesh)))
+    return TrainingRun(losses, norms, {name: full_tensor(p) for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize(
@@ -98,9 +95,9 @@ def train_together(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int)
         pytest.param("qwen3", (("tp", 4),), 3, marks=pytest.mark.long),
     ],
 )
-def test_a_model_trains_as_in_one_process(pool: RankPool, name: str, sizes: Sizes, zero: int) -> None:
-    expected = train_alone(name)
-    for rank, trained in enumerate(pool.run(train_together, 4, name, sizes, zero)):
+def test_matches_single_process(pool: RankPool, name: str, sizes: Sizes, zero: int) -> None:
+    expected = train_single_process(name)
+    for rank, trained in enumerate(pool.run(train_on_mesh, 4, name, sizes, zero)):
         compare(trained, expected, f"rank {rank}")
 
 
@@ -109,15 +106,15 @@ def _refused(group: dist.ProcessGroup, name: str, sizes: Sizes, zero: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "zero", "told"),
+    ("name", "sizes", "zero", "message"),
     [
-        ("llama", (("pp", 2), ("tp", 2)), 3, "pp=2: Hugging Face models are not spread over pp here"),
-        ("llama", (("ring", 4), ("ep", 2)), 3, "ep=2: Hugging Face models are not spread over ep here"),
+        ("llama", (("pp", 2), ("tp", 2)), 3, "pp=2: pp is not supported for Hugging Face models"),
+        ("llama", (("ring", 4), ("ep", 2)), 3, "ep=2: ep is not supported for Hugging Face models"),
         ("mixtral", (("ring", 2), ("tp", 2)), 3, "the plan of MixtralForCausalLM has styles that are not for dense"),
         ("llama", (("ring", 4),), 1, "zero=1: must be 0, 2 or 3"),
     ],
 )
-def test_what_is_not_for_them_is_refused(pool: RankPool, name: str, sizes: Sizes, zero: int, told: str) -> None:
+def test_unsupported_configs_raise(pool: RankPool, name: str, sizes: Sizes, zero: int, message: str) -> None:
     for error in pool.expect_error(_refused, 4, name, sizes, zero):
         assert "ArgumentError" in error.mro_names
-        assert told in error.message
+        assert message in error.message

@@ -1,4 +1,4 @@
-"""Experts spread over ranks: output and all gradients as of the layer in one piece, in float64."""
+"""Experts sharded over ranks: output and all gradients equal the whole layer's, in float64."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ringattn.errors import ArgumentError
-from ringattn.parallel.expert import MixtureOfExperts, TokenDispatch, grouped_matmul, segment_matmul
+from ringattn.parallel import MixtureOfExperts
+from ringattn.parallel.moe import grouped_matmul, segment_matmul
+from ringattn.parallel.token_dispatcher import TokenDispatcher
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.ranks import RankPool
 
 DIM, HIDDEN, EXPERTS, TOP_K = 6, 5, 8, 3
-COEFFICIENT = 0.7  # of the load-balancing loss
+AUX_LOSS_WEIGHT = 0.7
 UNEVEN = {1: (13,), 2: (9, 4), 4: (5, 0, 7, 1)}  # tokens of each rank
 SOME_EMPTY = {2: (0, 3), 4: (0, 0, 3, 0)}
-IDLE = 2  # the expert to which no token goes
+IDLE = 2  # an expert that receives no token
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a layer gave, and the gradients of a loss."""
+    """The outputs of a layer, and the gradients of a loss."""
 
     out: Tensor
-    balance: Tensor
+    aux_loss: Tensor
     dx: Tensor
     parameters: dict[str, Tensor]
 
 
 def layer() -> MixtureOfExperts:
-    """The layer, the same on every rank; one expert is never chosen."""
+    """Returns the layer, the same on every rank; expert IDLE is never selected."""
     torch.manual_seed(1)
     moe = MixtureOfExperts(DIM, HIDDEN, num_experts=EXPERTS, top_k=TOP_K).double()
     with torch.no_grad():
@@ -45,7 +47,7 @@ def layer() -> MixtureOfExperts:
 
 
 def tokens(count: int) -> tuple[Tensor, Tensor]:
-    """All tokens, and the gradient of the output."""
+    """Returns the tokens of all ranks, and the gradient of the output."""
     generator = torch.Generator().manual_seed(2)
     x, dout = torch.randn(2, count, DIM, generator=generator, dtype=torch.float64)
     x[:, 0] = 1.0
@@ -54,18 +56,18 @@ def tokens(count: int) -> tuple[Tensor, Tensor]:
 
 def solve(moe: MixtureOfExperts, x: Tensor, dout: Tensor) -> Result:
     x = x.clone().requires_grad_()
-    out, balance = moe.mixed(x)
-    torch.autograd.backward((out * dout).sum() + COEFFICIENT * balance)
+    out, aux_loss = moe.forward_with_aux_loss(x)
+    torch.autograd.backward((out * dout).sum() + AUX_LOSS_WEIGHT * aux_loss)
     assert x.grad is not None
     grads = {}
     for name, parameter in moe.named_parameters():
         assert parameter.grad is not None, name
         grads[name] = parameter.grad
-    return Result(out.detach(), balance.detach(), x.grad, grads)
+    return Result(out.detach(), aux_loss.detach(), x.grad, grads)
 
 
 def plain(x: Tensor, dout: Tensor) -> Result:
-    """The same by the definition: every expert computes every token, and a dense matrix weighs them."""
+    """The definition: every expert computes every token, and a dense weight matrix combines the outputs."""
     moe = layer()
     x = x.clone().requires_grad_()
     probabilities = F.linear(x, moe.router.scores.weight).softmax(-1)
@@ -75,28 +77,28 @@ def plain(x: Tensor, dout: Tensor) -> Result:
     weights = weights / weights.sum(-1, keepdim=True)
     hidden = F.silu(torch.einsum("td,edh->teh", x, moe.experts.gate)) * torch.einsum("td,edh->teh", x, moe.experts.up)
     out = torch.einsum("te,teh,ehd->td", weights, hidden, moe.experts.down)
-    balance = EXPERTS * (chosen.mean(0) / TOP_K * probabilities.mean(0)).sum()
-    torch.autograd.backward((out * dout).sum() + COEFFICIENT * balance)
+    aux_loss = EXPERTS * (chosen.mean(0) / TOP_K * probabilities.mean(0)).sum()
+    torch.autograd.backward((out * dout).sum() + AUX_LOSS_WEIGHT * aux_loss)
     assert x.grad is not None
     grads = {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
-    return Result(out.detach(), balance.detach(), x.grad, grads)
+    return Result(out.detach(), aux_loss.detach(), x.grad, grads)
 
 
-def spread_over_ranks(group: dist.ProcessGroup, counts: tuple[int, ...]) -> None:
+def solve_on_ranks(group: dist.ProcessGroup, counts: tuple[int, ...]) -> None:
     first = sum(counts[: group.rank()])
     mine = slice(first, first + counts[group.rank()])
     x, dout = tokens(sum(counts))
     expected = plain(x, dout)
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ep",))
     moe = layer()
-    moe.spread(mesh, batch=[group])
+    moe.shard_experts(mesh, batch_groups=[group])
     found = solve(moe, x[mine], dout[mine])
 
     assert_close(found.out, expected.out[mine], atol=1e-10, name="out")
     assert_close(found.dx, expected.dx[mine], atol=1e-10, name="dx")
-    balance = found.balance.clone()
-    dist.all_reduce(balance, group=group)
-    assert_close(balance, expected.balance, atol=1e-10, name="balance")
+    aux_loss = found.aux_loss.clone()
+    dist.all_reduce(aux_loss, group=group)
+    assert_close(aux_loss, expected.aux_loss, atol=1e-10, name="aux_loss")
     for name, grad in found.parameters.items():
         if isinstance(grad, DTensor):
             whole = grad.full_tensor()
@@ -110,7 +112,7 @@ def spread_over_ranks(group: dist.ProcessGroup, counts: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize(("world", "counts"), [*UNEVEN.items(), *SOME_EMPTY.items()])
 def test_output_and_gradients(pool: RankPool, world: int, counts: tuple[int, ...]) -> None:
-    pool.run(spread_over_ranks, world, counts)
+    pool.run(solve_on_ranks, world, counts)
 
 
 def test_one_process_without_a_group() -> None:
@@ -118,15 +120,15 @@ def test_one_process_without_a_group() -> None:
     found, expected = solve(layer(), x, dout), plain(x, dout)
     assert_close(found.out, expected.out, atol=1e-10, name="out")
     assert_close(found.dx, expected.dx, atol=1e-10, name="dx")
-    assert_close(found.balance, expected.balance, atol=1e-10, name="balance")
+    assert_close(found.aux_loss, expected.aux_loss, atol=1e-10, name="aux_loss")
     for name, grad in found.parameters.items():
         assert_close(grad, expected.parameters[name], atol=1e-10, name=name)
 
 
-def test_the_balancing_gradient_joins_in() -> None:
+def test_forward_adds_the_load_balancing_gradient() -> None:
     x, dout = tokens(11)
     moe = layer()
-    moe.balance_weight = COEFFICIENT
+    moe.aux_loss_weight = AUX_LOSS_WEIGHT
     x = x.clone().requires_grad_()
     torch.autograd.backward((moe(x) * dout).sum())
     expected = plain(x.detach(), dout)
@@ -137,29 +139,29 @@ def test_the_balancing_gradient_joins_in() -> None:
         assert_close(parameter.grad, expected.parameters[name], atol=1e-10, name=name)
 
 
-def dispatched(group: dist.ProcessGroup, counts: tuple[int, ...]) -> tuple[int, list[int]]:
-    """Sends each token's number about; returns how many rows came here, and checks that each came k times."""
+def dispatch_and_combine(group: dist.ProcessGroup, counts: tuple[int, ...]) -> tuple[int, list[int]]:
+    """Dispatches and combines token ids; returns the numbers of rows sent, and received by each expert."""
     num_tokens = counts[group.rank()]
     generator = torch.Generator().manual_seed(group.rank())
     experts = torch.rand(num_tokens, EXPERTS, generator=generator).argsort(dim=-1)[:, :TOP_K]
-    dispatch = TokenDispatch.of(experts, EXPERTS, group)
-    numbers = torch.arange(num_tokens, dtype=torch.float64)[:, None] + 100 * group.rank()
-    rows = dispatch.there(numbers)
-    assert len(rows) == sum(dispatch.num_rows)
-    back = dispatch.back(rows)
-    assert torch.equal(back, numbers[:, None].expand(-1, TOP_K, -1))
-    return sum(dispatch.leaving), dispatch.num_rows
+    dispatcher = TokenDispatcher.from_expert_ids(experts, EXPERTS, group)
+    token_ids = torch.arange(num_tokens, dtype=torch.float64)[:, None] + 100 * group.rank()
+    rows = dispatcher.dispatch(token_ids)
+    assert len(rows) == sum(dispatcher.tokens_per_expert)
+    combined = dispatcher.combine(rows)
+    assert torch.equal(combined, token_ids[:, None].expand(-1, TOP_K, -1))
+    return sum(dispatcher.input_splits), dispatcher.tokens_per_expert
 
 
 @pytest.mark.parametrize(("world", "counts"), [*UNEVEN.items(), *SOME_EMPTY.items()])
 def test_no_token_is_dropped(pool: RankPool, world: int, counts: tuple[int, ...]) -> None:
-    results = pool.run(dispatched, world, counts)
-    assert [left for left, _ in results] == [count * TOP_K for count in counts]
-    assert sum(sum(arrived) for _, arrived in results) == sum(counts) * TOP_K
+    results = pool.run(dispatch_and_combine, world, counts)
+    assert [sent for sent, _ in results] == [count * TOP_K for count in counts]
+    assert sum(sum(received) for _, received in results) == sum(counts) * TOP_K
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_matmul_is_segment_matmul(dtype: torch.dtype) -> None:
+def test_grouped_matmul_equals_segment_matmul(dtype: torch.dtype) -> None:
     num_rows = [5, 0, 1, 11]
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(17, 16, generator=generator).to(dtype)
@@ -178,6 +180,6 @@ def test_grouped_matmul_is_segment_matmul(dtype: torch.dtype) -> None:
     assert not grouped[2][1].any()
 
 
-def test_more_choices_than_experts() -> None:
+def test_top_k_above_num_experts_raises() -> None:
     with pytest.raises(ArgumentError, match="top_k=9"):
         MixtureOfExperts(DIM, HIDDEN, num_experts=8, top_k=9)

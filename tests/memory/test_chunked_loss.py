@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks beside torch's, which holds all logits."""
+"""Chunked cross-entropy equals torch's on the whole logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ATOL = 1e-10
 @dataclass(frozen=True)
 class Case:
     rows: tuple[int, ...]
-    words: int = 13
+    vocab_size: int = 13
     dim: int = 5
     chunk: int = 4
     bias: bool = False
@@ -42,21 +42,21 @@ CASES = [
     Case((2, 0), bias=True),
     Case((0,), reduction="sum"),
     Case((2, 6), valid=0.0, bias=True),
-    Case((8,), words=1, valid=1.0),
+    Case((8,), vocab_size=1, valid=1.0),
 ]
 
 
 def problem(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(*case.rows, case.dim, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(case.words, case.dim, dtype=torch.float64).to(dtype).requires_grad_()
-    bias = torch.randn(case.words, dtype=torch.float64).to(dtype).requires_grad_() if case.bias else None
-    labels = torch.randint(case.words, case.rows).where(torch.rand(case.rows) < case.valid, -100)
+    weight = torch.randn(case.vocab_size, case.dim, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(case.vocab_size, dtype=torch.float64).to(dtype).requires_grad_() if case.bias else None
+    labels = torch.randint(case.vocab_size, case.rows).where(torch.rand(case.rows) < case.valid, -100)
     return hidden, weight, bias, labels
 
 
 def dense(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """What torch computes with all logits at once."""
+    """Torch's loss on the whole logits."""
     logits = F.linear(hidden, weight, bias) * case.scale
     if case.softcap is not None:
         logits = case.softcap * torch.tanh(logits / case.softcap)
@@ -78,7 +78,7 @@ def results(loss: Tensor, *inputs: Tensor | None, factor: float = -1.3) -> list[
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_that_of_all_logits(case: Case) -> None:
+def test_equals_torch_on_whole_logits(case: Case) -> None:
     hidden, weight, bias, labels = problem(case)
     expected = results(dense(case, hidden, weight, bias, labels), hidden, weight, bias)
     with poisoned_empty():
@@ -88,10 +88,10 @@ def test_is_that_of_all_logits(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("words", [53, 20000])
-def test_other_dtypes(dtype: torch.dtype, words: int) -> None:
-    """20,000 words are more than are added at once."""
-    case = Case((3, 33), words=words, dim=24, chunk=16, bias=True, softcap=5.0)
+@pytest.mark.parametrize("vocab_size", [53, 20000])
+def test_lower_precision(dtype: torch.dtype, vocab_size: int) -> None:
+    """A vocabulary of 20,000 is larger than VOCAB_CHUNK."""
+    case = Case((3, 33), vocab_size=vocab_size, dim=24, chunk=16, bias=True, softcap=5.0)
     inputs = problem(case, dtype)
     doubles = [None if x is None else x.detach().double().requires_grad_() for x in inputs[:3]]
     assert doubles[0] is not None
@@ -105,8 +105,8 @@ def test_other_dtypes(dtype: torch.dtype, words: int) -> None:
 
 
 def test_a_small_factor_does_not_underflow_in_half_precision() -> None:
-    """A loss divided by a million tokens, and scaled up again as by a gradient scaler, keeps its gradients."""
-    case = Case((64,), words=7, chunk=16, valid=1.0)
+    """A loss divided by 2**24 tokens, and scaled up again as by a gradient scaler, keeps its gradients."""
+    case = Case((64,), vocab_size=7, chunk=16, valid=1.0)
     hidden, weight, _, labels = problem(case, torch.float16)
     loss = chunked_cross_entropy(hidden, weight, labels, num_items=2.0**24) * 2.0**24
     found = torch.autograd.grad(loss, [hidden, weight])
@@ -115,8 +115,8 @@ def test_a_small_factor_does_not_underflow_in_half_precision() -> None:
         assert_close(a, b, atol=0.0, name=name)
 
 
-def test_autocast_is_that_of_a_linear_layer() -> None:
-    case = Case((2, 40), words=31, dim=16, chunk=7, bias=True)
+def test_autocast_casts_like_a_linear_layer() -> None:
+    case = Case((2, 40), vocab_size=31, dim=16, chunk=7, bias=True)
     inputs = problem(case, torch.float32)
     doubles = [None if x is None else x.detach().double().requires_grad_() for x in inputs[:3]]
     assert doubles[0] is not None
@@ -130,7 +130,7 @@ def test_autocast_is_that_of_a_linear_layer() -> None:
         assert_within_rule(a, b, c, name=name)
 
 
-def test_what_needs_no_gradient_gets_none() -> None:
+def test_no_gradient_where_none_is_required() -> None:
     case = Case((2, 5))
     hidden, weight, bias, labels = problem(case)
     (expected,) = torch.autograd.grad(dense(case, hidden, weight, bias, labels), [hidden])
@@ -148,8 +148,8 @@ def test_a_second_backward_raises() -> None:
         torch.autograd.backward(loss)
 
 
-def test_num_items_of_all_ranks_makes_shares_add_up() -> None:
-    """Rows in two shares, one of them without a valid label, and the number of labels as a tensor."""
+def test_losses_of_ranks_add_up_with_global_num_items() -> None:
+    """Rows split in two, one part without a valid label, and num_items as a tensor."""
     case = Case((10,), valid=1.0)
     hidden, weight, _, labels = problem(case)
     labels[6:] = -100
@@ -161,23 +161,23 @@ def test_num_items_of_all_ranks_makes_shares_add_up() -> None:
     assert_close(shares[0] + shares[1], F.cross_entropy(hidden @ weight.T, labels), atol=ATOL, name="loss")
 
 
-def test_logits_are_not_held() -> None:
-    rows, words, dim = 2048, 4096, 16
+def test_peak_memory_excludes_whole_logits() -> None:
+    rows, vocab_size, dim = 2048, 4096, 16
     hidden = torch.randn(rows, dim, requires_grad=True)
-    weight = torch.randn(words, dim, requires_grad=True)
-    labels = torch.randint(words, (rows,))
+    weight = torch.randn(vocab_size, dim, requires_grad=True)
+    labels = torch.randint(vocab_size, (rows,))
 
     def once(chunk: int) -> None:
         torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels, chunk=chunk), [hidden, weight])
 
-    logits = 4 * rows * words
+    logits = 4 * rows * vocab_size
     assert peak_bytes(lambda: once(rows)) >= logits
-    # The logits of a chunk, gradients, and a little.
-    assert peak_bytes(lambda: once(64)) <= logits / 32 + 4 * 4 * dim * (rows + words) + 65536
+    # The logits of a chunk, the gradients, and a margin.
+    assert peak_bytes(lambda: once(64)) <= logits / 32 + 4 * 4 * dim * (rows + vocab_size) + 65536
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels have shape"),
         ({"labels": torch.zeros(4)}, "labels are torch.float32"),
@@ -191,7 +191,7 @@ def test_logits_are_not_held() -> None:
     ],
     ids=str,
 )
-def test_errors(change: dict[str, object], told: str) -> None:
+def test_errors(change: dict[str, object], message: str) -> None:
     given = {"hidden": torch.zeros(4, 5), "weight": torch.zeros(13, 5), "labels": torch.zeros(4, dtype=torch.int64)}
-    with pytest.raises(ArgumentError, match=told):
+    with pytest.raises(ArgumentError, match=message):
         chunked_cross_entropy(**{**given, **change})  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ringattn.errors import ArgumentError, ArgumentTypeError
 
@@ -65,6 +65,10 @@ class Score:
             getattr(self.sink, "device", None),
         )
         return (type(self.scale), self.scale, type(self.softcap), self.softcap, type(self.sink), looks)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options as keyword arguments of the public attention functions."""
+        return {"scale": self.scale, "softcap": self.softcap, "sink": self.sink}
 
     def resolve(self, head_dim: int) -> Score:
         """Returns the score with numbers checked and the default scale filled in.

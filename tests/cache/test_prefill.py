@@ -57,7 +57,7 @@ def in_chunks(
         decided.append(original(*args) if forced is None else forced)
         return decided[-1]
 
-    with patch.object(prefill, "queries_travel", deciding):
+    with patch.object(prefill, "queries_move", deciding):
         for length, make in zip(CHUNKS, layouts, strict=True):
             layout: Layout = make(length, world)
             extension = cache.extend([sequence], layout)

@@ -27,7 +27,6 @@ import ringattn
 from benchmarks.measure import Contender, Lines, progress, race, ratio
 from benchmarks.session import Session, session
 from ringattn.attention.calibration import default_model
-from ringattn.cost.select_exchange import predict
 
 IGNORING, AUTO = "zigzag ring, documents ignored", "auto"
 FASTER, LONGER = 2.0, 1.1  # what is to be reached
@@ -120,9 +119,7 @@ def _batch(
     found.append(Contender(AUTO, partial(once, tensors, within), 1))
     q, k, v = tensors
     choice = ringattn.explain(q, k, v, model=model, mask=packed, layout=even)
-    setting = choice.setting
-    applicable = [replace(c, prediction=None) for c in choice.candidates if c.prediction]
-    predicted = {str(c): predict(c, setting, model).total_s for c in applicable}
+    predicted = {str(c): c.prediction.total_s for c in choice.candidates if c.prediction}
     predicted[AUTO] = predicted[named(choice)]
     with progress(f"batch {seed}", len(found) * (args.rounds + args.warmup), here.rank == 0) as tick:
         seconds = race(found, args.rounds, args.warmup, tick)

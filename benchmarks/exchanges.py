@@ -33,8 +33,10 @@ from benchmarks.measure import Contender, Lines, copying_seconds, peak_bytes, pr
 from benchmarks.session import Session, session
 from benchmarks.wire import device_bytes, over_devices, watched
 from ringattn.attention.autograd import AttentionFunction
-from ringattn.attention.executor import ExecutionPlan
-from ringattn.attention.validate import AttentionCall, plan_call, shape_of
+from ringattn.attention.auto_exchange import prepare
+from ringattn.attention.execution_plan import ExecutionPlan
+from ringattn.attention.validate import AttentionCall
+from ringattn.score import Score
 from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels import BackwardQueries, Gradients, Keys, Queries, State
@@ -130,11 +132,12 @@ class Bench:
         q, k, v, self._dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         self._inputs = [x.requires_grad_() for x in (q, k, v)]
         way = way_of(case.exchange)
-        asked = AttentionCall(way.operation, q, k, v, mask, layout, None, None, None, None, None, way.stages)
-        _, job = plan_call(asked, team)
+        exchange = way.operation.removesuffix("_attention")
+        call = AttentionCall(way.operation, q, k, v, Score(), mask, layout, None, None, exchange, way.stages)
+        _, job = prepare(call, team)
         job = job if gflops is None else replace(job, kernel=Pretender(gflops))
         self.case, self._team = case, team
-        self.planned = job.bytes_sent(shape_of(q, k, v))[PASSES.index(case.direction)]
+        self.planned = job.bytes_sent()[PASSES.index(case.direction)]
         everything = [axis.group for axis in team.axes]
         idle = replace(job, kernel=Pretender())
         self.parts = {

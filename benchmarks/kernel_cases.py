@@ -88,7 +88,7 @@ def _ring_step(source: int) -> Callable[[int], Pattern]:
     def pattern(seq_len: int) -> Pattern:
         layout = ringattn.zigzag(seq_len * RING_RANKS, RING_RANKS)
         plan = build_plan(Ring(), (ringattn.causal(),), layout, layout, RING_RANK)
-        found = (visit.tiles for visit in plan.forward.visits if visit.piece.block == source)
+        found = (c.tiles for c in plan.forward.computes if c.slice.block == source)
         return Pattern(next(found, NO_TILES))
 
     return pattern

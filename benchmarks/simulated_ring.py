@@ -88,7 +88,7 @@ class Case:
         """Returns what a rank attends to, step by step: (block, tiles)."""
         layout = ringattn.zigzag(self.ranks * self.rows, self.ranks)
         plan = build_plan(Ring(), (ringattn.causal(),), layout, layout, rank)
-        return [(visit.piece.block, visit.tiles) for visit in plan.forward.visits]
+        return [(c.slice.block, c.tiles) for c in plan.forward.computes]
 
 
 class Attention:

@@ -150,7 +150,8 @@ def solve_model(group: Any) -> Results:
         num_key_value_heads=2,
         vocab_size=64,
     )
-    model, tokens = LlamaForCausalLM(config), torch.randint(64, (2, 45))
+    model: Any = LlamaForCausalLM(config)
+    tokens = torch.randint(64, (2, 45))
     with ringattn.hf.patch(model, group, exchange="ring", backend="sdpa") as handle:
         share = handle.shard({"input_ids": tokens, "labels": tokens})
         loss = model(**share).loss

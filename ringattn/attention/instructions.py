@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ringattn.comm.buffer_pool import BufferPool
-from ringattn.comm.messages import Message as PostedMessage
-from ringattn.comm.messages import PendingMessage, post
+from ringattn.comm import messages as comm_messages
+from ringattn.comm.messages import PendingMessage
 from ringattn.comm.topology import RankMesh
 from ringattn.geometry.tiles import Tiles
 
@@ -129,10 +129,10 @@ class Post(NamedTuple):
     def __call__(self, run: Run) -> None:
         buffers = run.buffers
         sends, receives = (
-            [PostedMessage(buffers[m.slot][: m.num_bytes], m.peer, m.tag) for m in messages]  # type: ignore[index]
+            [comm_messages.Message(buffers[m.slot][: m.num_bytes], m.peer, m.tag) for m in messages]  # type: ignore[index]
             for messages in (self.sends, self.receives)
         )
-        sent, received = post(run.mesh.axes[self.axis].group, sends, receives)
+        sent, received = comm_messages.post(run.mesh.axes[self.axis].group, sends, receives)
         for messages, pending in ((self.sends, sent), (self.receives, received)):
             for message, each in zip(messages, pending, strict=True):
                 run.messages[message.number] = each

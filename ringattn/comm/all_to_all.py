@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ringattn.comm.messages import Message, post
+from ringattn.comm import messages
+from ringattn.comm.messages import Message
 from ringattn.comm.packet import Field, Packet
 from ringattn.comm.topology import MeshAxis
 
@@ -36,7 +37,7 @@ class AllToAll:
         packets = [(peer, outgoing[peer]) for peer in peers]
         sends = [Message(packet.flat, axis.ranks[peer], _TAG) for peer, packet in packets if packet is not None]
         receives = [Message(packet.flat, axis.ranks[peer], _TAG) for peer, packet in self._received.items()]
-        pending_sends, pending_receives = post(axis.group, sends, receives)
+        pending_sends, pending_receives = messages.post(axis.group, sends, receives)
         self._pending = [*pending_receives, *pending_sends]
 
     def wait(self) -> dict[int, Packet]:

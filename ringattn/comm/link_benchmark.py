@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.messages import Message, post
+from ringattn.comm import messages
+from ringattn.comm.messages import Message
 
 _SMALL, _LARGE = 16, 1 << 22
 _ROUNDS = 5
@@ -44,7 +45,7 @@ def _shift_once(group: dist.ProcessGroup, out: Tensor, into: Tensor) -> float:
     """Returns the seconds until a message to the next rank, and one from the rank before, have gone through."""
     rank, size = group.rank(), group.size()
     start = time.perf_counter()
-    sends, receives = post(group, [Message(out, (rank + 1) % size, _TAG)], [Message(into, (rank - 1) % size, _TAG)])
+    sends, receives = messages.post(group, [Message(out, (rank + 1) % size, _TAG)], [Message(into, (rank - 1) % size, _TAG)])
     for flight in (*receives, *sends):
         flight.wait()
     if out.is_cuda:

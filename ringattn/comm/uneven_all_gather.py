@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.messages import Message, post
+from ringattn.comm import messages
+from ringattn.comm.messages import Message
 from ringattn.comm.topology import RankMesh
 
 
@@ -25,7 +26,7 @@ def all_gather_rows(x: Tensor, num_rows: Sequence[int], group: dist.ProcessGroup
     rows = [x if peer == rank else x.new_empty((count, *x.shape[1:])) for peer, count in enumerate(num_rows)]
     peers = [peer for peer in range(group.size()) if peer != rank]
     with torch.no_grad():
-        sends, receives = post(
+        sends, receives = messages.post(
             group,
             [Message(x, peer, 0) for peer in peers],
             [Message(rows[peer], peer, 0) for peer in peers],

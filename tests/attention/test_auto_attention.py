@@ -192,12 +192,12 @@ def test_explained_without_processes() -> None:
     k = torch.empty(1, 8192, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
     model = default_model("cuda")
     found = ringattn.explain(q, k, k, 4, model=model, mask=ringattn.causal(), layout=ringattn.zigzag(32768, 4))
-    assert found.setting.wanted == (False, True)
-    assert found.setting.mesh == (4,)
+    assert found.problem.wanted == (False, True)
+    assert found.problem.mesh == (4,)
     with torch.no_grad():
-        assert ringattn.explain(q, k, k, (2, 2), model=model).setting.wanted == (False, False)
+        assert ringattn.explain(q, k, k, (2, 2), model=model).problem.wanted == (False, False)
     mesh = ringattn.explain(q, k, k, (2, 2), model=model)
-    assert mesh.setting.layout == ringattn.contiguous(32768, 4)
+    assert mesh.problem.layout == ringattn.contiguous(32768, 4)
     assert mesh.chosen is not None
     with pytest.raises(ringattn.ArgumentError, match="model=None: there are no constants for tensors on 'meta'"):
         ringattn.explain(q, k, k, 4)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 

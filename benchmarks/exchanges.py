@@ -32,11 +32,10 @@ from benchmarks.masks import packed_documents
 from benchmarks.measure import Contender, Lines, copying_seconds, peak_bytes, progress, race, ratio
 from benchmarks.session import Session, session
 from benchmarks.wire import device_bytes, over_devices, watched
-from ringattn.attention.autograd import AttentionFunction
 from ringattn.attention.auto_exchange import prepare
+from ringattn.attention.autograd import AttentionFunction
 from ringattn.attention.execution_plan import ExecutionPlan
 from ringattn.attention.validate import AttentionCall
-from ringattn.score import Score
 from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels import BackwardQueries, Gradients, Keys, Queries, State

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ringattn.comm.buffer_pool import BufferPool
 from ringattn.comm import messages as comm_messages
+from ringattn.comm.buffer_pool import BufferPool
 from ringattn.comm.messages import PendingMessage
 from ringattn.comm.topology import RankMesh
 from ringattn.geometry.tiles import Tiles

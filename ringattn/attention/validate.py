@@ -190,7 +190,8 @@ def make_exchange(call: AttentionCall) -> Exchange:
     """Returns the exchange of a call that names one."""
     if isinstance(call.exchange, Exchange):
         return call.exchange
-    return EXCHANGES[call.exchange].make(1 if call.stages is None else call.stages)
+    named = EXCHANGES[call.exchange]
+    return named.make(call.stages if named.stages else 1)  # type: ignore[arg-type]  # None is refused there
 
 
 def plan_call(call: AttentionCall, mesh: RankMesh, checked: ValidatedCall, exchange: Exchange) -> ExecutionPlan:

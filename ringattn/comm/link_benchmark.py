@@ -45,7 +45,9 @@ def _shift_once(group: dist.ProcessGroup, out: Tensor, into: Tensor) -> float:
     """Returns the seconds until a message to the next rank, and one from the rank before, have gone through."""
     rank, size = group.rank(), group.size()
     start = time.perf_counter()
-    sends, receives = messages.post(group, [Message(out, (rank + 1) % size, _TAG)], [Message(into, (rank - 1) % size, _TAG)])
+    sends, receives = messages.post(
+        group, [Message(out, (rank + 1) % size, _TAG)], [Message(into, (rank - 1) % size, _TAG)]
+    )
     for flight in (*receives, *sends):
         flight.wait()
     if out.is_cuda:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from ringattn.attention.auto_exchange import prepare
 from ringattn.attention.validate import AttentionCall
-from ringattn.score import Score
 from ringattn.comm.topology import RankMesh, rank_mesh
+from ringattn.score import Score
 from tests.attention.problem import (
     FLAT_WAYS,
     MESH_WAYS,

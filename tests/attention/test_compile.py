@@ -250,7 +250,7 @@ def no_such_exchange(group: dist.ProcessGroup) -> None:
 def test_an_exchange_that_there_is_not(pool: RankPool) -> None:
     for raised in pool.expect_error(no_such_exchange, 2):
         assert raised.type_name == "ArgumentError"
-        assert "exchange='mail': must be 'auto' or one of" in raised.message
+        assert "exchange='mail': must be 'auto', one of" in raised.message
 
 
 def calls_in(graph: GraphModule) -> list[float]:

@@ -14,6 +14,7 @@ from ringattn.cost.cost_model import CostModel
 from ringattn.plan.exchanges import Exchange, build_plan
 from ringattn.plan.exchanges.ulysses import all_to_all_bytes, gather_bytes, scatter_bytes
 from ringattn.plan.head_parallel import gathered_layout, replicates_kv_heads
+from ringattn.plan.head_shards import HeadShard
 from ringattn.plan.plan import BlockSlice, Phase, Program, Transfer
 from ringattn.plan.select_exchange import ExchangeProblem
 from ringattn.plan.workload import Workload
@@ -192,6 +193,7 @@ def simulate_direction(exchange: Exchange, workload: Workload, model: CostModel)
     scatter, gather = scatter_bytes(workload), gather_bytes(workload, replicates_kv_heads(shards))
     arrivals = _all_to_all(clocks, workload, groups, width, shards[0], scatter)
     returning: list[list[float]] | None = None
+    returned: list[float] = []
     for stage, stage_shards in enumerate(shards):
         _land(clocks, arrivals, all_to_all_bytes(workload, groups, stage_shards, scatter)[1].ravel().tolist())
         if stage + 1 < len(shards):
@@ -201,13 +203,12 @@ def simulate_direction(exchange: Exchange, workload: Workload, model: CostModel)
                 part = replace(inner, shape=workload.shape.of_heads(len(shard.heads), len(shard.kv_heads)))
                 ranks = [group * width + place for group in range(groups)]
                 run_programs(clocks, ranks, programs, part, first_axis=1)
-        amounts = all_to_all_bytes(workload, groups, stage_shards, gather)[0].ravel().tolist()
         if returning is not None:
-            _land(clocks, returning, last_amounts)
+            _land(clocks, returning, returned)
         returning = _all_to_all(clocks, workload, groups, width, stage_shards, gather, back=True)
-        last_amounts = amounts
+        returned = all_to_all_bytes(workload, groups, stage_shards, gather)[0].ravel().tolist()
     if returning is not None:
-        _land(clocks, returning, last_amounts)
+        _land(clocks, returning, returned)
     return clocks
 
 
@@ -216,9 +217,7 @@ def _programs(exchange: Exchange, workload: Workload) -> list[Program]:
     back = workload.phase if workload.phase.is_backward else Phase.BACKWARD
     found = []
     for rank in range(workload.layout.world_size):
-        plan = build_plan(
-            exchange, workload.masks, workload.layout, workload.kv_layout, rank, back, mesh=workload.mesh
-        )
+        plan = build_plan(exchange, workload.masks, workload.layout, workload.kv_layout, rank, back, mesh=workload.mesh)
         program = plan.backward if workload.phase.is_backward else plan.forward
         if workload.phase.is_backward and not workload.returning_row_bytes:
             program = program.without_returns()
@@ -231,13 +230,13 @@ def _all_to_all(
     workload: Workload,
     groups: int,
     width: int,
-    shards: Sequence[object],
+    shards: Sequence[HeadShard],
     row_bytes: tuple[int, int],
     *,
     back: bool = False,
 ) -> list[list[float]]:
     """Posts an all-to-all within each group; returns the arrivals that each rank waits for, its own sends included."""
-    heads = [(len(s.heads), len(s.kv_heads)) for s in shards]  # type: ignore[attr-defined]
+    heads = [(len(s.heads), len(s.kv_heads)) for s in shards]
     rows = [
         [held.num_tokens(rank) for rank in range(clocks.world_size)] for held in (workload.layout, workload.kv_layout)
     ]
@@ -248,7 +247,8 @@ def _all_to_all(
         return workload.shape.batch * per_row
 
     arrivals: list[list[float]] = [[] for _ in range(clocks.world_size)]
-    peers = [(rank, rank // width * width + (rank + hop) % width) for hop in range(1, width) for rank in range(clocks.world_size)]
+    ranks, hops = range(clocks.world_size), range(1, width)
+    peers = [(rank, rank // width * width + (rank % width + hop) % width) for hop in hops for rank in ranks]
     for source, target in peers:
         amount = num_bytes(target, source) if back else num_bytes(source, target)
         clocks.copy(source, amount)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ringattn import (
@@ -22,27 +23,25 @@ from ringattn import (
     striped,
     zigzag,
 )
-from ringattn.cost.select_exchange import (
-    CANDIDATES,
-    TIE_TOLERANCE,
-    Candidate,
+from ringattn.plan.comm_pattern import CommPattern
+from ringattn.plan.exchanges import Gather, Ring, select_backward
+from ringattn.plan.payload import AttentionShape, Payload
+from ringattn.plan.plan import Phase
+from ringattn.plan.select_exchange import (
     Choice,
     ExchangeProblem,
+    candidates,
     predict,
     select_exchange,
 )
-from ringattn.cost.simulation import Times, simulate
-from ringattn.cost.timetable import Timetable
-from ringattn.plan.comm_volume import pairs_by_rank
-from ringattn.plan.exchanges import Gather, Ring, select_backward
-from ringattn.plan.payload import AttentionShape
-from ringattn.plan.plan import Phase
+from tests.cost.simulator import simulate, simulate_direction
 
 GPU = Compute(300e12, 200e12, 1500e9, 10e-6)
 FAST, SLOW = Link(5e-6, 400e9), Link(20e-6, 10e9)
 MODEL = CostModel(FAST, GPU, SLOW)
 MHA, GQA = AttentionShape(1, 32, 32, 128, 128, 2, 4), AttentionShape(1, 32, 4, 128, 128, 2, 4)
 BOTH = (True, True)
+MOST_AVERAGE_REGRET, MOST_REGRET_OF_99_PERCENT = 0.03, 1.5
 
 
 def setting(
@@ -67,7 +66,7 @@ def test_a_long_causal_sequence_goes_round_a_ring() -> None:
 
 def test_windows_and_packed_documents_are_gathered() -> None:
     slow = replace(MODEL, link=SLOW)
-    for mask in (sliding_window(100), documents([0, 4000, 4100, 8300, 12000, 20000, 32768]) & causal()):
+    for mask in (sliding_window(100), documents([*range(0, 32768, 700), 32768]) & causal()):
         assert chosen(select_exchange(setting(mask, contiguous(32768, 8)), slow)) == "gather"
 
 
@@ -80,7 +79,7 @@ def test_a_ring_where_there_is_no_memory_for_more() -> None:
     where = setting(full(), contiguous(1 << 15, 16))
     latencies = replace(MODEL, link=Link(1e-3, 400e9))
     assert chosen(select_exchange(where, latencies)) != "ring"
-    needed = predict(Candidate("ring"), where, latencies).buffer_bytes
+    needed = predict(Ring(), where, latencies).buffer_bytes
     tight = select_exchange(where, replace(latencies, buffer_bytes=needed))
     assert chosen(tight) == "ring"
     gather = next(c for c in tight.candidates if c.exchange == "gather")
@@ -126,9 +125,9 @@ def test_asked_for_by_name_and_by_stages() -> None:
 
 def test_forward_alone_is_chosen_by_the_forward() -> None:
     where = setting(causal(), zigzag(32768, 4))
-    for candidate in CANDIDATES[:5]:
-        alone = predict(candidate, replace(where, wanted=(False, False)), MODEL)
-        there = predict(candidate, where, MODEL)
+    for candidate in candidates()[:5]:
+        alone = predict(candidate.value, replace(where, wanted=(False, False)), MODEL)
+        there = predict(candidate.value, where, MODEL)
         assert alone.forward_s == there.forward_s
         assert alone.backward_s == 0.0 < there.backward_s
         assert alone.num_bytes < there.num_bytes
@@ -142,7 +141,7 @@ def test_every_mesh_and_length_has_a_choice(mesh: tuple[int, ...]) -> None:
             found = select_exchange(setting(causal(), zigzag(length, world), sizes, mesh), MODEL)
             assert found.chosen is not None
             assert str(found)
-            assert len(found.candidates) == len(CANDIDATES)
+            assert len(found.candidates) == len(candidates())
 
 
 def test_queries_do_not_travel_where_that_makes_a_rank_busier() -> None:
@@ -150,7 +149,11 @@ def test_queries_do_not_travel_where_that_makes_a_rank_busier() -> None:
     ends = [0, 4096, 4691, 5200, 6000, 6300, 8200, 9000, 12000, 12500, 14000, 16384]
     packed = documents(ends) & causal()
     even = balanced(packed, 16384, 4)
-    pairs = pairs_by_rank((packed,), even, even)
+    pattern = CommPattern(Payload.KV, (packed,), even, even)
+    pairs = np.zeros((4, 4), dtype=np.int64)
+    for rank in range(4):
+        for block, tiles in pattern.tiles(rank).items():
+            pairs[rank, block] = tiles.area()
     assert pairs.sum(axis=1).max() < 1.05 * pairs.mean() * 4
     assert pairs.sum(axis=0).max() > 1.1 * pairs.sum(axis=1).max()
     for exchange in (Ring(), Gather()):
@@ -182,68 +185,60 @@ def settings_and_models(seed: int) -> tuple[ExchangeProblem, CostModel]:
     return ExchangeProblem(sizes, rows, layout, layout, draw.choice(meshes), wanted), model
 
 
-@pytest.mark.parametrize("seeds", [range(16), pytest.param(range(16, 1000), marks=pytest.mark.long)], ids=len)
-def test_what_is_left_out_would_not_have_been_chosen(seeds: range) -> None:
-    """No bound is more than what is simulated, and the choice is that among all candidates simulated."""
-    left_out, close = 0, 0
+@pytest.mark.parametrize("seeds", [range(16), pytest.param(range(16, 300), marks=pytest.mark.long)], ids=len)
+def test_no_bound_exceeds_what_is_simulated(seeds: range) -> None:
+    close, count = 0, 0
     for seed in seeds:
         where, model = settings_and_models(seed)
-        found = select_exchange(where, model)
-        seconds = {}
-        for candidate in found.candidates:
-            if candidate.refusal is None and candidate.prediction is not None:
-                plain = replace(candidate, prediction=None)
-                exact = predict(plain, where, model)
-                seconds[str(plain)] = exact.total_s
-                if candidate.prediction.simulated:
-                    assert candidate.prediction == exact
-                else:
-                    left_out += 1
-                    assert candidate.prediction.forward_s <= exact.forward_s * (1 + 1e-9), (seed, plain)
-                    assert candidate.prediction.backward_s <= exact.backward_s * (1 + 1e-9), (seed, plain)
-                    close += candidate.prediction.total_s > 0.5 * exact.total_s
-        limit = min(seconds.values()) * (1 + TIE_TOLERANCE)
-        assert str(found.chosen) == next(name for name, total in seconds.items() if total <= limit), seed
-    assert left_out > len(seeds) // 2
-    assert close > 0.8 * left_out
+        for candidate in select_exchange(where, model).candidates:
+            if candidate.prediction is None:
+                continue
+            exchange = candidate.value
+            for phase in where.phases(exchange):
+                found = max(simulate_direction(exchange, where.workload(phase), model).now)
+                bound = exchange.lower_bound(where.workload(phase), model).seconds
+                assert bound <= found * (1 + 1e-9), (seed, candidate, phase)
+                close += bound > 0.5 * found
+                count += 1
+    assert close > 0.8 * count
 
 
-@pytest.mark.parametrize("seeds", [range(16), pytest.param(range(16, 400), marks=pytest.mark.long)], ids=len)
-def test_bounds_alone_choose_nearly_as_well(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of them as well; of ten, one may be a quarter slower. Of so few ranks, where latencies count the most."""
-    monkeypatch.setattr("ringattn.cost.select_exchange.MOST_MESSAGES", -1)
-    slower = []
+def regret(seeds: range) -> list[float]:
+    """By how much the chosen exchange takes longer than the best one, simulated."""
+    found = []
     for seed in seeds:
         where, model = settings_and_models(seed)
-        found = select_exchange(where, model)
-        totals = {
-            str(c): predict(replace(c, prediction=None), where, model).total_s
-            for c in found.candidates
-            if c.prediction is not None and not c.refusal
+        choice = select_exchange(where, model)
+        seconds = {
+            c.exchange + str(c.stages): simulate(c.value, where, model) for c in choice.candidates if c.prediction
         }
-        assert all(not c.prediction.simulated for c in found.candidates if c.prediction)
-        slower.append(totals[str(found.chosen)] / min(totals.values()))
-    slower.sort()
-    assert slower[len(slower) // 2] < 1.01
-    assert slower[len(slower) * 9 // 10] < 1.25
+        assert choice.chosen is not None
+        best = min(seconds.values())
+        found.append(seconds[choice.chosen.exchange + str(choice.chosen.stages)] / best if best else 1.0)
+    return sorted(found)
+
+
+def test_the_choice_is_nearly_the_best() -> None:
+    """Of random calls on few ranks, where latencies count the most."""
+    slower = regret(range(40))
+    assert sum(slower) / len(slower) <= 1.0 + 2 * MOST_AVERAGE_REGRET
+
+
+@pytest.mark.long
+def test_the_choice_is_nearly_the_best_of_a_thousand() -> None:
+    slower = regret(range(1000))
+    assert sum(slower) / len(slower) <= 1.0 + MOST_AVERAGE_REGRET
+    assert slower[989] <= MOST_REGRET_OF_99_PERCENT
 
 
 @pytest.mark.parametrize("mask", [causal(), documents([*range(0, 1 << 20, 105), 1 << 20]) & causal()], ids=str)
 def test_a_thousand_ranks_are_planned_without_their_messages(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A million tokens: neither a timetable nor a table of all pairs of ranks' rows is written."""
-    simulated: list[int] = []
-
-    def count(timetable: Timetable, model: CostModel, *, backward: bool) -> Times:
-        simulated.append(len(timetable.messages.step))
-        return simulate(timetable, model, backward=backward)
+    """A million tokens: no program is written, and no tiles are made."""
 
     def refuse(*_: object) -> None:
-        raise AssertionError("a table over all tiles of all ranks")
+        raise AssertionError("the tiles of a rank")
 
-    monkeypatch.setattr("ringattn.cost.select_exchange.simulate", count)
-    monkeypatch.setattr("ringattn.plan.comm_volume.lowered_by_ranks", refuse)
+    monkeypatch.setattr("ringattn.plan.comm_pattern.tiles_of_rank", refuse)
+    monkeypatch.setattr("ringattn.plan.comm_pattern.tiles_of_keys", refuse)
     found = select_exchange(setting(mask, zigzag(1 << 20, 1024)), MODEL)
-    assert sum(simulated) == 0
     assert chosen(found) == ("ring" if mask == causal() else "gather")
-    assert "too many messages to simulate; chosen by what each takes at least" in str(found)
-    assert "≥ " in str(found)

@@ -80,10 +80,8 @@ class Ring(Exchange):
         copied = block * moves + total * ((inner_hops[:, 0] > 0) + back.sum(axis=1))
         busy_s = workload.compute_s(model, workload.pattern.needed.sum(axis=0))
         busy_s = busy_s + copied / model.compute.copy_bytes_per_s
-        # On each axis the busiest rank sends at least as much as the average one.
-        fast = (block * inner_hops.sum(axis=1) + total * along.sum(axis=1)).mean()
-        slow = (block * schedule.outer_reach + total * back.sum(axis=1)).mean()
-        link_s = max(fast / links[0].bytes_per_s, slow / links[1].bytes_per_s)
+        loads = _link_loads(schedule, block, total)
+        link_s = max(float(load.max()) / link.bytes_per_s for load, link in zip(loads, links, strict=True))
         first_half = _larger_halves(rows) * workload.row_bytes if workload.phase.returning else block
         path_s = _longest_path(schedule, first_half, links)
         num_messages = inner_hops.sum() + schedule.outer_reach.sum()
@@ -97,7 +95,7 @@ class Ring(Exchange):
             busy_s,
             link_s,
             path_s,
-            np.full(len(rows), fast + slow),
+            loads[0] + loads[1],
             np.full(len(rows), num_messages * (2 if halved else 1) / len(rows)),
             float(held.max()),
         )
@@ -110,6 +108,29 @@ def _return_hops(schedule: RingSchedule) -> tuple[Ints, Ints]:
     back: Ints = (reach >= 0).astype(np.int64)
     back[:, 0] = 0
     return along, back
+
+
+def _link_loads(schedule: RingSchedule, block: Ints, total: Ints) -> tuple[Floats, Floats]:
+    """Returns the bytes that each rank sends on the fast axis, and on the slow one: two of (world,).
+
+    Args:
+        schedule: of the ring.
+        block: bytes of each block, (world,).
+        total: bytes of what returns for each block, (world,).
+    """
+    fast, slow = np.zeros((2, len(block)))
+    outer, inner = np.divmod(np.arange(len(block)), schedule.num_inner)
+    for step in range(schedule.num_outer_steps):
+        reach, first = schedule.reach[:, step], schedule.first[:, step]
+        for hop in range(schedule.num_inner):
+            rank = (outer + step) % schedule.num_outer * schedule.num_inner + (inner + hop) % schedule.num_inner
+            np.add.at(fast, rank, np.where(hop < reach, block, 0))
+            np.add.at(fast, rank, np.where((first <= hop) & (hop <= reach) & (reach > 0), total, 0))
+        rank = (outer + step) % schedule.num_outer * schedule.num_inner + inner
+        np.add.at(slow, rank, np.where(schedule.outer_reach > step, block, 0))
+        if step:
+            np.add.at(slow, rank, np.where(reach >= 0, total, 0))
+    return fast, slow
 
 
 def _longest_path(schedule: RingSchedule, num_bytes: Ints, links: tuple[Link, Link]) -> float:

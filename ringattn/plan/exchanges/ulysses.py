@@ -97,6 +97,7 @@ class Ulysses(Exchange):
             # Any place gives a bound; the first has the most heads.
             link_s, path_s = link_s + bounds[0].link_s, max(path_s, bounds[0].path_s)
             held = max(held, float((out + come).max()) * min(self.stages, 2) + bounds[0].buffer_bytes)
+        path_s += self._later_stages_s(inner, model)
         busy_s += (sent + received) / model.compute.copy_bytes_per_s
         seconds = max(
             float((first_s + busy_s + last_s).max()),
@@ -105,6 +106,15 @@ class Ulysses(Exchange):
         )
         amounts = (sent + inner_bytes).ravel(), num_messages.ravel(), held
         return LowerBound(seconds, flops.ravel(), busy_s.ravel(), link_s, path_s, *amounts)
+
+    def _later_stages_s(self, inner: Workload, model: CostModel) -> float:
+        """Seconds that stages after the first add to the path: a rank begins one when the one before is finished.
+
+        Where ranks need each other's blocks, two of them wait for each other in every stage, half a ring apart.
+        """
+        needed = inner.pattern.needed
+        mutual = bool((needed == needed.T).all() and needed.sum() > needed.diagonal().sum())
+        return mutual * (self.stages - 1) * (len(needed) // 2) * model.links[1].latency_s
 
     def _inner_bounds(self, inner: Workload, model: CostModel, shards: tuple[HeadShard, ...]) -> list[LowerBound]:
         """The bounds of the exchange between the groups, on the slow axis, for the ranks at each place."""

@@ -19,7 +19,7 @@ from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_key, pre
 from ringattn.cache.call_marks import MarkCheck, mark_field
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
-from ringattn.comm.collectives import PersistentCollective, all_gather, all_to_all, buffer_bytes_for
+from ringattn.comm.collectives import PersistentCollective, all_gather, all_to_all, capacity_bytes_for
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
@@ -83,9 +83,9 @@ def decode_attention(
     options = CacheOptions("decode_attention", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
     kernel, spec = _prepare(call)
-    meeting = _collective(call, gather_results)
-    _attend(call, kernel, spec, meeting)
-    return _merge(meeting, cache.agreement, kernel, sink).to(q.dtype)
+    collective = _collective(call, gather_results)
+    _attend(call, kernel, spec, collective)
+    return _merge(collective, cache.agreement, kernel, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -114,34 +114,34 @@ def decode_attention_by_heads(
     options = CacheOptions("decode_attention_by_heads", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
     kernel, spec = _prepare(call)
-    meeting = _collective(call, exchange_results_by_head)
-    _attend(call, kernel, spec, meeting)
+    collective = _collective(call, exchange_results_by_head)
+    _attend(call, kernel, spec, collective)
     own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
-    return _merge(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
+    return _merge(collective, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
 
 def gather_results(
-    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+    fields: Sequence[Field], capacity_bytes: int, group: dist.ProcessGroup, device: torch.device
 ) -> PersistentCollective:
     """Returns where partial results of all heads are merged on every rank.
 
     Args:
         fields: from `result_fields`.
-        room: from `buffer_bytes_for`.
+        capacity_bytes: from `capacity_bytes_for`.
         group: of the ranks.
         device: of the tensors.
     """
-    return all_gather(fields, room, group, device)
+    return all_gather(fields, capacity_bytes, group, device)
 
 
 def exchange_results_by_head(
-    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+    fields: Sequence[Field], capacity_bytes: int, group: dist.ProcessGroup, device: torch.device
 ) -> PersistentCollective:
     """Returns where partial results are merged for each rank's heads; see `gather_results`."""
     local = Packet.empty(fields, device).tensors
     mark, out, lse = local
     parts = [_heads_of(rank, out.shape[2], group.size()) for rank in range(group.size())]
-    return all_to_all(local, [(mark, out[:, :, part], lse[:, part]) for part in parts], room, group, device)
+    return all_to_all(local, [(mark, out[:, :, part], lse[:, part]) for part in parts], capacity_bytes, group, device)
 
 
 def _heads_of(rank: int, heads: int, size: int) -> slice:
@@ -163,20 +163,20 @@ def result_fields(rows: torch.Size, v_head_dim: int, dtype: torch.dtype) -> tupl
 
 
 def _collective(call: CacheCall, make: Callable[..., PersistentCollective]) -> PersistentCollective:
-    """Returns the meeting of a call: in steps that are alike, the same for all layers."""
+    """Returns the collective of a call: in steps that are alike, the same for all layers."""
     q, cache, group = call.q, call.cache, call.cache.team.axes[0].group
     fields = result_fields(q.shape[:3], cache.form.v_head_dim, accumulation_dtype(q.dtype))
-    room = buffer_bytes_for(fields, group)
-    key = call.options.operation, q.shape, q.device, room
-    return cache.meeting(key, lambda: make(fields, room, group, q.device))
+    capacity_bytes = capacity_bytes_for(fields, group)
+    key = call.options.operation, q.shape, q.device, capacity_bytes
+    return cache.meeting(key, lambda: make(fields, capacity_bytes, group, q.device))
 
 
-def _merge(meeting: PersistentCollective, agreement: MarkCheck, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
+def _merge(collective: PersistentCollective, agreement: MarkCheck, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
     """Merges what all ranks have found, if they were asked for the same."""
-    meeting.hold()
-    marks, outs, lses = meeting.parts
+    collective.run()
+    marks, outs, lses = collective.received
     agreement.compare(marks.view(torch.int32))
-    return kernel.merge(outs, lses, meeting.first, sink)
+    return kernel.merge(outs, lses, collective.first_rank, sink)
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -188,10 +188,10 @@ def _call_mark(
     return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
-def _attend(call: CacheCall, kernel: PagedKernel, spec: ScoreOptions, meeting: PersistentCollective) -> None:
+def _attend(call: CacheCall, kernel: PagedKernel, spec: ScoreOptions, collective: PersistentCollective) -> None:
     """Attends to what this rank holds, and writes down what it was asked for: before and now."""
     q, cache, extension, options = call.q, call.cache, call.extension, call.options
-    mark, out, lse = meeting.local
+    mark, out, lse = collective.local
     out.zero_()
     lse.fill_(-torch.inf)
     digest = None if options.mask is None else options.mask.digest

@@ -68,7 +68,7 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     generator = torch.Generator().manual_seed(here.rank)
     out = torch.randn(1, 1, heads, head_dim, generator=generator).to(here.device)
     lse = torch.randn(1, heads, 1, generator=generator).to(here.device)
-    agreement = mark_check_on(here.device)
+    mark_check = mark_check_on(here.device)
     group = dist.group.WORLD
     assert group is not None
     fields = result_fields(torch.Size((1, 1, heads)), head_dim, torch.float32)
@@ -84,10 +84,10 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
             place.copy_(x)  # where a kernel puts them
 
     def ours(collective: PersistentCollective) -> Tensor:
-        agreement.tell(collective.local[0].view(torch.int32), 0, 0)
+        mark_check.write(collective.local[0].view(torch.int32), 0, 0)
         collective.run()
         marks, outs, lses = collective.received
-        agreement.compare(marks.view(torch.int32))
+        mark_check.compare(marks.view(torch.int32))
         return kernel.merge(outs, lses, collective.first_rank, None)
 
     gather, by_heads = (partial(ours, collective) for collective in collectives)

@@ -1,8 +1,8 @@
-"""Attention of new tokens, each computed by one rank, to a cache of which every rank has a part.
+"""Attention of new tokens, each of which one rank computes, to a cache distributed over the ranks.
 
-What the ranks hold of a sequence is a layout of its keys, and the new tokens are a layout of queries in the same
-positions. So this is attention as in training, with a plan: keys and values come to the queries; or queries go to the
-keys, and what they find comes home, if that is fewer bytes.
+The slots of a sequence are a layout of its keys over the ranks, and the new tokens are a layout of queries in the same
+positions. So a prefill runs a plan, as training does. Either keys and values move to the queries (pass-KV), or queries
+move to the keys and their partial results move back (pass-Q), whichever is fewer bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ringattn.attention.backward_modes import KeyBlock
 from ringattn.attention.block_buffers import BlockBuffers
 from ringattn.attention.chunked_rows import ChunkedRows
 from ringattn.attention.executor import ExecutionPlan, run_forward
-from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_key, prepare_call
+from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_or_none, kernel_options, prepare_call
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
 from ringattn.comm.all_to_all import AllToAll
@@ -26,11 +26,12 @@ from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.rows import count_rows
-from ringattn.kernels import BlockKernel, ScoreOptions, select
+from ringattn.kernels import BlockKernel, select
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Gather, build_plan
 from ringattn.plan.head_shards import all_heads
 from ringattn.plan.payload import AttentionShape, Payload
+from ringattn.score import Score
 from ringattn.softmax import AttentionState, accumulation_dtype, add_sink_, empty_state, merge_
 from ringattn.types import Rows
 
@@ -50,92 +51,97 @@ def prefill_attention(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of a sequence's new tokens, sharded by a layout, to all that the cache holds of it, them included.
+    """Writes the keys and values of a sequence's new tokens to a cache, and attends from the tokens to all its keys.
 
-    Puts k and v in their places first. The result is that of one process which holds everything. All ranks of the
-    cache's group call it together. A long prompt may come in chunks, each an extension of its own; so may the
-    next turn of a conversation, after decoding. It takes no part in autograd.
+    The new tokens are sharded by a layout, and see each other too, as the mask says. The result is the one of a single
+    process that stores everything. All ranks of the cache's group call this together. A long prompt may be split into
+    chunks, each with its own extension; a conversation may go on with a prefill after decoding. It is not
+    differentiable.
 
     Args:
         q: queries of the new tokens that this rank computes, (1, S_local, H, D), in the cache's dtype; H % H_kv == 0.
         k: their keys, (1, S_local, H_kv, D).
         v: their values, (1, S_local, H_kv, Dv).
-        cache: where they go, and what they attend to.
-        layer: which, from 0.
-        extension: what `cache.extend([sequence], layout)` returned, `layout` being that of the new tokens.
-        mask: who sees whom, in global positions, over the sequence as long as it is now; None is causal(). What was
-            evicted is not there to be seen.
-        scale: softmax scale, dimensionless; D ** -0.5 if None.
+        cache: stores the keys and values.
+        layer: from 0.
+        extension: the result of `cache.extend([sequence], layout)`, for the layout of the new tokens.
+        mask: which keys each query sees, in global positions over the sequence as long as it is now; None is causal().
+            Evicted keys are not seen.
+        scale: factor on q·k before the softmax, dimensionless; None is D ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); positive; None leaves them.
         sink: (H,) learned logits that take part in each row's denominator; the same on all ranks.
-        backend: a name out of `ringattn info`; None takes the first that can.
+        backend: a name from `ringattn info`; None takes the first that supports the call.
     Returns:
         (1, S_local, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
     Raises:
-        ArgumentError, MaskError, BackendError: when something is not allowed. DisagreementError when the ranks do not
-            ask for the same. On every rank, on the first call with an extension, after which they are not compared;
-            on CUDA also what decoding has found before.
-    Communication: what is fewer bytes over all ranks: each key and value that some query of a rank sees, to
-        that rank, H_kv (D + Dv) elements a row; or each query to each rank that holds keys which it sees, H D elements,
-        and back H (Dv + 1) in the accumulation dtype. One all-gather of a few hundred bytes for each extension.
+        ArgumentError, MaskError, BackendError: if an argument is not valid; on every rank.
+        DisagreementError: if the ranks' calls differ; on every rank. The ranks are compared on the first call with an
+            extension, and not afterwards. On CUDA also for a difference that an earlier decoding call has found.
+    Communication: whichever is fewer bytes over all ranks. Pass-KV sends each key and value to each rank that has a
+        query which sees it, H_kv (D + Dv) elements per row. Pass-Q sends each query to each rank that stores a key
+        which it sees, H D elements per row, and H (Dv + 1) elements back in the accumulation dtype. In addition one
+        all-gather of a few hundred bytes for each extension.
     Source: Yang et al. 2024, arXiv:2411.01783.
     """
-    cache.agreement.settle()
+    cache.mark_check.raise_pending()
     mask = causal() if mask is None else mask
-    options = CacheOptions("prefill_attention", mask, scale, softcap, backend)
-    kernel, spec = _prepare(CacheCall(q, k, v, sink, cache, layer, extension, options))
+    options = CacheOptions("prefill_attention", mask, Score(scale, softcap, sink), backend)
+    kernel, score = _prepare(CacheCall(q, k, v, cache, layer, extension, options))
     layout, kv_layout = _layouts(cache, extension)
-    mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
+    mask.slices(layout.seq_len, kv_layout.seq_len)  # raises if the mask does not fit, before anything is written
     cache.write(layer, extension, k, v)
-    keys, values = cache.held(layer, extension.sequences[0])
-    if queries_move((mask,), layout, kv_layout, _sizes(q, cache)):
-        travel = CommPattern(Payload.Q, (mask,), layout, kv_layout)
-        out, lse = _move_queries(travel, cache, q, keys, values, kernel, spec)
-        if sink is not None:
-            add_sink_(out, lse, sink)
+    keys, values = cache.read(layer, extension.sequences[0])
+    if queries_move((mask,), layout, kv_layout, _shape(q, cache)):
+        pattern = CommPattern(Payload.Q, (mask,), layout, kv_layout)
+        out, lse = _move_queries(pattern, cache, q, keys, values, kernel, score)
+        if score.sink is not None:
+            add_sink_(out, lse, score.sink)
     else:
-        team = cache.team
-        plan = build_plan(Gather(team.size), (mask,), layout, kv_layout, team.rank)
+        mesh = cache.mesh
+        plan = build_plan(Gather(mesh.size), (mask,), layout, kv_layout, mesh.rank)
         heads = all_heads(q.shape[2], keys.shape[2]).runs()
-        job = ExecutionPlan(plan, None, kernel, spec, heads, False, (False, False))
+        job = ExecutionPlan(plan, None, kernel, kernel_options(score), heads, False, (False, False))
         queries = AttentionState.to_nothing(q, values.shape[3])
-        run_forward(job, team, [queries], [KeyBlock(keys, values)], sink)
+        run_forward(job, mesh, [queries], [KeyBlock(keys, values)], score.sink)
         out = queries.out
     return out.to(q.dtype)
 
 
 @lru_cache(maxsize=64)
-def queries_move(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: AttentionShape) -> bool:
-    """Returns whether it is fewer bytes, over all ranks, to pass queries and their results than keys and values.
+def queries_move(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, shape: AttentionShape) -> bool:
+    """Returns whether pass-Q sends fewer bytes than pass-KV, over all ranks.
 
     Args:
-        masks, layout, kv_layout: of the plan.
-        sizes: of the tensors.
+        masks: of the plan.
+        layout: of the queries.
+        kv_layout: of the keys and values.
+        shape: of the tensors.
     """
-    by_queries, by_keys = (bytes_moved(carried, masks, layout, kv_layout, sizes) for carried in (Payload.Q, Payload.KV))
-    return by_queries < by_keys
+    q_bytes, kv_bytes = (bytes_moved(payload, masks, layout, kv_layout, shape) for payload in (Payload.Q, Payload.KV))
+    return q_bytes < kv_bytes
 
 
 def bytes_moved(
-    carried: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: AttentionShape
+    payload: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, shape: AttentionShape
 ) -> int:
-    """Returns the bytes that all ranks together send when keys and values travel, or queries and their results."""
-    rows, _ = Gather().rows_moved(CommPattern(carried, masks, layout, kv_layout))
-    if carried is Payload.KV:
-        return rows * sizes.row_bytes(Payload.KV)
-    there = sizes.head_dim * sizes.itemsize
-    back = (sizes.v_head_dim + 1) * sizes.sum_itemsize
-    return rows * sizes.batch * sizes.heads * (there + back)
+    """Returns the bytes that all ranks together send by pass-KV, or by pass-Q with the partial results."""
+    rows, _ = Gather().rows_moved(CommPattern(payload, masks, layout, kv_layout))
+    if payload is Payload.KV:
+        return rows * shape.row_bytes(Payload.KV)
+    query_bytes = shape.head_dim * shape.itemsize
+    result_bytes = (shape.v_head_dim + 1) * shape.sum_itemsize
+    return rows * shape.batch * shape.heads * (query_bytes + result_bytes)
 
 
-def _sizes(q: Tensor, cache: DistributedKVCache) -> AttentionShape:
-    form = cache.form
-    wide = accumulation_dtype(q.dtype).itemsize
-    return AttentionShape(1, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, q.dtype.itemsize, wide)
+def _shape(q: Tensor, cache: DistributedKVCache) -> AttentionShape:
+    spec = cache.spec
+    sum_itemsize = accumulation_dtype(q.dtype).itemsize
+    heads = q.shape[2]
+    return AttentionShape(1, heads, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, q.dtype.itemsize, sum_itemsize)
 
 
 def _layouts(cache: DistributedKVCache, extension: SlotAllocation) -> tuple[Layout, Layout]:
-    """Returns who has which queries, and who holds which keys, in positions of the sequence."""
+    """Returns the layouts of the queries and of the keys, in positions of the sequence."""
     kv_layout = cache.key_layout(extension)
     assert extension.layout is not None
     return _shifted(extension.layout, extension.starts[0]), kv_layout
@@ -143,93 +149,95 @@ def _layouts(cache: DistributedKVCache, extension: SlotAllocation) -> tuple[Layo
 
 @lru_cache(maxsize=64)
 def _shifted(layout: Layout, start: int) -> Layout:
+    """Returns the layout with all positions moved up by `start`."""
     ranges = tuple(tuple(range(r.start + start, r.stop + start, r.step) for r in own) for own in layout.rank_ranges)
     return Layout(start + layout.seq_len, ranges, f"{layout} from {start}", whole=False)
 
 
-def _prepare(call: CacheCall) -> tuple[BlockKernel, ScoreOptions]:
-    """Checks a call, and returns what runs it."""
+def _prepare(call: CacheCall) -> tuple[BlockKernel, Score]:
+    """Checks a call, and returns the kernel and the resolved score."""
     q, cache, extension = call.q, call.cache, call.extension
 
     def check() -> None:
         if extension.layout is None or len(extension.sequences) != 1:
-            raise ArgumentError("extension: a prefill takes one of one sequence, made by a layout")
+            raise ArgumentError("extension: a prefill takes an extension of one sequence, made by a layout")
         _check_rows(q, cache, extension)
 
-    def alike(_: BlockKernel) -> Mapping[str, str]:
+    def fingerprint(_: BlockKernel) -> Mapping[str, str]:
         return {}
 
-    found = prepare_call(call, key=_signature(call), check=check, select=select, alike=alike)
+    signature = _signature(call)
+    prepared = prepare_call(call, signature=signature, check=check, select=select, fingerprint=fingerprint)
     _check_rows(q, cache, extension)
-    return found
+    return prepared
 
 
 def _signature(call: CacheCall) -> Hashable | None:
-    """Returns what decides a call: the same on every rank, so without this one's number of rows."""
-    q, sink, extension = call.q, call.sink, call.extension
-    looks = [(x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, sink)]
-    shapes = q.shape[2:] if isinstance(q, Tensor) else None, getattr(sink, "shape", None)
-    place = (extension.sequences, extension.versions, extension.starts, extension.layout)
-    return hashable_key((call.options, *looks, shapes, call.cache.form, place))
+    """Returns the signature of a call: the same on every rank, so without this rank's number of rows."""
+    q, extension = call.q, call.extension
+    tensor = (q.dtype, q.device, q.shape[2:]) if isinstance(q, Tensor) else q
+    allocation = (extension.sequences, extension.versions, extension.starts, extension.layout)
+    return hashable_or_none((call.options.signature(), tensor, call.cache.spec, allocation))
 
 
 def _check_rows(q: Tensor, cache: DistributedKVCache, extension: SlotAllocation) -> None:
-    rows = 0 if extension.layout is None else extension.layout.num_tokens(cache.team.rank)
+    rows = 0 if extension.layout is None else extension.layout.num_tokens(cache.mesh.rank)
     if q.shape[:2] != (1, rows):
         raise ArgumentError(f"q has (sequences, rows) = {tuple(q.shape[:2])}: the extension has (1, {rows}) here")
 
 
 def _move_queries(
-    travel: CommPattern,
+    pattern: CommPattern,
     cache: DistributedKVCache,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
     kernel: BlockKernel,
-    spec: ScoreOptions,
+    score: Score,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse) of this rank's queries: they go to whoever holds keys for them, and what is found comes home.
+    """Pass-Q: sends queries to the ranks that store keys for them; returns (out, lse) of this rank's queries.
 
-    Communication: each query once to each rank that it needs; its output and lse once back.
+    Communication: each query once to each rank that stores a key which it sees; its partial result once back.
     """
-    team = cache.team
-    program = Gather().program(travel, team.rank, backward=False)
-    blocks = BlockBuffers(program, team, team.rank, ChunkedRows([(q.transpose(1, 2),)]))
-    out, lse = empty_state(q, values.shape[3])
-    answers: list[Packet | None] = [None] * team.size
+    mesh, v_dim, options = cache.mesh, values.shape[3], kernel_options(score)
+    program = Gather().program(pattern, mesh.rank, backward=False)
+    blocks = BlockBuffers(program, mesh, mesh.rank, ChunkedRows([(q.transpose(1, 2),)]))
+    out, lse = empty_state(q, v_dim)
+    results: list[Packet | None] = [None] * mesh.size
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
-            (came,) = blocks.carried(visit.piece)
-            if visit.piece.block == team.rank:
-                kernel.forward(q, keys, values, visit.tiles, spec, out, lse)
+            (block,) = blocks.carried(visit.piece)
+            if visit.piece.block == mesh.rank:
+                kernel.forward(q, keys, values, visit.tiles, options, out, lse)
                 continue
-            asked = came.transpose(1, 2)
-            answer = Packet.empty(_result_fields(asked, values.shape[3], asked.shape[1]), q.device)
-            for place, x in zip(answer.tensors, empty_state(asked, values.shape[3]), strict=True):
-                place.copy_(x)
-            kernel.forward(asked, keys, values, visit.tiles, spec, answer.tensors[0], answer.tensors[1])
-            answers[visit.piece.block] = answer
+            peer_q = block.transpose(1, 2)
+            result = Packet.empty(_result_fields(peer_q, v_dim, peer_q.shape[1]), q.device)
+            for target, x in zip(result.tensors, empty_state(peer_q, v_dim), strict=True):
+                target.copy_(x)
+            kernel.forward(peer_q, keys, values, visit.tiles, options, result.tensors[0], result.tensors[1])
+            results[visit.piece.block] = result
         blocks.end(step)
     blocks.finish()
-    given = travel.rows_given(team.rank)
-    fields = [_result_fields(q, values.shape[3], count_rows(given.get(peer, ()))) for peer in range(team.size)]
-    found = AllToAll(team.axes[0], answers, fields).wait()
-    for peer in sorted(given):  # always in the same order, so that results do not depend on who was first
-        part, part_lse = found[peer].tensors
-        _merge_rows(out, lse, part, part_lse, given[peer])
+    sent_rows = pattern.rows_given(mesh.rank)
+    fields = [_result_fields(q, v_dim, count_rows(sent_rows.get(peer, ()))) for peer in range(mesh.size)]
+    received = AllToAll(mesh.axes[0], results, fields).wait()
+    for peer in sorted(sent_rows):  # a fixed order: the result must not depend on the order of arrival
+        part, part_lse = received[peer].tensors
+        _merge_rows(out, lse, part, part_lse, sent_rows[peer])
     return out, lse
 
 
 def _result_fields(q: Tensor, v_dim: int, rows: int) -> list[Field]:
-    """What a rank tells of others' queries."""
+    """Returns the packet fields of the partial result (out, lse) of some rows of queries."""
     dtype = accumulation_dtype(q.dtype)
     return [Field((q.shape[0], rows, q.shape[2], v_dim), dtype), Field((q.shape[0], q.shape[2], rows), dtype)]
 
 
 def _merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Rows) -> None:
+    """Merges the partial result of some rows into (out, lse)."""
     start = 0
     for run in rows:
-        here, there = slice(run.start, run.stop), slice(start, start + len(run))
-        merge_(out[:, here], lse[:, :, here], part[:, there], part_lse[:, :, there])
+        own, other = slice(run.start, run.stop), slice(start, start + len(run))
+        merge_(out[:, own], lse[:, :, own], part[:, other], part_lse[:, :, other])
         start += len(run)

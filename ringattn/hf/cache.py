@@ -205,7 +205,7 @@ class RingCache(Cache):
             )
         if turn.rows is None:
             store = self._store
-            store.note(f"tokens {turn.tokens.digest}")
+            store.add_to_history(f"tokens {turn.tokens.digest}")
             new = {} if self._rows else {first: store.new() for first in sorted(set(turn.work.same))}
             turn.rows = self._rows or tuple(new[first] for first in turn.work.same)
             turn.lengths = tuple(map(store.length, self._rows))
@@ -352,7 +352,7 @@ class RingCache(Cache):
         made._store, made._rows, made._pads = load_rows(
             folder, num_layers=made._num_layers, num_pages=num_pages, device=device, group=made._group
         )
-        made._page_size = made._store.form.page_size
+        made._page_size = made._store.spec.page_size
         return made
 
     # What layers that do not attend would keep.

@@ -38,7 +38,7 @@ def save_rows(store: DistributedKVCache, rows: tuple[int, ...], pads: tuple[int,
     told = {"rows": rows, "pads": pads, "lengths": [store.length(row) for row in rows]}
 
     def write(content: str | None) -> tuple[Mapping[str, str], None]:
-        if store.team.rank == 0:
+        if store.mesh.rank == 0:
             try:
                 (folder / _ROWS).unlink(missing_ok=True)
                 if content is not None:
@@ -49,9 +49,9 @@ def save_rows(store: DistributedKVCache, rows: tuple[int, ...], pads: tuple[int,
                 raise SnapshotError(f"{type(error).__name__}: {error}") from error
         return {}, None
 
-    agree(store.team, None, lambda: write(None))  # those of an earlier snapshot would fit no more
+    agree(store.mesh, None, lambda: write(None))  # those of an earlier snapshot would fit no more
     save_cache(store, folder)
-    agree(store.team, None, lambda: write(json.dumps(told)))
+    agree(store.mesh, None, lambda: write(json.dumps(told)))
 
 
 def load_rows(
@@ -71,8 +71,8 @@ def load_rows(
         found.get(row) != length for row, length in zip(rows, lengths, strict=True)
     ):
         raise SnapshotError(f"{_ROWS} tells of rows {rows} with {lengths} tokens: not those that the snapshot holds")
-    if store.form.num_layers != num_layers:
-        raise SnapshotError(f"the snapshot has {store.form.num_layers} layers: the model has {num_layers}")
+    if store.spec.num_layers != num_layers:
+        raise SnapshotError(f"the snapshot has {store.spec.num_layers} layers: the model has {num_layers}")
     for sequence in set(found) - set(rows):
         store.free(sequence)  # a fork's, which was saved along
     return LoadedRows(store, rows, pads)

@@ -95,7 +95,7 @@ def soak(group: dist.ProcessGroup, operations: int, every: int, seed: int, folde
                     )
                     pages = f"{sum(runner.cache.num_free_pages)} pages of {page_size} tokens free"
                     print(f"{told}; {len(runner.dense)} sequences, {pages}, {used:.1f} MiB", flush=True)
-        runner.cache.agree()
+        runner.cache.check_agreement()
         runner.finish()
         compared += runner.compared
     return compared, memory.growth()

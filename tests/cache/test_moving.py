@@ -105,7 +105,7 @@ BREAKS: dict[str, Any] = {
     "a file is missing": (lambda d: next(d.glob("rank-00001-*")).unlink(), "is missing from the snapshot"),
     "a file is cut short": (lambda d: cut(d / "rank-00000-layer-00001.safetensors"), ""),
     "the index is cut short": (lambda d: cut(d / "index.safetensors"), ""),
-    "a bit of the index flipped": (lambda d: flip(d / "index.safetensors", -5), "tables are not those"),
+    "a bit of the index flipped": (lambda d: flip(d / "index.safetensors", -5), "page tables do not match"),
     "a bit of a page flipped": (lambda d: flip(d / "rank-00001-layer-00000.safetensors", -99), "is corrupt"),
     "a file of another layer": (
         lambda d: (d / "rank-00000-layer-00000.safetensors").write_bytes(b"garbage"), "",
@@ -149,10 +149,10 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_nothing_is_lost(pool: R
         assert error.type_name == "SnapshotError"
 
 
-def move(group: dist.ProcessGroup, members: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+def move(group: dist.ProcessGroup, ranks_of: tuple[tuple[int, ...], ...]) -> list[Tensor]:
     """From the first group of ranks to the next, and so on; every group answers, and each keeps what it had."""
-    groups = [dist.new_group(list(ranks)) for ranks in members]
-    cache = made(groups[0]) if group.rank() in members[0] else None
+    groups = [dist.new_group(list(ranks)) for ranks in ranks_of]
+    cache = made(groups[0]) if group.rank() in ranks_of[0] else None
     found: list[Tensor] = []
     for following in groups[1:]:
         moved = ringattn.reshard(cache, num_pages=60, group=following, over=group)

@@ -1,4 +1,4 @@
-"""Programs on a cache: run by every rank, and held against dense lists of keys and values in float64."""
+"""Programs on a cache: every rank runs them and compares with dense keys and values in float64."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Op(NamedTuple):
 
 @dataclass
 class Dense:
-    """One sequence as one process would hold it: (layers, tokens, H_kv, dims), and which positions are there."""
+    """One sequence as a single process would store it: (layers, tokens, H_kv, dims), and its evicted positions."""
 
     k: Tensor
     v: Tensor
@@ -90,7 +90,7 @@ class Runner:
             getattr(self, f"do_{op.name}")(op)
 
     def finish(self) -> None:
-        """Frees what is left: every page must be free then."""
+        """Frees all sequences, and checks that all pages are free."""
         for sequence in list(self.dense):
             self.do_free(Op("free", sorted(self.dense).index(sequence)))
         assert self.cache.num_free_pages == (self.cache.pages.num_pages,) * self.group.size()
@@ -107,9 +107,9 @@ class Runner:
         self.dense[self.cache.new()] = Dense(empty.expand(-1, -1, -1, s.dim), empty.expand(-1, -1, -1, s.v_dim))
 
     def grow(self, sequences: list[int], count: int, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Adds random keys and values to the dense sequences; returns those of each layer, (B, T, ...).
+        """Adds random keys and values to the dense sequences; returns (k, v) of each layer, each (B, T, ...).
 
-        The first token is one that there never was: where tokens are the same, keys and values have to be.
+        The first token id is new, because equal token ids must have equal keys and values.
         """
         s = self.setting
         k = self.normal(s.num_layers, len(sequences), count, s.kv_heads, s.dim)

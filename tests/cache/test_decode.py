@@ -1,4 +1,4 @@
-"""Decoding: what is sent, what every rank gets, how exact it is in each dtype, and what is refused."""
+"""Decoding: messages, results on every rank, accuracy in each dtype, and errors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.harness.ranks import RankPool
 
 PROMPT, NEW = 37, 3
 
-Sent = list[tuple[str, int, int]]  # what was handed to a process group: its name, whom it is for, its bytes
+Sent = list[tuple[str, int, int]]  # operations on a process group: (name, peer, bytes)
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, everything that is handed to a process group is entered in `sent`."""
+    """Lists in `sent` every operation on a process group inside the context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def filled(group: dist.ProcessGroup, t: Tensors, dtype: torch.dtype, layers: int = 2) -> tuple[DistributedKVCache, int]:
-    """A cache with a prompt, laid out by zigzag."""
+    """A cache with a prompt, sharded by zigzag."""
     cache = DistributedKVCache(
         num_layers=layers, num_kv_heads=t.k.shape[2], head_dim=t.k.shape[3], v_head_dim=t.v.shape[3],
         num_pages=40, page_size=4, dtype=dtype, group=group,
@@ -189,7 +189,7 @@ def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> No
 
 
 def decode_a_prefill(group: dist.ProcessGroup) -> None:
-    """Tensors of a known signature, with an extension that is shared out: each rank's share is as many tokens."""
+    """A known signature, with an extension made by a layout that gives each rank the same number of tokens."""
     t = new_tensors(torch.float32)
     cache, sequence = filled(group, t, torch.float32)
     q, k, v = (x[:, PROMPT:] for x in t[:3])
@@ -245,11 +245,11 @@ def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
             ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
     assert (cache.num_free_pages, cache.length(sequence), cache.pages.history_digest) == (free, PROMPT + NEW, digest)
     cache.check_agreement()
-    # The prompt, and the layer before: nothing of them is lost. The same extension is good for another try.
+    # The prompt and the layer before are unchanged. The same extension can be used again.
     again = ringattn.decode_attention(q, k, v, cache, 1, extension, scale=0.5)
     assert torch.equal(torch.cat([x.flatten() for x in cache.read(0, sequence)]), stored[0])
     assert all(torch.equal(*pair) for pair in zip((first, again), expected, strict=True))
-    # So is going back to before it.
+    # Truncating to before the extension works too.
     cache.truncate(sequence, PROMPT)
     fresh = cache.extend([sequence], NEW)
     assert torch.equal(ringattn.decode_attention(q, k, v, cache, 1, fresh, scale=0.5), expected[1])
@@ -290,7 +290,7 @@ def ask_for_another_known_call(group: dist.ProcessGroup) -> None:
     news = [[x[:, PROMPT : PROMPT + count] for x in t[:3]] for count in (1, NEW)]
     last = group.rank() == group.size() - 1
     for which in (0, 1):
-        # Each cache decodes one token before the ranks have met with larger messages, or after.
+        # Each cache decodes one token before the group has seen larger messages, or after.
         caches = [filled(group, t, torch.float32) for _ in range(2)]
         expected = {}
         for number, new in enumerate(news):
@@ -305,7 +305,7 @@ def ask_for_another_known_call(group: dist.ProcessGroup) -> None:
                 with pytest.raises(DisagreementError, match=r"earlier calls.*new tokens"):
                     attend[which](*new, cache, 0, extension)
                 cache.truncate(sequence, PROMPT)
-                # What the ranks have asked before differs for good; so a cache that is new goes on.
+                # The histories of the ranks differ from here on, so the test goes on with a new cache.
                 cache, sequence = filled(group, t, torch.float32)
             extension = cache.extend([sequence], NEW)
             with pytest.raises(DisagreementError, match="this call: the operation"):

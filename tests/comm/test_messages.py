@@ -1,4 +1,4 @@
-"""Messages of one step: uneven, empty, several at once, between ranks of any group; and gathering rows."""
+"""Messages of one step: uneven, empty, several at once, between ranks of any group; and all-gather of rows."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def test_kinds_do_not_mix(pool: RankPool, world: int) -> None:
 
 
 def many_steps(group: dist.ProcessGroup) -> float:
-    """Steps without a barrier in between: ranks may run ahead, messages still come in order."""
+    """Steps without barriers: ranks may run ahead, and messages still arrive in order."""
     rank, world = group.rank(), group.size()
-    held = torch.full((3,), float(rank))
+    value = torch.full((3,), float(rank))
     for _ in range(5 * world):
         received = torch.full((3,), torch.nan)
-        exchange(group, [Message(held, (rank + 1) % world, 0)], [Message(received, (rank - 1) % world, 0)])
-        held = received + 1
-    return float(held[0])
+        exchange(group, [Message(value, (rank + 1) % world, 0)], [Message(received, (rank - 1) % world, 0)])
+        value = received + 1
+    return float(value[0])
 
 
 def test_many_steps(pool: RankPool) -> None:

@@ -59,7 +59,7 @@ $(OLDEST_READY): $(READY)
 # Left out: there one process counts Llama 4's chunks on across packed documents.
 test-oldest-transformers: $(OLDEST_READY)  ## the Hugging Face tests that show most, under the oldest transformers supported
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not long' -k 'not (Llama4 and packed)' \
-		tests/hf/test_models.py tests/hf/test_images.py tests/hf/test_rotary.py tests/hf/test_generate.py \
+		tests/hf/test_architectures.py tests/hf/test_multimodal.py tests/hf/test_implicit_positions.py tests/hf/test_generate.py \
 		tests/hf/test_trainer.py
 
 OPERATIONS ?= 100000

@@ -30,9 +30,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import plots
 from benchmarks.measure import Lines, progress
 from benchmarks.session import Session, session
-from ringattn.parallel.pipeline import MicroBatch, Pipeline
-from ringattn.parallel.pipeline_profile import TimedOp, bubble_fraction, ideal_bubble
-from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule, plan_pipeline
+from ringattn.parallel import (
+    MicroBatch,
+    Pipeline,
+    PipelineSchedule,
+    TimedOp,
+    bubble_fraction,
+    plan_pipeline,
+    simulated_bubble,
+)
+from ringattn.parallel.pipeline_schedule import SCHEDULES
 
 
 class _WaitBackward(torch.autograd.Function):
@@ -81,20 +88,20 @@ def measure(
     mine = course.stages_of(here.rank)
     stage_s = unit_s / len(mine)
     stages = [WaitingStage(stage_s) for _ in mine]
-    pipeline = Pipeline(stages, course, mesh, loss=lambda out, _: out.sum(), dim=1, dtype=torch.float32)
+    pipeline = Pipeline(stages, course, mesh, loss_fn=lambda out, _: out.sum(), dim=1, dtype=torch.float32)
     batches = [MicroBatch(torch.zeros(1, 1, dtype=torch.int64), {}, None)] * course.num_micro_batches
     seen: list[list[list[TimedOp]]] = []
     for number in range(rounds + 1):
         dist.barrier()
         pipeline.step(batches)
         everyone: list[Any] = [None] * here.world_size
-        dist.all_gather_object(everyone, [action for action in pipeline.actions() if action.move.kind != "L"])
+        dist.all_gather_object(everyone, [action for action in pipeline.timeline() if action.op.kind != "L"])
         if number > 0:  # torch makes its connections in the first one
             seen.append(from_the_first(everyone))
     quickest = min(seen, key=lambda actions: idle_part(actions)[0])
     step_s, bubble = idle_part(quickest)
     record = {
-        "schedule": course.schedule,
+        "schedule": course.name,
         "ranks": here.world_size,
         "stages_per_rank": len(mine),
         "micro_batches": course.num_micro_batches,
@@ -108,8 +115,8 @@ def measure(
 
 def theory_of(everyone: Sequence[Sequence[TimedOp]], course: PipelineSchedule) -> float:
     """Returns what part of the time ranks would idle that do the same in the same order, if only moves took time."""
-    moves = [[action.move for action in actions if action.move.kind != "L"] for actions in everyone]
-    return ideal_bubble(dict(enumerate(moves)), len(course.layers))
+    moves = [[action.op for action in actions if action.op.kind != "L"] for actions in everyone]
+    return simulated_bubble(dict(enumerate(moves)), course.num_stages)
 
 
 def idle_part(everyone: Sequence[Sequence[TimedOp]]) -> tuple[float, float]:
@@ -168,7 +175,7 @@ def main() -> None:
             plan_pipeline(name, here.world_size * per_rank, here.world_size, count, stages_per_rank=per_rank)
             for count in args.micro_batches
             for name in args.schedules
-            for per_rank in [max(SCHEDULES[name].fewest, 2 if SCHEDULES[name].most is None else 1)]
+            for per_rank in [max(SCHEDULES[name].min_stages, 2 if SCHEDULES[name].max_stages is None else 1)]
         ]
         lines = Lines(args.out / "bubble.jsonl") if here.rank == 0 else None
         records = []
@@ -177,7 +184,7 @@ def main() -> None:
             for course in courses:
                 record, actions = measure(here, course, args.unit_ms / 1e3, args.rounds)
                 records.append(record)
-                taken.setdefault(course.num_micro_batches, {})[course.schedule] = actions
+                taken.setdefault(course.num_micro_batches, {})[course.name] = actions
                 if lines is not None:
                     lines.add(record)
                 tick()

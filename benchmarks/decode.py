@@ -32,8 +32,10 @@ from benchmarks.merging import merges
 from benchmarks.session import Session, session
 from ringattn import DistributedKVCache, decode_attention
 from ringattn.cache.pages import SlotAllocation
-from ringattn.kernels import ProblemSpec, ScoreOptions
-from ringattn.kernels.paged import VisibleKeys, select_paged
+from ringattn.kernels import ProblemSpec, Queries
+from ringattn.kernels.paged import Pools, VisibleKeys, select_paged
+from ringattn.score import Score
+from ringattn.softmax import empty_state
 
 RINGATTN, KERNEL = "ringattn, all ranks", "the kernel alone"
 READ_ALONE, READ_ALL = "raw read, one rank", "raw read, all ranks"
@@ -107,17 +109,17 @@ class Filled:
     def kernel(self, extension: SlotAllocation) -> Callable[[], Tensor]:
         """Returns what runs the kernel over what this rank holds."""
         case, device, length = self.case, self.q.device, extension.starts[0] + 1
-        spec = ScoreOptions(case.head_dim**-0.5, None)
+        score = Score(case.head_dim**-0.5)
         dims = (case.heads, case.kv_heads, case.head_dim, case.head_dim)
-        chosen = select_paged(None, ProblemSpec(device.type, case.torch_dtype, *dims, False, spec))
+        chosen = select_paged(None, ProblemSpec(device.type, case.torch_dtype, *dims, False, score))
         first, stop = (torch.tensor([[x]], dtype=torch.int32, device=device) for x in (0, length))
-        tables, pools = self.cache.page_tables(extension), self.cache.pools(0)
+        tables, pools = self.cache.page_tables(extension), Pools(*self.cache.pools(0))
+        visible = VisibleKeys(first, stop)
 
         def once() -> Tensor:
-            out = torch.zeros(self.q.shape, dtype=torch.float32, device=device)
-            lse = torch.full((1, case.heads, 1), -torch.inf, device=device)
-            chosen.forward(self.q, *pools, tables, VisibleKeys(first, stop), spec, out, lse)
-            return out
+            state = empty_state(self.q, case.head_dim)
+            chosen.forward(Queries(self.q), pools, tables, visible, score, state)
+            return state.out
 
         return once
 

@@ -37,8 +37,9 @@ from ringattn.attention.executor import ExecutionPlan
 from ringattn.attention.validate import AttentionCall, plan_call, shape_of
 from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import ScoreOptions
+from ringattn.kernels import BackwardQueries, Gradients, Keys, Queries, State
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.score import Score
 
 WHOLE, COMPUTE, TRANSFER, OUTER, NEITHER = "whole", "compute", "transfer", "outer transfer", "neither"
 PASSES = ("fwd", "bwd")
@@ -102,18 +103,13 @@ class Pretender(ReferenceKernel):
     def __init__(self, gflops: float | None = None) -> None:
         self._flop_per_s = None if gflops is None else gflops * 1e9
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
-    ) -> None:
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         """Leaves the state as it is."""
-        self._rest(2, q, v, tiles)
+        self._rest(2, queries.q, keys.v, tiles)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles,
-        spec: ScoreOptions, dq: Tensor, dk: Tensor, dv: Tensor,
-    ) -> None:  # fmt: skip
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
         """Adds nothing."""
-        self._rest(5, q, v, tiles)
+        self._rest(5, queries.q, keys.v, tiles)
 
     def _rest(self, products: int, q: Tensor, v: Tensor, tiles: Tiles) -> None:
         """As long as so many matrix products take, each 2 FLOP per pair, head and element of a head."""

@@ -17,8 +17,9 @@ from benchmarks.session import Session
 from ringattn.cache.call_marks import mark_check_on
 from ringattn.cache.decode import exchange_results_by_head, gather_results, result_fields
 from ringattn.comm.collectives import PersistentCollective, capacity_bytes_for
-from ringattn.kernels import ProblemSpec, ScoreOptions
+from ringattn.kernels import ProblemSpec
 from ringattn.kernels.paged import select_paged
+from ringattn.score import Score
 
 GATHER, BY_HEADS = "packed all-gather", "packed all-to-all"
 TREE, TREE_TOGETHER = "three all-reduces", "three all-reduces, two at once"
@@ -77,7 +78,7 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
         for made in (gather_results, exchange_results_by_head)
     ]
     dims = (heads, heads, head_dim, head_dim)
-    kernel = select_paged(None, ProblemSpec(here.device.type, torch.float32, *dims, False, ScoreOptions(1.0, None)))
+    kernel = select_paged(None, ProblemSpec(here.device.type, torch.float32, *dims, False, Score(1.0)))
 
     for collective in collectives:
         for place, x in zip(collective.local[1:], (out, lse), strict=True):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import ringattn
 from benchmarks.session import Session
-from ringattn.parallel.decoder import DecoderConfig
+from ringattn.parallel import DecoderConfig
 from ringattn.plan.exchanges import Ring, build_plan, select_backward
 from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import Program, Step

@@ -25,16 +25,29 @@ from benchmarks.measure import peak_bytes
 from benchmarks.session import Session
 from benchmarks.traffic import Traffic
 from ringattn.attention.sharding import IGNORED_LABEL
-from ringattn.parallel.context import local_batch, make_cp_attention
-from ringattn.parallel.decoder import AttentionFn, Decoder, DecoderConfig
-from ringattn.parallel.expert import make_moe
-from ringattn.parallel.grad_norm import clip_gradients
-from ringattn.parallel.mesh import axis_size, context_mesh, data_parallel_rank
-from ringattn.parallel.parallelize import parallelize
-from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
-from ringattn.parallel.pipeline_profile import TimedOp
-from ringattn.parallel.pipeline_schedule import SCHEDULES, PipelineSchedule, plan_pipeline
-from ringattn.parallel.vocab_parallel_loss import count_valid, cross_entropy, sum_over_token_ranks
+from ringattn.parallel import (
+    Decoder,
+    DecoderConfig,
+    MicroBatch,
+    Pipeline,
+    PipelineSchedule,
+    TimedOp,
+    all_reduce_loss,
+    axis_size,
+    clip_gradients,
+    context_mesh,
+    count_valid,
+    cross_entropy,
+    cut_stages,
+    data_parallel_rank,
+    local_batch,
+    make_cp_attention,
+    make_moe,
+    parallelize,
+    plan_pipeline,
+)
+from ringattn.parallel.decoder import AttentionFn
+from ringattn.parallel.pipeline_schedule import SCHEDULES
 from ringattn.types import Masks
 
 LAYOUTS = {"zigzag": ringattn.zigzag, "contiguous": ringattn.contiguous, "striped": ringattn.striped}
@@ -74,14 +87,14 @@ class Recipe:
         """Returns the decoder, with the same weights everywhere."""
         torch.manual_seed(0)
         experts = partial(make_moe, num_micro_batches=self.micro_batches)
-        return Decoder(self.config, moe=None if self.config.moe is None else experts).to(device, self.dtype)
+        return Decoder(self.config, moe_factory=None if self.config.moe is None else experts).to(device, self.dtype)
 
     def course(self, mesh: DeviceMesh) -> PipelineSchedule | None:
         """Returns how layers and micro-batches go through the stages of a mesh; None without stages."""
         stages = axis_size(mesh, "pp")
         if stages == 1:
             return None
-        if self.compiled and SCHEDULES[self.schedule].in_parts:
+        if self.compiled and SCHEDULES[self.schedule].split_backward:
             raise SystemExit(f"--compile: {self.schedule} computes gradients of weights by themselves; take 1f1b")
         return plan_pipeline(self.schedule, self.config.num_layers, stages, self.micro_batches)
 
@@ -135,7 +148,7 @@ def train_together(here: Session, recipe: Recipe, mesh: DeviceMesh, tick: Callab
 
     def gradients(share: Batch) -> Tensor:
         num_valid = count_valid(share["shift_labels"], mesh)
-        return sum_over_token_ranks(backward(_micro_batches(share, recipe.micro_batches, num_valid, attend)), mesh)
+        return all_reduce_loss(backward(_micro_batches(share, recipe.micro_batches, num_valid, attend)), mesh)
 
     clip = partial(clip_gradients, mesh=mesh, max_norm=MAX_NORM)
     run, taken = _train(
@@ -160,7 +173,7 @@ def train_alone(here: Session, recipe: Recipe, tick: Callable[[], None]) -> Run:
             *(x.chunk(recipe.micro_batches) for x in (batch["input_ids"], batch["position_ids"], labels)), strict=True
         ):
             logits = model(
-                tokens, positions=positions, mask=None, attend=_plain_attend(recipe.corpus.allowed(positions))
+                tokens, positions=positions, mask=None, attention_fn=_plain_attend(recipe.corpus.allowed(positions))
             )
             wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             share = F.cross_entropy(wide, targets.flatten(), reduction="sum", ignore_index=IGNORED_LABEL) / num_valid
@@ -245,10 +258,10 @@ def _stages(
             part.compile()
     if course is not None:
         pipeline = Pipeline(
-            stages, course, mesh["pp"], loss=loss, dim=recipe.config.dim, dtype=recipe.dtype,
-            row_shards=axis_size(mesh, "tp"),
+            stages, course, mesh["pp"], loss_fn=loss, dim=recipe.config.dim, dtype=recipe.dtype,
+            tp_size=axis_size(mesh, "tp"),
         )  # fmt: skip
-        return stages, pipeline.step, pipeline.actions
+        return stages, pipeline.step, pipeline.timeline
 
     def one_after_the_other(parts: list[MicroBatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=here.device)
@@ -290,7 +303,7 @@ def _micro_batches(share: Batch, count: int, num_valid: Tensor, attend: Attentio
     return [
         MicroBatch(
             part["input_ids"],
-            {"positions": part["position_ids"], "mask": part["mask"], "attend": attend},
+            {"positions": part["position_ids"], "mask": part["mask"], "attention_fn": attend},
             _Target(part["shift_labels"], num_valid),
         )
         for part in parts

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.kernels import BACKENDS, ProblemSpec, ScoreOptions, refusals
+from ringattn.kernels import BACKENDS, ProblemSpec, refusals
 from ringattn.kernels.paged import PAGED_BACKENDS
+from ringattn.score import Score
 
 
 def info() -> str:
@@ -90,9 +91,9 @@ def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ProblemS
         parser.error(f"--heads {heads}: must be a multiple of --kv-heads {kv_heads}")
     if args.softcap is not None and not args.softcap > 0:
         parser.error(f"--softcap {args.softcap}: must be above 0")
-    spec = ScoreOptions(head_dim**-0.5, args.softcap)
+    score = Score(head_dim**-0.5, args.softcap)
     dtype = getattr(torch, args.dtype)
-    return ProblemSpec(args.device, dtype, heads, kv_heads, head_dim, v_head_dim, not args.forward_only, spec)
+    return ProblemSpec(args.device, dtype, heads, kv_heads, head_dim, v_head_dim, not args.forward_only, score)
 
 
 def _positive(text: str) -> int:

@@ -7,8 +7,8 @@ models, down to the kernels, which take what they support and refuse the rest by
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ringattn.errors import ArgumentError, ArgumentTypeError
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
-    """The options of a score; equal and hashed by its numbers, without the tensors.
+    """The options of a score. Two are equal if their numbers and their `terms` are; tensors are not compared.
 
     Args:
         scale: factor on q·k before the softmax, dimensionless; None is head_dim ** -0.5.
@@ -31,7 +31,7 @@ class Score:
 
     scale: float | None = None
     softcap: float | None = None
-    sink: Tensor | None = field(default=None, compare=False)
+    sink: Tensor | None = None
 
     @property
     def factor(self) -> float:
@@ -44,6 +44,19 @@ class Score:
         """The tensors that may require gradients, in a fixed order."""
         return (self.sink,)
 
+    def terms(self) -> frozenset[str]:
+        """Returns the names of the terms that a kernel must compute besides the scale. The sink is not one of them."""
+        return frozenset() if self.softcap is None else frozenset({"softcap"})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Score) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[float | None, float | None, frozenset[str]]:
+        return self.scale, self.softcap, self.terms()
+
     def signature(self) -> tuple[object, ...]:
         """Returns what decides a call apart from the contents of the tensors; hashable if the options are."""
         looks = (
@@ -52,6 +65,10 @@ class Score:
             getattr(self.sink, "device", None),
         )
         return (type(self.scale), self.scale, type(self.softcap), self.softcap, type(self.sink), looks)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options as keyword arguments of the public attention functions."""
+        return {"scale": self.scale, "softcap": self.softcap, "sink": self.sink}
 
     def resolve(self, head_dim: int) -> Score:
         """Returns the score with numbers checked and the default scale filled in.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks import bubble
 from benchmarks.session import Session
-from ringattn.parallel.pipeline_schedule import plan_pipeline
+from ringattn.parallel import plan_pipeline
 from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
 

@@ -35,8 +35,9 @@ from benchmarks.kernel_cases import (
 from benchmarks.kernel_rivals import FLASH_ATTN, dense_mask, square
 from benchmarks.measure import Contender, OneDevice, race
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BACKENDS, ScoreOptions
+from ringattn.kernels import BACKENDS, Keys, Queries, State
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.score import Score
 from tests.geometry.brute import tile_counts
 from tests.test_benchmarks import PNG, ROOT, lines
 
@@ -201,17 +202,13 @@ def test_who_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch
     class Forgetful(ReferenceKernel):
         name = "forgetful"
 
-        def forward(
-            self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
-        ) -> None:
-            super().forward(q, k, v, Tiles(tiles.table[1:]), spec, out, lse)
+        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+            super().forward(queries, keys, Tiles(tiles.table[1:]), score, state)
 
     class Broken(ReferenceKernel):
         name = "broken"
 
-        def forward(
-            self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
-        ) -> None:
+        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
             raise KeyError("no such\nthing")
 
     for kernel in (Forgetful(), Broken()):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.attention.backward_modes import GradBuffers, KeyBlock, QueryBlock
+from ringattn.attention.backward_modes import GradBuffers
 from ringattn.attention.executor import ExecutionPlan, run_backward, run_forward
 from ringattn.attention.ulysses import ulysses_backward, ulysses_forward
 from ringattn.comm.topology import RankMesh
+from ringattn.kernels import BackwardQueries, Keys, Queries
 from ringattn.plan.plan import Payload
-from ringattn.softmax import AttentionState, sink_gradient
+from ringattn.softmax import empty_state, sink_gradient
 
 
 class SavedForward(NamedTuple):
@@ -29,7 +29,7 @@ class SavedForward(NamedTuple):
     lse: Tensor
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+InputGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
@@ -39,11 +39,10 @@ def forward(
     q, k, v = (_contiguous_rows(x) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         if job.spread is None:
-            queries = AttentionState.to_nothing(q, v.shape[3])
-            run_forward(job, team, [queries], [KeyBlock(k, v)], sink)
-            _, out, lse = queries
+            out, lse = state = empty_state(q, v.shape[3])
+            run_forward(job, team, [Queries(q)], [Keys(k, v)], [state], sink)
         else:
-            out, lse = ulysses_forward(job, job.spread, team, q, KeyBlock(k, v), sink)
+            out, lse = ulysses_forward(job, job.spread, team, q, Keys(k, v), sink)
     return out.to(q.dtype), lse
 
 
@@ -54,7 +53,7 @@ def backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     needed: Sequence[bool],
-) -> Gradients:
+) -> InputGradients:
     """Runs the plan's backward: gradients of what every rank's out and lse contributed.
 
     Args:
@@ -73,12 +72,11 @@ def backward(
         delta -= dlse
     # Where other ranks' queries come, so do their gradients of lse.
     others_come = job.spread is not None or job.plan.backward.carried is Payload.Q
-    if dlse is not None or (job.returns_lse and others_come):
-        job = replace(job, spec=replace(job.spec, lse_grad=True))
+    lse_grad = dlse is not None or (job.returns_lse and others_come)
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
-    queries, keys = QueryBlock(q, dout, lse, delta), KeyBlock(k, v)
+    queries, keys = BackwardQueries(q, dout, lse, delta, lse_grad), Keys(k, v)
     with torch.autocast(q.device.type, enabled=False):
         if job.spread is not None and any(job.wanted):
             dq, dk, dv = ulysses_backward(job, job.spread, team, queries, keys)

@@ -13,51 +13,59 @@ from torch import Tensor
 
 from ringattn.attention.chunked_rows import ChunkedRows
 from ringattn.comm.packet import Field
+from ringattn.kernels import BackwardQueries, Gradients, Keys
 from ringattn.plan.head_shards import HeadSlice
 from ringattn.plan.plan import Payload
 
 
-class QueryBlock(NamedTuple):
-    """Queries and what belongs to them in a backward: q, dout (B, S, H, D); lse, delta (B, H, S), final."""
+class KeyGradients(NamedTuple):
+    """The gradients of keys and values, (B, S, H, D) and (B, S, H, Dv)."""
 
-    q: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor
-
-    def of(self, heads: range) -> QueryBlock:
-        """Returns some of the heads."""
-        q, dout = (_heads(x, heads) for x in (self.q, self.dout))
-        return QueryBlock(q, dout, self.lse[:, heads.start : heads.stop], self.delta[:, heads.start : heads.stop])
-
-    def turned(self) -> QueryBlock:
-        """Returns them with (B, H, S, D) for (B, S, H, D), or back."""
-        return QueryBlock(_turned(self.q), _turned(self.dout), self.lse, self.delta)
+    dk: Tensor
+    dv: Tensor
 
 
-class KeyBlock(NamedTuple):
-    """Keys and values, (B, S, H, D) and (B, S, H, Dv); or their gradients."""
+def pack_keys(keys: Keys) -> tuple[Tensor, ...]:
+    """Returns the tensors of keys as they travel, (B, H, S, ...): views."""
+    return _turned(keys.k), _turned(keys.v)
 
-    k: Tensor
-    v: Tensor
 
-    def of(self, heads: range) -> KeyBlock:
-        """Returns some of the heads."""
-        return KeyBlock(_heads(self.k, heads), _heads(self.v, heads))
+def unpack_keys(tensors: Sequence[Tensor]) -> Keys:
+    """Returns the keys of tensors from `pack_keys`."""
+    k, v = tensors
+    return Keys(_turned(k), _turned(v))
 
-    def turned(self) -> KeyBlock:
-        """Returns them with (B, H, S, D) for (B, S, H, D), or back."""
-        return KeyBlock(_turned(self.k), _turned(self.v))
+
+def pack_queries(queries: BackwardQueries) -> tuple[Tensor, ...]:
+    """Returns the tensors of queries as they travel, q and dout (B, H, S, ...), lse and delta (B, H, S): views."""
+    return _turned(queries.q), _turned(queries.dout), queries.lse, queries.delta
+
+
+def unpack_queries(tensors: Sequence[Tensor], lse_grad: bool) -> BackwardQueries:
+    """Returns the queries of tensors from `pack_queries`."""
+    q, dout, lse, delta = tensors
+    return BackwardQueries(_turned(q), _turned(dout), lse, delta, lse_grad)
+
+
+def pack_gradients(gradients: KeyGradients) -> tuple[Tensor, ...]:
+    """Returns gradients of keys as they travel, (B, H, S, ...): views."""
+    return _turned(gradients.dk), _turned(gradients.dv)
+
+
+def unpack_gradients(tensors: Sequence[Tensor]) -> KeyGradients:
+    """Returns the gradients of tensors from `pack_gradients`."""
+    dk, dv = tensors
+    return KeyGradients(_turned(dk), _turned(dv))
 
 
 class GradBuffers(NamedTuple):
     """Where gradients are to be, of each part of queries and of keys; None is memory of their own."""
 
     dq: Sequence[Tensor | None]
-    dkv: Sequence[KeyBlock | None]
+    dkv: Sequence[KeyGradients | None]
 
     @classmethod
-    def anywhere(cls, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock]) -> GradBuffers:
+    def anywhere(cls, queries: Sequence[BackwardQueries], keys: Sequence[Keys]) -> GradBuffers:
         """Returns those of nobody who cares."""
         return cls([None] * len(queries), [None] * len(keys))
 
@@ -77,21 +85,21 @@ class BackwardMode(Protocol):
         """Returns where those of each part of the own block are to be."""
         ...
 
-    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[QueryBlock, KeyBlock]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[BackwardQueries, Keys]:
         """Returns the queries and keys of a visit, given the tensors of its piece."""
         ...
 
-    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[Tensor, KeyBlock]:
-        """Returns where its dq and its dk, dv are added, given the sums of its piece."""
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadSlice) -> Gradients:
+        """Returns where its gradients are added, given the sums of its piece."""
         ...
 
-    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[KeyBlock]]:
+    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[KeyGradients]]:
         """Returns the dq of each part, and the dk, dv, given the sums of this rank's block."""
         ...
 
 
 def backward_mode(
-    carried: Payload, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock], places: GradBuffers
+    carried: Payload, queries: Sequence[BackwardQueries], keys: Sequence[Keys], places: GradBuffers
 ) -> BackwardMode:
     """Returns the way of a backward in which `carried` travels."""
     return (MoveKV if carried is Payload.KV else MoveQ)(queries, keys, places)
@@ -100,7 +108,7 @@ def backward_mode(
 class MoveKV:
     """Keys and values come, and their gradients go along; queries and theirs stay."""
 
-    def __init__(self, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock], places: GradBuffers) -> None:
+    def __init__(self, queries: Sequence[BackwardQueries], keys: Sequence[Keys], places: GradBuffers) -> None:
         self._queries, self._keys, self._places = queries, keys, places.dkv
         wide = queries[0].lse.dtype
         self._dq = [
@@ -110,62 +118,65 @@ class MoveKV:
 
     def own(self) -> ChunkedRows:
         """See Side."""
-        return ChunkedRows([part.turned() for part in self._keys])
+        return ChunkedRows([pack_keys(part) for part in self._keys])
 
     def sums(self) -> list[Field]:
         """See Side."""
-        return [Field(tuple(x.shape), self._dq[0].dtype) for x in self._keys[0].turned()]
+        return [Field(tuple(x.shape), self._dq[0].dtype) for x in pack_keys(self._keys[0])]
 
     def places(self) -> Sequence[tuple[Tensor, ...] | None]:
         """See Side."""
-        return [None if place is None else place.turned() for place in self._places]
+        return [None if place is None else pack_gradients(place) for place in self._places]
 
-    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[QueryBlock, KeyBlock]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[BackwardQueries, Keys]:
         """See Side."""
-        return self._queries[part].of(run.heads), KeyBlock(*came).turned().of(run.kv_heads)
+        return self._queries[part].of_heads(run.heads), unpack_keys(came).of_heads(run.kv_heads)
 
-    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[Tensor, KeyBlock]:
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadSlice) -> Gradients:
         """See Side."""
-        return _heads(self._dq[part], run.heads), KeyBlock(*sums).turned().of(run.kv_heads)
+        return Gradients(self._dq[part], *unpack_gradients(sums)).of_heads(run.heads, run.kv_heads)
 
-    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[KeyBlock]]:
+    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[KeyGradients]]:
         """See Side."""
-        return self._dq, [KeyBlock(*sums).turned() for sums in home]
+        return self._dq, [unpack_gradients(sums) for sums in home]
 
 
 class MoveQ:
     """Queries come with all that belongs to them, and their gradients go along; keys and values and theirs stay."""
 
-    def __init__(self, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock], places: GradBuffers) -> None:
+    def __init__(self, queries: Sequence[BackwardQueries], keys: Sequence[Keys], places: GradBuffers) -> None:
         self._queries, self._keys, self._places = queries, keys, places.dq
         wide = queries[0].lse.dtype
         self._dkv = [
-            KeyBlock(*(_zeros(x, wide) for x in part) if place is None else (x.zero_() for x in place))
+            KeyGradients(_zeros(part.k, wide), _zeros(part.v, wide))
+            if place is None
+            else KeyGradients(place.dk.zero_(), place.dv.zero_())
             for part, place in zip(keys, places.dkv, strict=True)
         ]
 
     def own(self) -> ChunkedRows:
         """See Side."""
-        return ChunkedRows([part.turned() for part in self._queries])
+        return ChunkedRows([pack_queries(part) for part in self._queries])
 
     def sums(self) -> list[Field]:
         """See Side."""
-        return [Field(tuple(_turned(self._queries[0].q).shape), self._dkv[0].k.dtype)]
+        return [Field(tuple(_turned(self._queries[0].q).shape), self._dkv[0].dk.dtype)]
 
     def places(self) -> Sequence[tuple[Tensor, ...] | None]:
         """See Side."""
         return [None if place is None else (_turned(place),) for place in self._places]
 
-    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[QueryBlock, KeyBlock]:
+    def inputs(self, came: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[BackwardQueries, Keys]:
         """See Side."""
-        return QueryBlock(*came).turned().of(run.heads), self._keys[part].of(run.kv_heads)
+        queries = unpack_queries(came, self._queries[0].lse_grad)
+        return queries.of_heads(run.heads), self._keys[part].of_heads(run.kv_heads)
 
-    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadSlice) -> tuple[Tensor, KeyBlock]:
+    def outputs(self, sums: tuple[Tensor, ...], part: int, run: HeadSlice) -> Gradients:
         """See Side."""
         (dq,) = sums
-        return _heads(_turned(dq), run.heads), self._dkv[part].of(run.kv_heads)
+        return Gradients(_turned(dq), *self._dkv[part]).of_heads(run.heads, run.kv_heads)
 
-    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[KeyBlock]]:
+    def gradients(self, home: Sequence[tuple[Tensor, ...]]) -> tuple[Sequence[Tensor], Sequence[KeyGradients]]:
         """See Side."""
         return [_turned(dq) for (dq,) in home], self._dkv
 
@@ -173,10 +184,6 @@ class MoveQ:
 def _turned(x: Tensor) -> Tensor:
     """(B, rows, H, D) as (B, H, rows, D), or back."""
     return x.transpose(1, 2)
-
-
-def _heads(x: Tensor, heads: range) -> Tensor:
-    return x[:, :, heads.start : heads.stop]
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,9 +15,10 @@ from ringattn.cost.cost_model import Compute, CostModel, Link
 from ringattn.cost.timetables import flops_per_pair
 from ringattn.errors import ArgumentError
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import ProblemSpec, ScoreOptions, select
+from ringattn.kernels import BackwardQueries, Gradients, Keys, ProblemSpec, Queries, select
 from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import Phase
+from ringattn.score import Score
 from ringattn.softmax import accumulation_dtype, empty_state
 from ringattn.types import Group
 
@@ -104,26 +105,27 @@ def _measured(
     group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype, head_dim: int, backend: str | None
 ) -> Compute:
     heads, rows = (4, 512) if device.type == "cpu" else (16, 4096)
-    spec = ScoreOptions(head_dim**-0.5)
-    kernel = select(backend, ProblemSpec(device.type, dtype, heads, heads, head_dim, head_dim, True, spec))
+    score = Score(head_dim**-0.5)
+    kernel = select(backend, ProblemSpec(device.type, dtype, heads, heads, head_dim, head_dim, True, score))
     q, k, v, dout = (torch.randn(1, rows, heads, head_dim, device=device).to(dtype) for _ in range(4))
     sums = accumulation_dtype(dtype)
-    dq, dk, dv = (torch.zeros(q.shape, dtype=sums, device=device) for _ in range(3))
-    out, lse = empty_state(q, head_dim)
-    delta = torch.zeros_like(lse)
+    gradients = Gradients(*(torch.zeros(q.shape, dtype=sums, device=device) for _ in range(3)))
+    keys, state = Keys(k, v), empty_state(q, head_dim)
+    delta = torch.zeros_like(state.lse)
 
     def forward(num_rows: int) -> None:
-        kernel.forward(q, k, v, _square(num_rows), spec, out, lse)
+        kernel.forward(Queries(q), keys, _square(num_rows), score, state)
 
     def backward(num_rows: int) -> None:
-        kernel.backward(dout, q, k, v, lse, delta, _square(num_rows), spec, dq, dk, dv)
+        queries = BackwardQueries(q, dout, state.lse, delta)
+        kernel.backward(queries, keys, _square(num_rows), score, gradients)
 
-    copied = torch.empty_like(dq)
-    works = (partial(forward, 1), partial(forward, rows), partial(backward, rows), partial(copied.copy_, dq))
+    copied = torch.empty_like(gradients.dq)
+    works = (partial(forward, 1), partial(forward, rows), partial(backward, rows), partial(copied.copy_, gradients.dq))
     launch_s, forward_s, backward_s, copy_s = _fastest(group, [_seconds(group, device, work) for work in works])
     sizes = AttentionShape(1, heads, heads, head_dim, head_dim, dtype.itemsize, sums.itemsize)
     flops = [rows * rows * flops_per_pair(sizes, phase) for phase in (Phase.FORWARD, Phase.BACKWARD)]
-    return Compute(flops[0] / forward_s, flops[1] / backward_s, dq.nbytes / copy_s, launch_s)
+    return Compute(flops[0] / forward_s, flops[1] / backward_s, copied.nbytes / copy_s, launch_s)
 
 
 def _square(num_rows: int) -> Tiles:

@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.profiler import record_function
 
-from ringattn.attention.backward_modes import BackwardMode, GradBuffers, KeyBlock, QueryBlock, backward_mode
+from ringattn.attention.backward_modes import (
+    BackwardMode,
+    GradBuffers,
+    KeyGradients,
+    backward_mode,
+    pack_keys,
+    unpack_keys,
+)
 from ringattn.attention.block_buffers import BlockBuffers
 from ringattn.attention.chunked_rows import ChunkedRows
 from ringattn.comm.topology import RankMesh
-from ringattn.kernels import BlockKernel, ScoreOptions
+from ringattn.kernels import BackwardQueries, BlockKernel, Keys, Queries, State
 from ringattn.plan.head_parallel import HeadSharding
 from ringattn.plan.head_shards import HeadSlice
 from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import ComputeTiles, Payload, Plan, Program
-from ringattn.softmax import AttentionState, add_sink_
+from ringattn.score import Score
+from ringattn.softmax import add_sink_
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class ExecutionPlan:
     plan: Plan
     spread: HeadSharding | None  # how heads are spread first, if they are: the plan is then one for what comes of it
     kernel: BlockKernel
-    spec: ScoreOptions
+    score: Score  # resolved, without tensors: what the kernel takes
     head_runs: tuple[HeadSlice, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
     returns_lse: bool  # whether the caller can see lse, so that gradients of it may come on any rank
     wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are, so that they must travel
@@ -63,29 +71,39 @@ class ExecutionPlan:
 
 
 def run_forward(
-    job: ExecutionPlan, team: RankMesh, parts: Sequence[AttentionState], keys: Sequence[KeyBlock], sink: Tensor | None
+    job: ExecutionPlan,
+    team: RankMesh,
+    queries: Sequence[Queries],
+    keys: Sequence[Keys],
+    states: Sequence[State],
+    sink: Tensor | None,
 ) -> None:
     """Lets this rank's queries attend to all keys and the sink, each in the plan's parts: updates their states."""
     program = job.plan.forward
-    blocks = BlockBuffers(program, team, job.plan.rank, ChunkedRows([part.turned() for part in keys]))
+    blocks = BlockBuffers(program, team, job.plan.rank, ChunkedRows([pack_keys(part) for part in keys]))
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
-            came = KeyBlock(*blocks.carried(visit.piece)).turned()
+            block = unpack_keys(blocks.carried(visit.piece))
             with record_function(f"ringattn: attend to block {visit.piece.block}"):
                 for run in job.head_runs:
-                    q, out, lse = parts[visit.part].of(run.heads)
-                    job.kernel.forward(q, *came.of(run.kv_heads), visit.tiles, job.spec, out, lse)
+                    job.kernel.forward(
+                        queries[visit.part].of_heads(run.heads),
+                        block.of_heads(run.kv_heads),
+                        visit.tiles,
+                        job.score.of_heads(run.heads),
+                        states[visit.part].of_heads(run.heads),
+                    )
         blocks.end(step)
     blocks.finish()
     if sink is not None:
-        for part in parts:
-            add_sink_(part.out, part.lse, sink)
+        for state in states:
+            add_sink_(*state, sink)
 
 
 def run_backward(
-    job: ExecutionPlan, team: RankMesh, queries: Sequence[QueryBlock], keys: Sequence[KeyBlock], places: GradBuffers
-) -> tuple[Sequence[Tensor], Sequence[KeyBlock]]:
+    job: ExecutionPlan, team: RankMesh, queries: Sequence[BackwardQueries], keys: Sequence[Keys], places: GradBuffers
+) -> tuple[Sequence[Tensor], Sequence[KeyGradients]]:
     """Returns the dq of each part, and the dk, dv, in the accumulation dtype, every rank's share of them summed up.
 
     Args:
@@ -115,6 +133,6 @@ def _add_gradients(job: ExecutionPlan, blocks: BlockBuffers, side: BackwardMode,
     """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
     came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
     for run in job.head_runs:
-        (q, dout, lse, delta), keys = side.inputs(came, visit.part, run)
-        dq, (dk, dv) = side.outputs(sums, visit.part, run)
-        job.kernel.backward(dout, q, *keys, lse, delta, visit.tiles, job.spec, dq, dk, dv)
+        queries, keys = side.inputs(came, visit.part, run)
+        gradients = side.outputs(sums, visit.part, run)
+        job.kernel.backward(queries, keys, visit.tiles, job.score.of_heads(run.heads), gradients)

@@ -16,15 +16,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.attention.backward_modes import GradBuffers, KeyBlock, QueryBlock
+from ringattn.attention.backward_modes import (
+    GradBuffers,
+    KeyGradients,
+    pack_gradients,
+    pack_keys,
+    pack_queries,
+    unpack_gradients,
+    unpack_keys,
+    unpack_queries,
+)
 from ringattn.attention.chunked_rows import ROW_DIM
 from ringattn.attention.executor import ExecutionPlan, run_backward, run_forward
 from ringattn.comm.all_to_all import AllToAll
 from ringattn.comm.packet import Field, Packet
 from ringattn.comm.topology import RankMesh
+from ringattn.kernels import BackwardQueries, Keys, Queries
 from ringattn.plan.head_parallel import GatheredRows, HeadSharding
 from ringattn.plan.head_shards import HeadShard
-from ringattn.softmax import AttentionState, accumulation_dtype
+from ringattn.softmax import accumulation_dtype, empty_state
 
 
 class _HeadTensor(NamedTuple):
@@ -43,11 +53,11 @@ class _HeadTensor(NamedTuple):
 
 
 def ulysses_forward(
-    job: ExecutionPlan, spread: HeadSharding, team: RankMesh, q: Tensor, keys: KeyBlock, sink: Tensor | None
+    job: ExecutionPlan, spread: HeadSharding, team: RankMesh, q: Tensor, keys: Keys, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of this rank's queries, out in the dtype of q, lse in the accumulation dtype."""
     paths = _HeadExchange(spread, team)
-    there = [_HeadTensor(_turned(q), False), *(_HeadTensor(x, True) for x in keys.turned())]
+    there = [_HeadTensor(_turned(q), False), *(_HeadTensor(x, True) for x in pack_keys(keys))]
     wide = accumulation_dtype(q.dtype)
     v_dim = keys.v.shape[3]
     out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
@@ -57,34 +67,36 @@ def ulysses_forward(
         share = spread.stages[stage][spread.place]
         sink_here = None if sink is None else sink[share.heads.start : share.heads.stop]
         inner = replace(job, head_runs=share.runs())
-        queries = [
-            AttentionState.to_nothing(_turned(x), v_dim, None if out_place is None else _turned(out_place), lse_place)
-            for x, out_place, lse_place in zip(
-                q_here, *(paths.places(stage, index, wide) for index in (0, 1)), strict=True
+        queries = [Queries(_turned(x)) for x in q_here]
+        states = [
+            empty_state(part.q, v_dim, _turned_place(out_place), lse_place)
+            for part, out_place, lse_place in zip(
+                queries, *(paths.places(stage, index, wide) for index in (0, 1)), strict=True
             )
         ]
-        run_forward(inner, paths.inner, queries, _key_blocks(keys_here), sink_here)
-        paths.give(stage, [[_turned(part.out) for part in queries], [part.lse for part in queries]])
+        run_forward(inner, paths.inner, queries, _key_blocks(keys_here), states, sink_here)
+        paths.give(stage, [[_turned(state.out) for state in states], [state.lse for state in states]])
     return out, lse
 
 
 def ulysses_backward(
-    job: ExecutionPlan, spread: HeadSharding, team: RankMesh, queries: QueryBlock, keys: KeyBlock
+    job: ExecutionPlan, spread: HeadSharding, team: RankMesh, queries: BackwardQueries, keys: Keys
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns this rank's dq, dk, dv, None where they are not wanted."""
     paths = _HeadExchange(spread, team)
     wide = queries.lse.dtype
-    there = [_HeadTensor(x, False) for x in queries.turned()] + [_HeadTensor(x, True) for x in keys.turned()]
+    there = [_HeadTensor(x, False) for x in pack_queries(queries)] + [_HeadTensor(x, True) for x in pack_keys(keys)]
     dq = torch.empty_like(queries.q, memory_format=torch.contiguous_format) if job.wanted[0] else None
     # Sums over ranks are made in the accumulation dtype, and rounded once.
     made = partial(torch.zeros_like, dtype=wide) if spread.replicates else torch.empty_like
-    dkv = KeyBlock(*(made(x, memory_format=torch.contiguous_format) for x in keys)) if job.wanted[1] else None
+    made_like = partial(made, memory_format=torch.contiguous_format)
+    dkv = KeyGradients(made_like(keys.k), made_like(keys.v)) if job.wanted[1] else None
     home = [_HeadTensor(_turned(dq), False)] if dq is not None else []
     of_keys = len(home)
-    home += [_HeadTensor(x, True, spread.replicates) for x in dkv.turned()] if dkv is not None else []
+    home += [_HeadTensor(x, True, spread.replicates) for x in pack_gradients(dkv)] if dkv is not None else []
     for stage, came in paths.stages(there, home):
         inner = replace(job, head_runs=spread.stages[stage][spread.place].runs())
-        parts = [QueryBlock(*tensors).turned() for tensors in zip(*came[:4], strict=True)]
+        parts = [unpack_queries(tensors, queries.lse_grad) for tensors in zip(*came[:4], strict=True)]
         keys_here = _key_blocks(came[4:])
         places = GradBuffers.anywhere(parts, keys_here)
         if dq is not None:
@@ -92,18 +104,18 @@ def ulysses_backward(
         if dkv is not None:
             pairs = zip(*(paths.places(stage, of_keys + index, wide) for index in (0, 1)), strict=True)
             places = places._replace(
-                dkv=[None if k is None or v is None else KeyBlock(k, v).turned() for k, v in pairs]
+                dkv=[None if dk is None or dv is None else unpack_gradients((dk, dv)) for dk, dv in pairs]
             )
         dq_here, dkv_here = run_backward(inner, paths.inner, parts, keys_here, places)
         results = [[_turned(x) for x in dq_here]] if dq is not None else []
-        results += [list(x) for x in zip(*(part.turned() for part in dkv_here), strict=True)] if dkv is not None else []
+        results += [list(x) for x in zip(*map(pack_gradients, dkv_here), strict=True)] if dkv is not None else []
         paths.give(stage, results)
     return dq, *(dkv or (None, None))
 
 
-def _key_blocks(tensors: Sequence[Sequence[Tensor]]) -> list[KeyBlock]:
+def _key_blocks(tensors: Sequence[Sequence[Tensor]]) -> list[Keys]:
     """Keys in parts, of (k, v) in parts as they travel."""
-    return [KeyBlock(*pair).turned() for pair in zip(*tensors, strict=True)]
+    return [unpack_keys(pair) for pair in zip(*tensors, strict=True)]
 
 
 class _HeadExchange:

@@ -16,12 +16,12 @@ from ringattn.cost.cost_model import CostModel
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError, check_integer
 from ringattn.geometry.layout import Layout, check_layout, contiguous
 from ringattn.geometry.masks import Mask, normalize_masks
-from ringattn.kernels import BlockKernel, ProblemSpec, ScoreOptions, select
+from ringattn.kernels import BlockKernel, ProblemSpec, select
 from ringattn.plan.exchanges import Exchange, Gather, Ring, build_plan, select_backward
 from ringattn.plan.head_parallel import HeadSharding, gathered_layout_in_parts
 from ringattn.plan.head_shards import all_heads, shard_heads
 from ringattn.plan.payload import AttentionShape
-from ringattn.score import check_number
+from ringattn.score import Score
 from ringattn.softmax import accumulation_dtype
 from ringattn.types import Masks
 
@@ -138,7 +138,7 @@ class ValidatedCall(NamedTuple):
     kv_layout: Layout
     masks: tuple[Mask, ...]
     kernel: BlockKernel
-    spec: ScoreOptions
+    score: Score
     wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are
 
 
@@ -147,16 +147,12 @@ def check_call(request: AttentionCall, team: RankMesh) -> ValidatedCall:
     q, k, v, sink = request.q, request.k, request.v, request.sink
     check_tensors(q, k, v, sink)
     layout, kv_layout = layouts_of(request, team)
-    scale = q.shape[3] ** -0.5 if request.scale is None else check_number("scale", request.scale)
-    softcap = None if request.softcap is None else check_number("softcap", request.softcap)
-    if softcap is not None and softcap <= 0:
-        raise ArgumentError(f"softcap={softcap}: must be positive, or None")
+    score = Score(request.scale, request.softcap).resolve(q.shape[3])
     masks = normalize_masks(request.mask, q.shape[0])
     grads = list(request.require_gradients())
-    spec = ScoreOptions(scale, softcap)
     kernel = select(
         request.backend,
-        ProblemSpec(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], any(grads), spec),
+        ProblemSpec(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], any(grads), score),
     )
     told = {
         "the operation": f"{request.operation}, lse {'too' if request.returns_lse else 'not'}",
@@ -169,19 +165,19 @@ def check_call(request: AttentionCall, team: RankMesh) -> ValidatedCall:
         "layout": f"{layout} #{layout.digest}",
         "kv_layout": f"{kv_layout} #{kv_layout.digest}",
         "mask": "; ".join(f"{m} #{m.digest}" for m in masks),
-        "scale": repr(scale),
-        "softcap": repr(softcap),
+        "scale": repr(score.scale),
+        "softcap": repr(score.softcap),
         "sink": "None" if sink is None else f"{tuple(sink.shape)} {sink.dtype}",
         "backend": repr(request.backend),
         "which of q, k, v, sink require gradients": str(grads),
     }
-    return ValidatedCall(told, layout, kv_layout, masks, kernel, spec, (grads[0], grads[1] or grads[2]))
+    return ValidatedCall(told, layout, kv_layout, masks, kernel, score, (grads[0], grads[1] or grads[2]))
 
 
 def plan_call(request: AttentionCall, team: RankMesh) -> tuple[Mapping[str, str], ExecutionPlan]:
     """Checks a request and returns what the ranks must agree on, and how to run it here."""
     q, k, v = request.q, request.k, request.v
-    told, layout, kv_layout, masks, kernel, spec, wanted = check_call(request, team)
+    told, layout, kv_layout, masks, kernel, score, wanted = check_call(request, team)
     exchange = _exchange(request, team)
     spread, rank = None, team.rank
     if request.operation in _SPREADING:
@@ -191,7 +187,7 @@ def plan_call(request: AttentionCall, team: RankMesh) -> tuple[Mapping[str, str]
     if spread is not None:
         plan = plan.in_parts(*([part.total for part in held] for held in (spread.q_rows, spread.kv_rows)))
     heads = all_heads(q.shape[2], k.shape[2]).runs()
-    return told, ExecutionPlan(plan, spread, kernel, spec, heads, request.returns_lse, wanted)
+    return told, ExecutionPlan(plan, spread, kernel, score, heads, request.returns_lse, wanted)
 
 
 def _shard_heads(

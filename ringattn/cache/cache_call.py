@@ -13,7 +13,7 @@ from ringattn.cache.pages import SlotAllocation
 from ringattn.comm.agreement import agree
 from ringattn.errors import ArgumentError, ArgumentTypeError
 from ringattn.geometry.masks import Mask
-from ringattn.kernels import ProblemSpec, ScoreOptions
+from ringattn.kernels import ProblemSpec
 from ringattn.score import Score
 
 Kernel = TypeVar("Kernel")
@@ -91,7 +91,7 @@ def prepare_call(
             spec.head_dim,
             spec.v_head_dim,
             False,
-            kernel_options(score),
+            score,
         )
         kernel = select(options.backend, problem)
         digest = None if mask is None else mask.digest
@@ -111,11 +111,6 @@ def hashable_or_none(signature: Hashable) -> Hashable | None:
     except TypeError:
         return None
     return signature
-
-
-def kernel_options(score: Score) -> ScoreOptions:
-    """Returns a resolved score as the options of a kernel."""
-    return ScoreOptions(score.factor, score.softcap)
 
 
 def _check_queries(q: Tensor, cache: DistributedKVCache, score: Score) -> Score:

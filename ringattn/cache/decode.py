@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_or_none, kernel_options, prepare_call
+from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_or_none, prepare_call
 from ringattn.cache.call_marks import MarkCheck, mark_field
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
@@ -25,7 +25,8 @@ from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.visible_keys import visible_key_ranges
-from ringattn.kernels.paged import PagedKernel, VisibleKeys, select_paged
+from ringattn.kernels import Queries, State
+from ringattn.kernels.paged import PagedKernel, Pools, VisibleKeys, select_paged
 from ringattn.score import Score
 from ringattn.softmax import accumulation_dtype
 
@@ -187,7 +188,8 @@ def _attend_locally(call: CacheCall, kernel: PagedKernel, score: Score, collecti
     tables = cache.page_tables(extension)
     visible = _visible_keys(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
-        kernel.forward(q, *cache.pools(call.layer), tables, visible, kernel_options(score), out, lse)
+        pools = Pools(*cache.pools(call.layer))
+        kernel.forward(Queries(q), pools, tables, visible, score, State(out, lse))
 
 
 def _exchange_and_merge(

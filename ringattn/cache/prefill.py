@@ -13,11 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ringattn.attention.backward_modes import KeyBlock
 from ringattn.attention.block_buffers import BlockBuffers
 from ringattn.attention.chunked_rows import ChunkedRows
 from ringattn.attention.executor import ExecutionPlan, run_forward
-from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_or_none, kernel_options, prepare_call
+from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_or_none, prepare_call
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
 from ringattn.comm.all_to_all import AllToAll
@@ -26,13 +25,13 @@ from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, causal
 from ringattn.geometry.rows import count_rows
-from ringattn.kernels import BlockKernel, select
+from ringattn.kernels import BlockKernel, Keys, Queries, State, select
 from ringattn.plan.comm_pattern import CommPattern
 from ringattn.plan.exchanges import Gather, build_plan
 from ringattn.plan.head_shards import all_heads
 from ringattn.plan.payload import AttentionShape, Payload
 from ringattn.score import Score
-from ringattn.softmax import AttentionState, accumulation_dtype, add_sink_, empty_state, merge_
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_
 from ringattn.types import Rows
 
 
@@ -90,20 +89,19 @@ def prefill_attention(
     layout, kv_layout = _layouts(cache, extension)
     mask.slices(layout.seq_len, kv_layout.seq_len)  # raises if the mask does not fit, before anything is written
     cache.write(layer, extension, k, v)
-    keys, values = cache.read(layer, extension.sequences[0])
+    keys = Keys(*cache.read(layer, extension.sequences[0]))
     if queries_move((mask,), layout, kv_layout, _shape(q, cache)):
         pattern = CommPattern(Payload.Q, (mask,), layout, kv_layout)
-        out, lse = _move_queries(pattern, cache, q, keys, values, kernel, score)
+        out, lse = _move_queries(pattern, cache, q, keys, kernel, score)
         if score.sink is not None:
             add_sink_(out, lse, score.sink)
     else:
         mesh = cache.mesh
         plan = build_plan(Gather(mesh.size), (mask,), layout, kv_layout, mesh.rank)
-        heads = all_heads(q.shape[2], keys.shape[2]).runs()
-        job = ExecutionPlan(plan, None, kernel, kernel_options(score), heads, False, (False, False))
-        queries = AttentionState.to_nothing(q, values.shape[3])
-        run_forward(job, mesh, [queries], [KeyBlock(keys, values)], score.sink)
-        out = queries.out
+        heads = all_heads(q.shape[2], keys.k.shape[2]).runs()
+        job = ExecutionPlan(plan, None, kernel, score, heads, False, (False, False))
+        out, _ = state = empty_state(q, keys.v.shape[3])
+        run_forward(job, mesh, [Queries(q)], [keys], [state], score.sink)
     return out.to(q.dtype)
 
 
@@ -190,32 +188,30 @@ def _move_queries(
     pattern: CommPattern,
     cache: DistributedKVCache,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Keys,
     kernel: BlockKernel,
     score: Score,
-) -> tuple[Tensor, Tensor]:
+) -> State:
     """Pass-Q: sends queries to the ranks that store keys for them; returns (out, lse) of this rank's queries.
 
     Communication: each query once to each rank that stores a key which it sees; its partial result once back.
     """
-    mesh, v_dim, options = cache.mesh, values.shape[3], kernel_options(score)
+    mesh, v_dim = cache.mesh, keys.v.shape[3]
     program = Gather().program(pattern, mesh.rank, backward=False)
     blocks = BlockBuffers(program, mesh, mesh.rank, ChunkedRows([(q.transpose(1, 2),)]))
-    out, lse = empty_state(q, v_dim)
+    state = empty_state(q, v_dim)
     results: list[Packet | None] = [None] * mesh.size
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
             (block,) = blocks.carried(visit.piece)
             if visit.piece.block == mesh.rank:
-                kernel.forward(q, keys, values, visit.tiles, options, out, lse)
+                kernel.forward(Queries(q), keys, visit.tiles, score, state)
                 continue
             peer_q = block.transpose(1, 2)
             result = Packet.empty(_result_fields(peer_q, v_dim, peer_q.shape[1]), q.device)
-            for target, x in zip(result.tensors, empty_state(peer_q, v_dim), strict=True):
-                target.copy_(x)
-            kernel.forward(peer_q, keys, values, visit.tiles, options, result.tensors[0], result.tensors[1])
+            part_out, part_lse = result.tensors
+            kernel.forward(Queries(peer_q), keys, visit.tiles, score, empty_state(peer_q, v_dim, part_out, part_lse))
             results[visit.piece.block] = result
         blocks.end(step)
     blocks.finish()
@@ -224,8 +220,8 @@ def _move_queries(
     received = AllToAll(mesh.axes[0], results, fields).wait()
     for peer in sorted(sent_rows):  # a fixed order: the result must not depend on the order of arrival
         part, part_lse = received[peer].tensors
-        _merge_rows(out, lse, part, part_lse, sent_rows[peer])
-    return out, lse
+        _merge_rows(*state, part, part_lse, sent_rows[peer])
+    return state
 
 
 def _result_fields(q: Tensor, v_dim: int, rows: int) -> list[Field]:

@@ -1,4 +1,4 @@
-"""What passes between a model's attention layers and the batch, or the cache, that a forward pass is about."""
+"""One attention call of a layer, and the context that computes it: a training batch or a KV cache."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ringattn.hf.mask_patterns import MaskPattern
+from ringattn.score import Score
 
 
 @dataclass(frozen=True, eq=False)
 class MaskSpec:
-    """What stands in the place of a mask between transformers' mask function and its attention function.
+    """What our mask function returns in place of a mask tensor; our attention function receives it.
 
     Args:
-        pattern: what the layer asks for.
-        padding: (B, keys) bool, False for padding, as the model was given it; None if there is none.
+        pattern: the mask pattern of the layer.
+        padding: (B, keys) bool, False for padding, from the attention_mask of the model; None if there is none.
     """
 
     pattern: MaskPattern
@@ -25,16 +26,14 @@ class MaskSpec:
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One attention call of a layer.
+    """One attention call of a layer, with this rank's rows.
 
     Args:
-        module: the layer's attention module.
-        q, k, v: (B, rows, heads, head_dim), as in `ring_attention`; of this rank's rows.
-        pattern: which keys a query may see.
-        padding: the padding that the model was given with this call; None if there is none.
-        scale: softmax scale; None is head_dim ** -0.5.
-        softcap: None, or what scores are capped at.
-        sink: None, or (heads,) logits.
+        module: the attention module of the layer.
+        q, k, v: (B, rows, heads, head_dim), as in `ring_attention`; k and v may have fewer heads, v another head_dim.
+        pattern: which keys a query may see, by their distance.
+        padding: the padding mask that the model got with this call; None if there is none.
+        score: scale, softcap and sink of the layer.
     """
 
     module: nn.Module
@@ -43,14 +42,12 @@ class LayerCall:
     v: Tensor
     pattern: MaskPattern
     padding: Tensor | None
-    scale: float | None
-    softcap: float | None
-    sink: Tensor | None
+    score: Score
 
 
 class ForwardContext(Protocol):
-    """What a forward pass is about, which tells how its attention is computed: a batch for training, or a cache."""
+    """Computes the attention of a forward pass: a ShardingContext for a batch, a RingCache for generation."""
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Returns (B, rows, heads, v_dim), on all ranks together."""
+        """Returns the attention output (B, rows, heads, v_dim) of this rank's rows; all ranks call it together."""
         ...

@@ -1,4 +1,4 @@
-"""The loss over the valid tokens of the whole batch, of which each rank has some, or none."""
+"""The cross-entropy of this rank's tokens, normalised by the number of labels on all ranks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from ringattn.attention.sharding import IGNORED_LABEL
 
 
 def num_valid(labels: Tensor) -> Tensor:
-    """Returns how many labels count, at least 1, so that a batch without any has a loss of 0."""
+    """Returns the number of labels that are not -100; at least 1, so that a batch without labels has a loss of 0."""
     return (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
-    """Returns this rank's share of the mean cross-entropy: its sum, divided by the labels that count on all ranks.
+    """Returns this rank's part of the mean cross-entropy: the sum over its labels, divided by `num_items`.
 
     Args:
-        logits: (B, S_local, vocabulary); computed with in fp32, float64 stays.
-        labels: (B, S_local), -100 for none; already shifted, where the model predicts the next token.
-        num_items: of all ranks.
+        logits: (B, S_local, vocabulary); the loss is computed in fp32, of float64 logits in float64.
+        labels: (B, S_local), already shifted; -100 is ignored.
+        num_items: number of valid labels on all ranks.
+    Communication: none.
     """
     flat = logits.flatten(0, -2)
     exact = flat if flat.dtype is torch.float64 else flat.float()

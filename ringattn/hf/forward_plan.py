@@ -1,7 +1,8 @@
-"""One forward pass on a cache: who computes which of the new tokens.
+"""Plans of a forward pass on a cache: which rank computes which of the new tokens.
 
-Every rank is given the same ones. A few are computed by every rank, each attends to the part of the cache that it
-holds, and the results are merged: `ReplicatedForward`. Many are dealt out by a layout: `ShardedForward`.
+Every rank gets the same new tokens. `ReplicatedForward` is for few of them: every rank computes all new tokens, attends
+to the part of the cache that it holds, and the results are merged. `ShardedForward` is for many: a layout shards the
+new tokens of each row over the ranks.
 """
 
 from __future__ import annotations
@@ -27,153 +28,160 @@ from ringattn.types import Ints
 
 
 class ForwardPlan(Protocol):
-    """One forward pass: the new tokens of every row, and who computes which."""
+    """One forward pass over the new tokens of a batch."""
 
     @property
-    def same(self) -> tuple[int, ...]:
-        """For each row the first one of the same tokens, which is computed in its place."""
+    def computed_rows(self) -> tuple[int, ...]:
+        """For each row, the row that is computed in its place: the first one with the same tokens, or itself."""
         ...
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns what the model's forward is given on this rank in place of its arguments."""
+    def model_inputs(self) -> dict[str, Any]:
+        """Returns the tokens and positions that this rank's model gets, as keyword arguments."""
         ...
 
-    def extend(self, store: DistributedKVCache, rows: Sequence[int]) -> None:
-        """Finds places for the new tokens of the rows that are computed; `rows` are the sequences."""
+    def extend(self, store: DistributedKVCache, sequences: Sequence[int]) -> None:
+        """Allocates slots in the store for the new tokens of the computed rows.
+
+        Args:
+            store: the keys and values.
+            sequences: the sequence of each row.
+        """
         ...
 
     def attend(self, call: LayerCall, store: DistributedKVCache, layer: int) -> Tensor:
-        """Returns the attention of what this rank computes, (B, rows, heads, v_dim)."""
+        """Returns the attention output (B, rows, heads, v_dim) of the tokens that this rank computes."""
         ...
 
-    def logits(self, local: Tensor) -> Tensor:
-        """Returns the logits that were asked for, (B, columns, V), the same to the bit on every rank."""
+    def gather_logits(self, local_logits: Tensor) -> Tensor:
+        """Returns the logits of the logit columns, (B, columns, vocabulary), bitwise equal on every rank."""
         ...
 
 
 class ReplicatedForward:
-    """Every rank computes all new tokens; no row has padding among them.
+    """Every rank computes all new tokens. No row may have padding among them.
 
     Args:
-        tokens: what the model is asked for.
+        inputs: the new tokens.
     """
 
-    def __init__(self, tokens: GenerationInputs) -> None:
-        self._tokens = tokens
-        self.same = tuple(range(tokens.num_rows))
-        self._extension: SlotAllocation | None = None
+    def __init__(self, inputs: GenerationInputs) -> None:
+        self._inputs = inputs
+        self.computed_rows = tuple(range(inputs.num_rows))
+        self._slots: SlotAllocation | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """See Pass."""
-        return {self._tokens.name: self._tokens.values, "position_ids": self._tokens.positions}
+    def model_inputs(self) -> dict[str, Any]:
+        return {self._inputs.name: self._inputs.values, "position_ids": self._inputs.position_ids}
 
-    def extend(self, store: DistributedKVCache, rows: Sequence[int]) -> None:
-        """See Pass."""
-        self._extension = store.extend(rows, self._tokens.width)
+    def extend(self, store: DistributedKVCache, sequences: Sequence[int]) -> None:
+        self._slots = store.extend(sequences, self._inputs.num_columns)
 
     def attend(self, call: LayerCall, store: DistributedKVCache, layer: int) -> Tensor:
-        """See Pass."""
-        assert self._extension is not None
+        assert self._slots is not None
         return decode_attention(
-            call.q, call.k, call.v, store, layer, self._extension,
-            mask=call.pattern.within(None), scale=call.scale, softcap=call.softcap, sink=call.sink,
-        )  # fmt: skip
+            call.q, call.k, call.v, store, layer, self._slots, mask=call.pattern.to_mask(None), **call.score.options()
+        )
 
-    def logits(self, local: Tensor) -> Tensor:
-        """See Pass."""
-        return local
+    def gather_logits(self, local_logits: Tensor) -> Tensor:
+        return local_logits
 
 
 class ShardedForward:
-    """Each rank computes its share of every row, one after the other in a single packed row without padding.
+    """Each rank computes its part of every row. The parts are concatenated to one packed batch row without padding.
 
-    Behind them comes a token that nobody sees, at the last position of all: a forward of no tokens fails in many
-    models, and rotary embeddings that grow with the sequence look at the largest position.
+    One token that nobody attends to is appended, at the largest position of the batch: many models fail on empty
+    inputs, and the frequencies of dynamic rotary embeddings depend on the largest position.
+
+    Tokens are numbered row * num_columns + column in the batch.
 
     Args:
-        tokens: what the model is asked for.
-        past: how many columns the batch had before.
-        same: for each row, the first one of the same tokens; only that is computed.
-        layout_of: who computes which of a number of tokens.
-        team: the ranks.
-        keeps: whether the model's forward takes `logits_to_keep`.
+        inputs: the new tokens.
+        num_past_columns: columns of the batch in the cache.
+        computed_rows: for each row, the row that is computed in its place.
+        make_layout: returns the layout of a number of tokens.
+        rank_mesh: the ranks.
+        takes_logits_to_keep: whether the model's forward has the argument `logits_to_keep`.
     """
 
     def __init__(
         self,
-        tokens: GenerationInputs,
-        past: int,
-        same: tuple[int, ...],
-        layout_of: Callable[[int], Layout],
-        team: RankMesh,
+        inputs: GenerationInputs,
+        num_past_columns: int,
+        computed_rows: tuple[int, ...],
+        make_layout: Callable[[int], Layout],
+        rank_mesh: RankMesh,
         *,
-        keeps: bool,
+        takes_logits_to_keep: bool,
     ) -> None:
-        self._tokens, self._past, self._team, self._keeps = tokens, past, team, keeps
-        self.same = same
-        self._layouts = {row: layout_of(tokens.counts[row]) for row in sorted(set(same)) if tokens.counts[row]}
-        self._extensions: dict[int, SlotAllocation] = {}
-        kept = np.zeros(tokens.width, dtype=bool)
-        kept[tokens.columns] = True
-        # Of each rank, the places in the batch of what it computes and somebody wants the logits of.
-        wanted = [places[kept[places % tokens.width]] for places in map(self._places, range(team.size))]
-        self._counts = [len(places) for places in wanted]
-        self._own = self._places(team.rank)
-        self._own_kept = np.flatnonzero(kept[self._own % tokens.width])
-        self._found = self._rows_of(np.concatenate(wanted))
+        self._inputs, self._num_past_columns, self._rank_mesh = inputs, num_past_columns, rank_mesh
+        self._takes_logits_to_keep = takes_logits_to_keep
+        self.computed_rows = computed_rows
+        num_tokens = inputs.num_tokens
+        self._layouts = {row: make_layout(num_tokens[row]) for row in sorted(set(computed_rows)) if num_tokens[row]}
+        self._slots: dict[int, SlotAllocation] = {}
+        needs_logits = np.zeros(inputs.num_columns, dtype=bool)
+        needs_logits[inputs.logit_columns] = True
+        tokens_by_rank = [self._tokens_of_rank(rank) for rank in range(rank_mesh.size)]
+        logit_tokens = [tokens[needs_logits[tokens % inputs.num_columns]] for tokens in tokens_by_rank]
+        self._num_logits_by_rank = [len(tokens) for tokens in logit_tokens]
+        self._local_tokens = tokens_by_rank[rank_mesh.rank]
+        self._local_logit_rows = np.flatnonzero(needs_logits[self._local_tokens % inputs.num_columns])
+        self._logit_index = self._index_logits(np.concatenate(logit_tokens))
 
-    def _places(self, rank: int) -> Ints:
-        """Returns where in the batch, row * width + column, the tokens are that a rank computes, in its order."""
-        width, pads = self._tokens.width, self._tokens.pads
-        own = [row * width + pads[row] + layout.positions(rank) for row, layout in self._layouts.items()]
-        return np.concatenate([np.empty(0, dtype=np.int64), *own])
+    def _tokens_of_rank(self, rank: int) -> Ints:
+        """Returns the numbers of the tokens that a rank computes, in its order."""
+        num_columns, left_padding = self._inputs.num_columns, self._inputs.left_padding
+        tokens = [
+            row * num_columns + left_padding[row] + layout.positions(rank) for row, layout in self._layouts.items()
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int64), *tokens])
 
-    def _rows_of(self, places: Ints) -> Ints:
-        """Returns which of the gathered logits a row's wanted columns have, (B, columns); padding has those after."""
-        tokens = self._tokens
-        found = np.full(tokens.num_rows * tokens.width, len(places), dtype=np.int64)
-        found[places] = np.arange(len(places))
-        table: Ints = found.reshape(tokens.num_rows, tokens.width)[list(self.same)]
-        return table[:, tokens.columns]
+    def _index_logits(self, logit_tokens: Ints) -> Ints:
+        """Returns for each row and logit column, (B, columns), the index of its token in `logit_tokens`.
 
-    def arguments(self) -> dict[str, Any]:
-        """See Pass."""
-        tokens = self._tokens
-        own = torch.as_tensor(self._own, device=tokens.values.device)
-        values, positions = tokens.values.flatten(0, 1), tokens.positions.flatten()
-        given: dict[str, Any] = {
-            tokens.name: torch.cat([values[own], values[-1:]])[None],
-            "position_ids": torch.cat([positions[own.to(positions.device)], positions.max()[None]])[None],
+        Padding has the index len(logit_tokens).
+        """
+        inputs = self._inputs
+        index = np.full(inputs.num_rows * inputs.num_columns, len(logit_tokens), dtype=np.int64)
+        index[logit_tokens] = np.arange(len(logit_tokens))
+        by_row: Ints = index.reshape(inputs.num_rows, inputs.num_columns)[list(self.computed_rows)]
+        return by_row[:, inputs.logit_columns]
+
+    def model_inputs(self) -> dict[str, Any]:
+        inputs = self._inputs
+        tokens = torch.as_tensor(self._local_tokens, device=inputs.values.device)
+        values, positions = inputs.values.flatten(0, 1), inputs.position_ids.flatten()
+        local_inputs: dict[str, Any] = {
+            inputs.name: torch.cat([values[tokens], values[-1:]])[None],
+            "position_ids": torch.cat([positions[tokens.to(positions.device)], positions.max()[None]])[None],
         }
-        if self._keeps:
-            given["logits_to_keep"] = torch.as_tensor(self._own_kept, device=tokens.values.device)
-        return given
+        if self._takes_logits_to_keep:
+            local_inputs["logits_to_keep"] = torch.as_tensor(self._local_logit_rows, device=inputs.values.device)
+        return local_inputs
 
-    def extend(self, store: DistributedKVCache, rows: Sequence[int]) -> None:
-        """See Pass."""
+    def extend(self, store: DistributedKVCache, sequences: Sequence[int]) -> None:
         for row, layout in self._layouts.items():
-            self._extensions[row] = store.extend([rows[row]], layout)
+            self._slots[row] = store.extend([sequences[row]], layout)
 
     def attend(self, call: LayerCall, store: DistributedKVCache, layer: int) -> Tensor:
-        """See Pass."""
         out = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
-        # Models that count their own rows count columns, padding included.
-        columns = self._past + np.append(self._own % self._tokens.width, 0)
-        q = rescale_queries(call.module, call.q, columns, first=self._past)
-        mask, start = call.pattern.within(None), 0
+        # Models that derive positions from the number of rows count columns, padding included.
+        columns = self._num_past_columns + np.append(self._local_tokens % self._inputs.num_columns, 0)
+        q = rescale_queries(call.module, call.q, columns, first_position=self._num_past_columns)
+        mask, start = call.pattern.to_mask(None), 0
         for row, layout in self._layouts.items():
-            here = slice(start, start + layout.num_tokens(self._team.rank))
-            out[:, here] = prefill_attention(
-                q[:, here], call.k[:, here], call.v[:, here], store, layer, self._extensions[row],
-                mask=mask, scale=call.scale, softcap=call.softcap, sink=call.sink,
+            tokens = slice(start, start + layout.num_tokens(self._rank_mesh.rank))
+            out[:, tokens] = prefill_attention(
+                q[:, tokens], call.k[:, tokens], call.v[:, tokens], store, layer, self._slots[row],
+                mask=mask, **call.score.options(),
             )  # fmt: skip
-            start = here.stop
+            start = tokens.stop
         return out
 
-    def logits(self, local: Tensor) -> Tensor:
-        """See Pass."""
-        rows = local[0] if self._keeps else local[0, torch.as_tensor(self._own_kept, device=local.device)]
-        if self._team.size > 1:
-            rows = all_gather_mesh_rows(rows.contiguous(), self._counts, self._team)
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        return rows[torch.as_tensor(self._found, device=rows.device)]
+    def gather_logits(self, local_logits: Tensor) -> Tensor:
+        logits = local_logits[0]
+        if not self._takes_logits_to_keep:
+            logits = logits[torch.as_tensor(self._local_logit_rows, device=logits.device)]
+        if self._rank_mesh.size > 1:
+            logits = all_gather_mesh_rows(logits.contiguous(), self._num_logits_by_rank, self._rank_mesh)
+        logits = torch.cat([logits, logits.new_zeros(1, logits.shape[1])])  # of padding
+        return logits[torch.as_tensor(self._logit_index, device=logits.device)]

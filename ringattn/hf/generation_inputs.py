@@ -1,4 +1,4 @@
-"""What one forward pass on a cache is asked for: reading and checking the arguments of a model's forward."""
+"""Reads and checks the arguments of a model's forward pass on a RingCache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from ringattn.errors import ArgumentError
 from ringattn.types import Ints
 
-# What a pass on a cache may be given. Of everything else, None and False say nothing, and the rest is refused.
-_KNOWN = {
+# Supported arguments. All others must be None or False.
+_SUPPORTED_ARGUMENTS = {
     "input_ids",
     "inputs_embeds",
     "attention_mask",
@@ -31,34 +31,34 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class PastTokens:
-    """What a cache holds, as a model's forward counts it.
+    """The tokens that a cache holds, counted as transformers counts them: in columns of a padded batch.
 
     Args:
-        length: columns of the batch so far, padding included.
-        pads: of each row, how many of them are padding, all in front; () if there are no rows yet.
+        num_columns: columns of the batch, left padding included.
+        left_padding: number of padding columns at the start of each row; () if there are no rows yet.
     """
 
-    length: int
-    pads: tuple[int, ...]
+    num_columns: int
+    left_padding: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class GenerationInputs:
-    """New tokens of a batch, the same on every rank.
+    """The new tokens of a batch, equal on every rank; B rows of T columns.
 
     Args:
-        name: what they are: "input_ids" or "inputs_embeds".
-        values: (B, T), or (B, T, C).
-        positions: what the model is told of their positions, (B, T).
-        pads: of each row, how many of the T columns are padding, all in front.
-        columns: those whose logits are wanted.
+        name: "input_ids" or "inputs_embeds".
+        values: ids (B, T), or embeddings (B, T, hidden).
+        position_ids: (B, T).
+        left_padding: number of padding columns at the start of each row, out of T.
+        logit_columns: the columns whose logits are needed.
     """
 
     name: str
     values: Tensor
-    positions: Tensor
-    pads: tuple[int, ...]
-    columns: Ints
+    position_ids: Tensor
+    left_padding: tuple[int, ...]
+    logit_columns: Ints
 
     @property
     def num_rows(self) -> int:
@@ -66,123 +66,131 @@ class GenerationInputs:
         return self.values.shape[0]
 
     @property
-    def width(self) -> int:
+    def num_columns(self) -> int:
         """T."""
         return self.values.shape[1]
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """How many tokens each row has, padding left out."""
-        return tuple(self.width - pad for pad in self.pads)
+    def num_tokens(self) -> tuple[int, ...]:
+        """Number of tokens in each row, without padding."""
+        return tuple(self.num_columns - padding for padding in self.left_padding)
 
     @property
     def digest(self) -> str:
-        """Tells apart what ranks might be given: ids and padding; of embeddings, their shape."""
-        content = f"{self.name} {tuple(self.values.shape)} {self.pads}".encode()
+        """A hash of ids and padding, which must be equal on all ranks; of embeddings, only their shape is hashed."""
+        content = f"{self.name} {tuple(self.values.shape)} {self.left_padding}".encode()
         if self.name == "input_ids":
             content += self.values.detach().cpu().contiguous().numpy().tobytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
-    def same(self) -> tuple[int, ...]:
-        """Returns for each row the first one that is given the same ids, as beams and samples of one prompt are."""
+    def first_equal_rows(self) -> tuple[int, ...]:
+        """Returns for each row the first row with the same ids. Beams and samples of one prompt have the same ids."""
         if self.name != "input_ids":
             return tuple(range(self.num_rows))
         first: dict[tuple[int, bytes], int] = {}
         rows = self.values.detach().cpu().contiguous().numpy()
         return tuple(
-            first.setdefault((pad, ids[pad:].tobytes()), row)
-            for row, (pad, ids) in enumerate(zip(self.pads, rows, strict=True))
+            first.setdefault((padding, ids[padding:].tobytes()), row)
+            for row, (padding, ids) in enumerate(zip(self.left_padding, rows, strict=True))
         )
 
 
 def read_inputs(arguments: Mapping[str, Any], past: PastTokens) -> GenerationInputs:
-    """Returns the new tokens that a model's forward is asked for, by the names of its arguments.
+    """Returns the new tokens in the arguments of a model's forward.
 
+    Args:
+        arguments: by name.
+        past: what the cache holds.
     Raises:
-        ArgumentError: when something is asked for that a pass on a sharded cache cannot do.
+        ArgumentError: when an argument is not supported with a RingCache, or does not fit what the cache holds.
     """
-    _refuse_others(arguments)
+    _check_supported(arguments)
     name = "input_ids" if arguments.get("input_ids") is not None else "inputs_embeds"
     values = arguments.get(name)
     if not isinstance(values, Tensor) or values.ndim != (2 if name == "input_ids" else 3) or not values.numel():
         shape = tuple(values.shape) if isinstance(values, Tensor) else values
-        raise ArgumentError(f"{name}={shape}: must be ids (batch, tokens), or embeddings (batch, tokens, dim)")
-    batch, width = values.shape[:2]
-    if past.pads and batch != len(past.pads):
+        raise ArgumentError(f"{name}={shape}: must be ids (batch, tokens), or embeddings (batch, tokens, hidden)")
+    batch, num_columns = values.shape[:2]
+    if past.left_padding and batch != len(past.left_padding):
         raise ArgumentError(
-            f"{name} has {batch} rows, but the cache holds {len(past.pads)}: call cache.reset() for another batch, or "
-            "cache.batch_repeat_interleave(n) to go on n times from what it holds"
+            f"{name} has {batch} rows, but the cache holds {len(past.left_padding)}: call cache.reset() for another "
+            "batch, or cache.batch_repeat_interleave(n) to continue each row n times"
         )
-    pads = _new_pads(arguments.get("attention_mask"), past, batch, width)
-    positions = _positions(arguments.get("position_ids"), past, pads, values)
-    return GenerationInputs(name, values, positions, pads, _columns(arguments.get("logits_to_keep", 0), width))
+    left_padding = _read_padding(arguments.get("attention_mask"), past, batch, num_columns)
+    position_ids = _read_position_ids(arguments.get("position_ids"), past, left_padding, values)
+    logit_columns = _read_logit_columns(arguments.get("logits_to_keep", 0), num_columns)
+    return GenerationInputs(name, values, position_ids, left_padding, logit_columns)
 
 
-def _refuse_others(arguments: Mapping[str, Any]) -> None:
-    others = [
-        name for name, value in arguments.items() if name not in _KNOWN and value is not None and value is not False
+def _check_supported(arguments: Mapping[str, Any]) -> None:
+    unsupported = [
+        name
+        for name, value in arguments.items()
+        if name not in _SUPPORTED_ARGUMENTS and value is not None and value is not False
     ]
-    if others:
+    if unsupported:
         raise ArgumentError(
-            f"{', '.join(others)}: a pass on a RingCache takes token ids or embeddings, a 2-D attention_mask, "
-            "position_ids and logits_to_keep; leave these out, or generate with a cache of transformers"
+            f"{', '.join(unsupported)}: not supported with a RingCache, which takes token ids or embeddings, a 2-D "
+            "attention_mask, position_ids and logits_to_keep; leave these out, or generate with a cache of transformers"
         )
     if arguments.get("use_cache") is False:
-        raise ArgumentError("use_cache=False: given together with a RingCache, which is there to be used")
+        raise ArgumentError("use_cache=False: must be True or None with a RingCache; leave past_key_values out")
     if arguments.get("return_dict") is False:
-        raise ArgumentError("return_dict=False: a pass on a RingCache returns its output by names")
-    for given, other in (("input_ids", "inputs_embeds"), ("inputs_embeds", "input_ids")):
-        if arguments.get(given) is not None and arguments.get(other) is not None:
-            raise ArgumentError(f"{given} and {other}: give one of them")
+        raise ArgumentError("return_dict=False: must be True or None with a RingCache")
+    if arguments.get("input_ids") is not None and arguments.get("inputs_embeds") is not None:
+        raise ArgumentError("input_ids and inputs_embeds: give one of them, not both")
 
 
-def _new_pads(mask: object, past: PastTokens, batch: int, width: int) -> tuple[int, ...]:
+def _read_padding(mask: object, past: PastTokens, batch: int, num_columns: int) -> tuple[int, ...]:
     """Returns how many of the new columns of each row are padding."""
     if mask is None:
         return (0,) * batch
-    total = past.length + width
+    total = past.num_columns + num_columns
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != total or mask.shape[0] not in (1, batch):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(
-            f"attention_mask={shape}: must be ({batch}, {total}), 0 for padding: the {past.length} columns that the "
-            f"cache has seen and {width} new ones"
+            f"attention_mask={shape}: must be ({batch}, {total}), 0 for padding: {past.num_columns} columns of the "
+            f"cache and {num_columns} new ones"
         )
-    real = (mask.detach() != 0).expand(batch, total).cpu().numpy()
-    if (real[:, 1:] < real[:, :-1]).any():
+    is_token = (mask.detach() != 0).expand(batch, total).cpu().numpy()
+    if (is_token[:, 1:] < is_token[:, :-1]).any():
         raise ArgumentError(
-            "attention_mask: a row has padding after its first token: pad on the left, before it. If none is given, "
-            "generate takes all ids that are pad_token_id for padding; give a mask of ones if they are tokens"
+            "attention_mask: a row has padding after its first token; pad on the left. If no attention_mask is given, "
+            "generate takes every pad_token_id for padding; give a mask of ones if these ids are tokens"
         )
-    found = np.where(real.any(axis=1), real.argmax(axis=1), total).tolist()
-    held = past.pads or (0,) * batch
-    if any(min(pad, past.length) != pads for pad, pads in zip(found, held, strict=True)):
+    given = np.where(is_token.any(axis=1), is_token.argmax(axis=1), total).tolist()
+    stored = past.left_padding or (0,) * batch
+    if any(min(a, past.num_columns) != b for a, b in zip(given, stored, strict=True)):
         raise ArgumentError(
-            f"attention_mask: says that the rows begin with {found} columns of padding, but they were stored with "
-            f"{list(held)}; what is stored cannot be masked afterwards, nor padding be filled in: cache.reset()"
+            f"attention_mask: its rows begin with {given} columns of padding, but the cache was filled with "
+            f"{list(stored)}. Stored tokens cannot be masked later, nor padding be replaced by tokens: call "
+            "cache.reset(), and start again"
         )
-    return tuple(max(pad - past.length, 0) for pad in found)
+    return tuple(max(padding - past.num_columns, 0) for padding in given)
 
 
-def _positions(given: object, past: PastTokens, pads: tuple[int, ...], values: Tensor) -> Tensor:
-    batch, width = values.shape[:2]
+def _read_position_ids(given: object, past: PastTokens, left_padding: tuple[int, ...], values: Tensor) -> Tensor:
+    """Returns position_ids (B, T); by default, positions are counted from the first token of each row."""
+    batch, num_columns = values.shape[:2]
     if given is None:
-        held = past.pads or (0,) * batch
-        shift = torch.tensor(
-            [past.length - old - new for old, new in zip(held, pads, strict=True)], device=values.device
-        )
-        return (shift[:, None] + torch.arange(width, device=values.device)).clamp_(min=0)
-    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != width or given.shape[0] not in (1, batch):
-        shape = tuple(given.shape) if isinstance(given, Tensor) else given
-        raise ArgumentError(f"position_ids={shape}: must be ({batch}, {width}), a position for each new token")
-    return given.expand(batch, width)
+        stored = past.left_padding or (0,) * batch
+        offsets = [past.num_columns - old - new for old, new in zip(stored, left_padding, strict=True)]
+        offset = torch.tensor(offsets, device=values.device)[:, None]
+        return (offset + torch.arange(num_columns, device=values.device)).clamp_(min=0)
+    shape = tuple(given.shape) if isinstance(given, Tensor) else given
+    if not isinstance(given, Tensor) or shape not in ((1, num_columns), (batch, num_columns)):
+        raise ArgumentError(f"position_ids={shape}: must be ({batch}, {num_columns}), one position for each new token")
+    return given.expand(batch, num_columns)
 
 
-def _columns(keep: object, width: int) -> Ints:
-    """Returns the columns whose logits are wanted: the last `keep`, all if it is 0, or those that it lists."""
-    every = np.arange(width, dtype=np.int64)
-    if isinstance(keep, int) and keep >= 0:
-        return every[-keep:]
-    if isinstance(keep, Tensor) and keep.ndim == 1 and not keep.is_floating_point():
-        chosen: Ints = every[keep.cpu().numpy()]
-        return chosen
-    raise ArgumentError(f"logits_to_keep={keep!r:.100}: must be a number of last tokens, or a tensor of their columns")
+def _read_logit_columns(logits_to_keep: object, num_columns: int) -> Ints:
+    """Returns the columns whose logits are needed: the last n, all if n is 0, or those listed in a tensor."""
+    columns = np.arange(num_columns, dtype=np.int64)
+    if isinstance(logits_to_keep, int) and logits_to_keep >= 0:
+        return columns[-logits_to_keep:]
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1 and not logits_to_keep.is_floating_point():
+        listed: Ints = columns[logits_to_keep.cpu().numpy()]
+        return listed
+    raise ArgumentError(
+        f"logits_to_keep={logits_to_keep!r:.100}: must be the number of last columns, 0 for all, or a 1-D tensor"
+    )

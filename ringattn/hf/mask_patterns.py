@@ -1,8 +1,7 @@
-"""Patterns: which keys a layer wants its queries to see, whatever the batch; read from transformers' mask functions.
+"""Mask patterns: which keys a layer's queries may see, read from the mask functions of transformers.
 
-A model of transformers says which mask a layer needs by a function of (batch, head, query, key) indices, put together
-from a few parts: causal, a sliding window, chunks. The parts are recognised here by their names, and one that is not
-known is refused: nothing that a model asks for is dropped.
+transformers describes the mask of a layer by a function of (batch, head, query, key) indices, composed of a few parts:
+causal, sliding window, chunks. `read_pattern` recognises the parts by their names, and refuses unknown ones.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ from ringattn.geometry.masks import Mask, causal, chunked, documents, full, slid
 
 @dataclass(frozen=True)
 class MaskPattern:
-    """The keys that a query may see, by their distance and by chunks that begin with each document.
+    """The keys that a query may see, by their distance and by chunks, independent of length, documents and padding.
 
     Args:
-        left: how many keys before its own position; None is all.
-        right: how many after it; 0 is causal, None is all.
-        chunk: it sees only keys of its own chunk of so many positions, counted from its document's first.
+        left: number of keys before the query's position; None is all.
+        right: number of keys after the query's position; 0 is causal, None is all.
+        chunk: if set, a query sees only keys of its own chunk of this many positions; chunks are counted from the start
+            of each document.
     """
 
     left: int | None = None
     right: int | None = None
     chunk: int | None = None
 
-    def within(self, cu_seqlens: tuple[int, ...] | None) -> Mask:
-        """Returns the mask of a sequence of these documents; None is a sequence that is one document."""
+    def to_mask(self, cu_seqlens: tuple[int, ...] | None) -> Mask:
+        """Returns the mask of a sequence with these packed documents; None is a single document."""
         mask = full()
         if self.left is not None:
             mask = sliding_window(self.left, self.right)
@@ -40,27 +40,27 @@ class MaskPattern:
             mask = sliding_window(None, self.right) if self.right else causal()
         if cu_seqlens is None:
             return mask if self.chunk is None else mask & chunked(self.chunk)
-        return mask & documents(cu_seqlens if self.chunk is None else _cut(cu_seqlens, self.chunk))
+        return mask & documents(cu_seqlens if self.chunk is None else _chunk_boundaries(cu_seqlens, self.chunk))
 
 
 CAUSAL = MaskPattern(right=0)
 BIDIRECTIONAL = MaskPattern()
 
 
-def _cut(cu_seqlens: tuple[int, ...], chunk: int) -> tuple[int, ...]:
-    """The documents' chunks, as documents."""
+def _chunk_boundaries(cu_seqlens: tuple[int, ...], chunk: int) -> tuple[int, ...]:
+    """Returns the chunks of all documents as cumulative lengths."""
     starts = [start for a, b in pairwise(cu_seqlens) for start in range(a, b, chunk)]
     return (*(starts or [0]), cu_seqlens[-1])
 
 
 def read_pattern(mask_function: Callable[..., Any]) -> MaskPattern:
-    """Returns what a mask function of transformers asks for.
+    """Returns the pattern of a mask function of transformers.
 
-    What it says of padding and of packed documents is left out: it was made from this rank's rows alone, and the batch
-    knows of the whole sequence.
+    Parts for padding and packed documents are ignored: transformers makes them from this rank's rows, while the
+    ShardingContext has them for the whole sequence.
 
     Raises:
-        MaskError: when a part of it is none that is known.
+        MaskError: when a part is unknown.
     """
     name = mask_function.__qualname__
     inner = inspect.getclosurevars(mask_function).nonlocals
@@ -76,33 +76,39 @@ def read_pattern(mask_function: Callable[..., Any]) -> MaskPattern:
         case "chunked_overlay":
             return MaskPattern(chunk=int(inner["chunk_size"]))
         case "and_masks.<locals>.and_mask":
-            found = BIDIRECTIONAL
+            pattern = BIDIRECTIONAL
             for part in inner["mask_functions"]:
-                found = _intersection(found, read_pattern(part))
-            return found
+                pattern = _intersection(pattern, read_pattern(part))
+            return pattern
         case "remap_positions_for_packed_sequence":
             return read_pattern(inner["mask_function"])
         case "packed_sequence_mask_function" | "padding_mask_function":
             return BIDIRECTIONAL
     raise MaskError(
-        f"the model asks for attention by the mask function {name!r}, which has no counterpart here; causal, "
-        "bidirectional, sliding windows and chunks have one, and unions (images whose tokens see each other both ways) "
-        "have none. Run this model, or this batch, unpatched"
+        f"the model asks for the mask function {name!r}, which is not supported; causal, bidirectional, sliding-window "
+        "and chunked masks are, unions (images whose tokens see each other both ways) are not. Run this model, or this "
+        "batch, unpatched"
     )
 
 
 def _intersection(a: MaskPattern, b: MaskPattern) -> MaskPattern:
-    """What both allow."""
     if a.chunk is not None and b.chunk is not None and a.chunk != b.chunk:
-        raise MaskError(f"the model asks for chunks of {a.chunk} and of {b.chunk} positions in one layer")
-    return MaskPattern(_nearer(a.left, b.left), _nearer(a.right, b.right), b.chunk if a.chunk is None else a.chunk)
+        raise MaskError(
+            f"the model asks for chunks of {a.chunk} and of {b.chunk} positions in one layer; only one chunk size per "
+            "layer is supported. Run this model unpatched"
+        )
+    chunk = b.chunk if a.chunk is None else a.chunk
+    return MaskPattern(_min_bound(a.left, b.left), _min_bound(a.right, b.right), chunk)
 
 
-def _nearer(a: int | None, b: int | None) -> int | None:
+def _min_bound(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
 
 def with_window(pattern: MaskPattern, window: int) -> MaskPattern:
-    """The pattern with a window of so many keys, the query's own included; to both sides unless it is causal."""
+    """Returns the pattern with a sliding window of this many keys, counting the query's own position.
+
+    The window extends to the left of a causal pattern, and to both sides of any other.
+    """
     right = 0 if pattern.right == 0 else window - 1
     return _intersection(pattern, replace(BIDIRECTIONAL, left=window - 1, right=right))

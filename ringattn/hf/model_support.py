@@ -1,4 +1,4 @@
-"""The parts of a model that work on the sequence, and why a model cannot be patched."""
+"""What sharding depends on in a model, and the checks whether a model can be patched."""
 
 from __future__ import annotations
 
@@ -13,60 +13,62 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringattn.errors import ArgumentError, ArgumentTypeError
-from ringattn.hf.implicit_positions import check_positions, positions_of
+from ringattn.hf.implicit_positions import check_positions, default_position_ids
 from ringattn.hf.mask_patterns import BIDIRECTIONAL, CAUSAL, MaskPattern
 
-_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-_NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration", None)
-# Heads that look at one row, or at all of them, to make one result: a rank has but its own.
-_POOLING = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "ForQuestionAnswering")
+_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_NEXT_TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration", None)
+# Heads that reduce a whole sequence to one result.
+_POOLING_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "ForQuestionAnswering")
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What sharding a batch must know of a model.
+    """The properties of a model that sharding a batch depends on.
 
     Args:
-        predicts_next: its labels are those of the next token.
-        counts_items: its loss is a sum divided by `num_items_in_batch`, if that is given.
-        pattern: what most of its layers ask for.
-        positions: the position_ids of tokens for which none are given.
-        decoder_ids: makes the decoder's tokens of labels; None if it is no encoder-decoder.
-        merges: it merges more than text into its sequence, and so must see all of it.
+        shifts_labels: whether labels are the input ids, and the loss shifts them by one.
+        takes_num_items: whether its loss is a sum divided by `num_items_in_batch`, if that is given.
+        mask_pattern: the pattern of most of its layers; the "balanced" layout is made for it.
+        default_position_ids: makes the position_ids of ids or embeddings for which none are given.
+        make_decoder_ids: makes decoder_input_ids of labels; None if the model is no encoder-decoder.
+        is_multimodal: whether it merges images or sound into its text, and so needs the whole sequence.
     """
 
-    predicts_next: bool
-    counts_items: bool
-    pattern: MaskPattern
-    positions: Callable[[Tensor], Tensor]
-    decoder_ids: Callable[[Tensor], Tensor] | None
-    merges: bool = False
+    shifts_labels: bool
+    takes_num_items: bool
+    mask_pattern: MaskPattern
+    default_position_ids: Callable[[Tensor], Tensor]
+    make_decoder_ids: Callable[[Tensor], Tensor] | None
+    is_multimodal: bool = False
 
 
-def model_facts(model: PreTrainedModel, *, merges: bool = False) -> ModelFacts:
-    """Returns what sharding must know of a model."""
+def model_facts(model: PreTrainedModel, *, is_multimodal: bool = False) -> ModelFacts:
+    """Returns the facts of a model, read from its config, its modules and the source of its forward."""
     causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
     source = inspect.getsource(type(model).forward)
-    counts = re.search(r"self\.loss_function\([^\n]*(\n[^\n]*){0,8}?\*\*kwargs", source) is not None
-    decoder_ids = None
+    takes_num_items = re.search(r"self\.loss_function\([^\n]*(\n[^\n]*){0,8}?\*\*kwargs", source) is not None
+    make_decoder_ids = None
     if model.config.is_encoder_decoder:
-        decoder_ids = getattr(model, "prepare_decoder_input_ids_from_labels", _no_decoder_ids)
+        make_decoder_ids = getattr(model, "prepare_decoder_input_ids_from_labels", _require_decoder_ids)
     return ModelFacts(
-        predicts_next=decoder_ids is None and model.loss_type in _NEXT_TOKEN,
-        counts_items=counts,
-        pattern=CAUSAL if causal else BIDIRECTIONAL,
-        positions=positions_of(model),
-        decoder_ids=decoder_ids,
-        merges=merges,
+        shifts_labels=make_decoder_ids is None and model.loss_type in _NEXT_TOKEN_LOSSES,
+        takes_num_items=takes_num_items,
+        mask_pattern=CAUSAL if causal else BIDIRECTIONAL,
+        default_position_ids=default_position_ids(model),
+        make_decoder_ids=make_decoder_ids,
+        is_multimodal=is_multimodal,
     )
 
 
-def _no_decoder_ids(labels: Tensor) -> Tensor:
-    raise ArgumentError("batch has labels but no decoder_input_ids, and the model does not make them: give both")
+def _require_decoder_ids(labels: Tensor) -> Tensor:
+    raise ArgumentError(
+        "batch has labels but no decoder_input_ids: this model does not make them of labels, so add decoder_input_ids"
+    )
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """Returns the transformers model in what may be wrapped by peft or DDP.
+    """Returns the transformers model inside a peft or DDP wrapper, or the model itself.
 
     Raises:
         ArgumentTypeError: when there is none.
@@ -76,12 +78,12 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
             if isinstance(module, PreTrainedModel):
                 return module
     raise ArgumentTypeError(
-        f"model={type(model).__name__}: must be a transformers PreTrainedModel, or have one inside (peft, DDP)"
+        f"model={type(model).__name__}: must be a transformers PreTrainedModel, or a wrapper of one (peft, DDP)"
     )
 
 
 def text_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, but for towers that read images or sound: those keep the attention that they have."""
+    """Yields all modules except vision and audio towers, which keep their attention."""
     if isinstance(model, PreTrainedModel) and "text" not in model.input_modalities:
         return
     yield model
@@ -90,46 +92,64 @@ def text_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Checks that all that mixes tokens in a model is attention which can be replaced.
+    """Checks that a model mixes tokens only by attention that can be replaced.
 
     Raises:
-        ArgumentError: when it is not.
+        ArgumentError: when it does not.
     """
     name = type(model).__name__
-    if name.endswith(_POOLING):
+    if name.endswith(_POOLING_HEADS):
         raise ArgumentError(
-            f"{name} makes one result of a whole sequence, and each rank has a part of it: patch its "
+            f"model={name}: its head pools a whole sequence, but each rank has a part of it; patch its "
             f"{model.base_model_prefix!r}, and apply the head to what handle.unshard returns"
         )
     for module in text_modules(model):
-        kind = type(module).__name__
-        if kind.endswith("Pooler"):
+        module_name = type(module).__name__
+        if module_name.endswith("Pooler"):
             raise ArgumentError(
-                f"{name}: {kind} takes the first row of a sequence; make it with add_pooling_layer=False"
+                f"model={name}: {module_name} takes the first row of a sequence, which one rank has; make the model "
+                "with add_pooling_layer=False"
             )
         if isinstance(module, PreTrainedModel):
-            _check_part(name, module)
+            _check_submodel(name, module)
     check_positions(model)
 
 
-def _check_part(name: str, part: PreTrainedModel) -> None:
-    kind, config = type(part).__name__, part.config
-    if part._is_stateful:
+def _check_submodel(name: str, submodel: PreTrainedModel) -> None:
+    submodel_name, config = type(submodel).__name__, submodel.config
+    if submodel._is_stateful:
         raise ArgumentError(
-            f"{name}: {kind} carries a state along the sequence, which is not attention; run it unpatched"
+            f"model={name}: {submodel_name} carries a recurrent state along the sequence; run it unpatched"
         )
-    if not part._can_set_attn_implementation():
-        raise ArgumentError(f"{name}: {kind} has its own way of attention, which cannot be replaced; run it unpatched")
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
-    if unknown:
+    if not submodel._can_set_attn_implementation():
         raise ArgumentError(
-            f"{name}: its layers of the kinds {unknown} mix tokens by other means than attention over all of them; "
-            "run it unpatched"
+            f"model={name}: {submodel_name} does not take an attention implementation; run it unpatched"
         )
+    unsupported = sorted(set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES)
+    if unsupported:
+        raise ArgumentError(
+            f"model={name}: has layers of types {unsupported}; supported are {sorted(_SUPPORTED_LAYER_TYPES)}; run it "
+            "unpatched"
+        )
+
+
+def num_decoder_layers(model: PreTrainedModel) -> int:
+    """Returns the number of layers with a KV cache.
+
+    Raises:
+        ArgumentError: when the model has an encoder, or its config lacks num_hidden_layers.
+    """
+    config, name = model.config, type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArgumentError(f"model={name}: has an encoder, but a RingCache supports decoder-only models")
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise ArgumentError(f"model={name}: num_hidden_layers={num_layers!r} in its config: must be 1 or more")
+    return num_layers
 
 
 def copy_configs(model: nn.Module) -> None:
-    """Gives a model configs of its own: another model may have been made from the same ones."""
+    """Replaces the configs of a model by copies, since other models may share them."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):

@@ -1,7 +1,7 @@
-"""Models that merge images, or sound, into their text: all of it happens as ever, and then the sequence is cut.
+"""Models that merge images or sound into their text: the whole sequence is merged on every rank, then sharded.
 
-Such a model embeds the tokens, puts features where its placeholders are, counts positions by what it sees, and hands
-that to its text model. It does so with the whole sequence on every rank; the text model is given this rank's rows.
+Such a model embeds the tokens, replaces placeholders by the features of its towers, computes positions, and calls its
+text model. Every rank does this for the whole sequence; the input of the text model is then sharded.
 """
 
 from __future__ import annotations
@@ -18,123 +18,141 @@ from transformers import PreTrainedModel
 
 from ringattn.errors import ArgumentError
 from ringattn.hf.attention_call import MaskSpec
-from ringattn.hf.batch_sharding import BATCH, BatchSharder, dim_of_rows
+from ringattn.hf.batch_sharding import CONTEXT_KEY, BatchSharder, sequence_dim
 from ringattn.hf.sequence_batch import ShardingContext
 
-# Of this rank's rows already: the model's head looks at them.
-_CUT_BEFORE = {"labels", "shift_labels", "num_items_in_batch", BATCH}
-# Features that layers of Qwen3-VL add to the rows where this mask is True, one after the other.
-_SEEN, _ADDED = "visual_pos_masks", "deepstack_visual_embeds"
+# Arguments that BatchSharder.shard has sharded already: the head of the whole model needs them.
+_ALREADY_SHARDED = {"labels", "shift_labels", "num_items_in_batch", CONTEXT_KEY}
+# Qwen3-VL adds features to the hidden states of its first layers, at the rows where the mask is True.
+_VISUAL_MASK, _DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
 
 
-def text_model(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Returns the part that works on the merged sequence; None for a model that merges nothing into its text.
+def find_text_model(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Returns the part of a model that runs on the merged sequence; None if the model merges nothing into its text.
 
     Raises:
-        ArgumentError: when a model merges, and has no such part.
+        ArgumentError: when the model merges, but has no such part, or several.
     """
-    if model.config.is_encoder_decoder or not _merges(model):
+    if model.config.is_encoder_decoder or not _is_multimodal(model):
         return None
-    found = list(_text_models(model))
-    if len(found) != 1:
+    candidates = list(_text_models(model))
+    if len(candidates) != 1:
         raise ArgumentError(
-            f"{type(model).__name__} reads {', '.join(model.input_modalities)}, and must have one text model inside, "
-            f"which is given the merged sequence; found {[type(part).__name__ for part in found]}. Run it unpatched"
+            f"model={type(model).__name__}: reads {', '.join(model.input_modalities)}, and must have one text model "
+            f"inside, which gets the merged sequence; found {[type(part).__name__ for part in candidates]}. Run it "
+            "unpatched"
         )
-    return found[0]
+    return candidates[0]
 
 
-def _merges(model: PreTrainedModel) -> bool:
-    """Older versions say of some text models that they read images, as the family they are of does."""
+def _is_multimodal(model: PreTrainedModel) -> bool:
+    """Returns whether a model merges other inputs into its text.
+
+    Its modalities alone do not tell: older versions of transformers list images for some text models, too.
+    """
     config, parameters = model.config, inspect.signature(type(model).forward).parameters
-    return _reads_more(model) and (config.get_text_config() is not config or "pixel_values" in parameters)
+    return _lists_modalities_besides_text(model) and (
+        config.get_text_config() is not config or "pixel_values" in parameters
+    )
 
 
-def _reads_more(model: PreTrainedModel) -> bool:
+def _lists_modalities_besides_text(model: PreTrainedModel) -> bool:
     modalities = model.input_modalities
     return not isinstance(modalities, str) and set(modalities) > {"text"}
 
 
 def _text_models(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The outermost models inside that read text alone."""
+    """Yields the outermost models inside a module that read text only."""
     for child in module.children():
-        if not isinstance(child, PreTrainedModel) or _reads_more(child):
+        if not isinstance(child, PreTrainedModel) or _lists_modalities_besides_text(child):
             yield from _text_models(child)
         elif "text" in child.input_modalities:
             yield child
 
 
-def own_rows(
-    text: PreTrainedModel,
+def shard_text_inputs(
+    text_model: PreTrainedModel,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    sharding: BatchSharder,
-    told: ShardingContext,
+    sharder: BatchSharder,
+    context: ShardingContext,
 ) -> dict[str, Any]:
-    """Returns what a text model is given on this rank, of what it would be given of the whole sequence.
+    """Returns this rank's part of the arguments of a text model.
 
     Args:
-        text: the text model.
-        args, kwargs: of its forward.
-        sharding: the rank's.
-        told: the batch.
+        text_model: the text model.
+        args, kwargs: the arguments of its forward, for the whole sequence.
+        sharder: the sharder of the patched model.
+        context: of the batch.
+    Returns:
+        Keyword arguments of the text model.
     Raises:
-        ArgumentError: when the model has made a sequence of another length, or gives its text model something that
-            cannot be cut.
+        ArgumentError: when the merged sequence has another length than the input ids, or an argument holds tensors
+            whose sequence dim is unknown.
     """
-    given = {**dict(zip(inspect.signature(type(text).forward).parameters, (text, *args), strict=False)), **kwargs}
-    given.pop("self", None)
-    tokens = given.get("inputs_embeds")
-    if tokens is None:
+    parameters = inspect.signature(type(text_model).forward).parameters
+    inputs = {**dict(zip(parameters, (text_model, *args), strict=False)), **kwargs}
+    inputs.pop("self", None)
+    embeddings = inputs.get("inputs_embeds")
+    if embeddings is None:
         raise ArgumentError(
-            f"{type(text).__name__} is given no inputs_embeds: the model merges nothing into its text, and what it "
-            "does with both would be done with one rank's rows; run it unpatched"
+            f"inputs_embeds=None: {type(text_model).__name__} gets none, so its model does not merge images into the "
+            "text, but combines both later; this is not supported: run it unpatched"
         )
-    if tokens.shape[1] != told.num_tokens:
+    if embeddings.shape[1] != context.num_tokens:
         raise ArgumentError(
-            f"{type(text).__name__} is given {tokens.shape[1]} rows for a sequence of {told.num_tokens}: put as many "
-            "placeholders into input_ids as there are features, as the model's processor does"
+            f"inputs_embeds: {type(text_model).__name__} gets {embeddings.shape[1]} rows for a sequence of "
+            f"{context.num_tokens}; input_ids must have as many placeholders as there are features, as the model's "
+            "processor makes them"
         )
-    if given.get("position_ids") is None:
-        given["position_ids"] = sharding.facts.positions(tokens)
-    own = {name: given[name] for name in _CUT_BEFORE & given.keys()}
-    own["attention_mask"] = _without_padding(given.pop("attention_mask", None))
-    if given.get(_ADDED) is not None:
-        own[_ADDED] = _added(given.pop(_ADDED), given[_SEEN], sharding, told)
-    given.pop("cache_position", None)  # of older versions; follows from the rows
-    for name in given.keys() - own.keys():
-        value = given[name]
-        if isinstance(value, Tensor) and dim_of_rows(name, value, tokens.shape) is not None:
-            own[name] = sharding.cut(name, value, tokens.shape, told.rows.layout)
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = sharder.facts.default_position_ids(embeddings)
+    local = {name: inputs[name] for name in _ALREADY_SHARDED & inputs.keys()}
+    local["attention_mask"] = _drop_padding(inputs.pop("attention_mask", None))
+    if inputs.get(_DEEPSTACK_FEATURES) is not None:
+        features = inputs.pop(_DEEPSTACK_FEATURES)
+        local[_DEEPSTACK_FEATURES] = _shard_features(features, inputs[_VISUAL_MASK], sharder, context)
+    inputs.pop("cache_position", None)  # of older versions; the text model derives it
+    for name in inputs.keys() - local.keys():
+        value = inputs[name]
+        if isinstance(value, Tensor) and sequence_dim(name, value, embeddings.shape) is not None:
+            local[name] = sharder.shard_tensor(name, value, embeddings.shape, context.rows.layout)
         elif any(isinstance(leaf, Tensor) and leaf.ndim for leaf in tree_leaves(value)):
-            _refuse(text, name, value)
+            _raise_unknown_rows(text_model, name, value)
         else:
-            own[name] = value
-    own[BATCH] = replace(told, merges=False, last=given["position_ids"].max())
-    return own
+            local[name] = value
+    max_position = inputs["position_ids"].max()
+    local[CONTEXT_KEY] = replace(context, shards_in_text_model=False, max_position=max_position)
+    return local
 
 
-def _without_padding(mask: Any) -> Any:
-    """What is asked for in the place of masks, which may stand in a dict by the kind of layer; the batch knows of
-    padding.
-    """
+def _drop_padding(mask: Any) -> Any:
+    """Returns an attention mask, or a dict of masks by layer type, without padding: the context has it."""
     if isinstance(mask, Mapping):
-        return {kind: _without_padding(asked) for kind, asked in mask.items()}
+        return {layer_type: _drop_padding(value) for layer_type, value in mask.items()}
     if isinstance(mask, MaskSpec):
         return replace(mask, padding=None)
     return None if isinstance(mask, Tensor) and mask.ndim == 2 else mask
 
 
-def _added(features: Any, seen: Tensor, sharding: BatchSharder, told: ShardingContext) -> list[Tensor]:
-    """Of features for the rows where `seen` is True, (num_seen, dim) each, those for this rank's rows."""
-    order = torch.cumsum(seen.flatten(), 0).view_as(seen) * seen
-    mine = sharding.cut(_SEEN, order, seen.shape, told.rows.layout)
-    return [layer[mine[mine > 0] - 1] for layer in features]
+def _shard_features(
+    features: Any, visual_mask: Tensor, sharder: BatchSharder, context: ShardingContext
+) -> list[Tensor]:
+    """Returns the features of this rank's rows.
+
+    Args:
+        features: one tensor (num_visual, dim) per layer, for the rows where `visual_mask` is True.
+        visual_mask: (B, S).
+        sharder, context: as in `shard_text_inputs`.
+    """
+    index = torch.cumsum(visual_mask.flatten(), 0).view_as(visual_mask) * visual_mask  # from 1; 0 where there is none
+    local_index = sharder.shard_tensor(_VISUAL_MASK, index, visual_mask.shape, context.rows.layout)
+    return [layer[local_index[local_index > 0] - 1] for layer in features]
 
 
-def _refuse(text: PreTrainedModel, name: str, value: Any) -> NoReturn:
-    what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__} of tensors"
+def _raise_unknown_rows(text_model: PreTrainedModel, name: str, value: Any) -> NoReturn:
+    what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__} of tensors"
     raise ArgumentError(
-        f"{type(text).__name__} is given {name}, {what}, beside the merged sequence: it is not known which of it "
-        "belongs to this rank's rows; run this model, or this batch, unpatched"
+        f"{name}: {type(text_model).__name__} gets {what} beside the merged sequence, and which of its rows belong to "
+        "this rank is unknown; run this model, or this batch, unpatched"
     )

@@ -1,4 +1,4 @@
-"""A batch as one rank holds it: where its rows stand in the whole sequence, and which documents they belong to."""
+"""The sharded sequences of a batch: layout, packed documents and padding; and the attention over them."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """A sequence that is sharded, its documents and its padding.
+    """The layout, the documents and the padding of the sequences of a batch.
 
     Args:
-        layout: who holds which positions.
-        documents: cumulative lengths of the documents, of each batch row, or once for all of them; () is one document
-            per row.
-        spans: of each batch row, or once for all of them, the first of its tokens and the first position behind them:
-            the rest is padding, which nobody sees; () is no padding.
+        layout: which rank holds which positions.
+        documents: cumulative lengths of the packed documents, one tuple per batch row, or a single tuple for all rows;
+            () if each row is one document.
+        token_spans: (first, stop) positions of the tokens that are not padding, one span per batch row, or a single
+            span for all rows; () if there is no padding. No query sees padding.
     """
 
     layout: Layout
     documents: tuple[CuSeqlens, ...] = ()
-    spans: tuple[Span, ...] = ()
+    token_spans: tuple[Span, ...] = ()
 
     def mask(self, pattern: MaskPattern) -> Masks:
-        """Returns what a layer with this pattern may see of this sequence: one mask, or one for each batch row."""
-        if not self.spans:
-            return _one_or_many([pattern.within(row) for row in self.documents or (None,)])
+        """Returns the mask of a layer with this pattern: one for all batch rows, or a list with one per row."""
+        if not self.token_spans:
+            return _one_or_many([pattern.to_mask(cu_seqlens) for cu_seqlens in self.documents or (None,)])
         length = self.layout.seq_len
         if self.documents:
-            rows: list[CuSeqlens | None] = [
-                self.documents[min(i, len(self.documents) - 1)] for i in range(len(self.spans))
+            documents: list[CuSeqlens | None] = [
+                self.documents[min(row, len(self.documents) - 1)] for row in range(len(self.token_spans))
             ]
         elif pattern.chunk is not None:
-            rows = [(0, first, length) for first, _ in self.spans]  # chunks are counted from the first token
+            documents = [(0, first, length) for first, _ in self.token_spans]  # chunks start at the first token
         else:
-            rows = [None] * len(self.spans)
-        pairs = zip(rows, self.spans, strict=True)
-        return _one_or_many([pattern.within(row) & key_range(*span) for row, span in pairs])
+            documents = [None] * len(self.token_spans)
+        pairs = zip(documents, self.token_spans, strict=True)
+        return _one_or_many([pattern.to_mask(cu_seqlens) & key_range(*span) for cu_seqlens, span in pairs])
 
-    def mask_of_keys(self) -> Masks:
-        """Returns what another sequence may see of this one: all but the padding."""
-        return _one_or_many([key_range(*span) for span in self.spans] or [full()])
+    def key_mask(self) -> Masks:
+        """Returns the mask of cross-attention to this sequence: all keys but the padding."""
+        return _one_or_many([key_range(*span) for span in self.token_spans] or [full()])
 
 
 def _one_or_many(masks: list[Mask]) -> Masks:
@@ -64,18 +64,18 @@ def _one_or_many(masks: list[Mask]) -> Masks:
 
 @dataclass(frozen=True, eq=False)
 class ShardingContext:
-    """What `handle.shard` says of a batch to the attention layers; it travels with the model's other arguments.
+    """How a batch is sharded. `Handle.shard` adds it to the model's arguments, and the attention layers receive it.
 
     Args:
-        group: the ranks that hold the batch together.
-        rows: the sequence.
+        group: the ranks that share the sequences.
+        rows: layout, documents and padding; of an encoder-decoder, those of the decoder's sequences.
+        num_tokens: length S of the whole sequence. With fewer tokens than ranks, `rows` has padding at the end, so that
+            each rank has a position.
         exchange, backend: as in `context_parallel_attention`.
-        encoder: the encoder's sequence, of an encoder-decoder.
-        num_tokens: of the sequence as it was given. Where it has fewer than ranks, `rows` has padding behind it, so
-            that each rank has a position.
-        last: the largest of the whole sequence's position_ids, a scalar; None if it has none.
-        merges: whether the model is given the whole sequence, and merges more than text into it, before the rows of a
-            rank are cut out; see `merging`.
+        encoder_rows: the same as `rows` for the encoder's sequences of an encoder-decoder; None for other models.
+        max_position: largest position_ids of the whole batch, a scalar tensor; None if the batch has no position_ids.
+        shards_in_text_model: whether the model's arguments hold the whole sequence, and the input of its text model is
+            sharded instead, after images are merged into it.
     """
 
     group: Group
@@ -83,47 +83,56 @@ class ShardingContext:
     num_tokens: int
     exchange: str = "auto"
     backend: str | None = None
-    encoder: SequenceRows | None = None
-    last: Tensor | None = None
-    merges: bool = False
+    encoder_rows: SequenceRows | None = None
+    max_position: Tensor | None = None
+    shards_in_text_model: bool = False
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Attention over the whole sequence; see `Context`."""
+        """Returns the attention output (B, rows, heads, v_dim) of this rank's rows over the whole sequence.
+
+        Raises:
+            ArgumentError: when the layer got padding besides that of the batch.
+        Communication: that of `context_parallel_attention`; all ranks call it together.
+        """
         if call.padding is not None:
             raise ArgumentError(
-                f"{type(call.module).__name__} was given an attention_mask with padding next to a batch: leave "
-                "padding to handle.shard(batch), which takes it from the whole sequence"
+                f"attention_mask: {type(call.module).__name__} got one with padding, of this rank's rows alone; leave "
+                "attention_mask to handle.shard(batch), which reads the padding of the whole sequence"
             )
-        queries, keys = self._sides(call)
+        query_rows, key_rows = self._query_and_key_rows(call)
         return context_parallel_attention(
-            rescale_queries(call.module, call.q, queries.layout.positions(rank_mesh(self.group).rank)),
+            rescale_queries(call.module, call.q, query_rows.layout.positions(rank_mesh(self.group).rank)),
             call.k,
             call.v,
             self.group,
             exchange=self.exchange,
-            mask=queries.mask(call.pattern) if keys is queries else keys.mask_of_keys(),
-            layout=queries.layout,
-            kv_layout=keys.layout,
-            scale=call.scale,
-            softcap=call.softcap,
-            sink=call.sink,
+            mask=query_rows.mask(call.pattern) if key_rows is query_rows else key_rows.key_mask(),
+            layout=query_rows.layout,
+            kv_layout=key_rows.layout,
             backend=self.backend,
+            **call.score.options(),
         )
 
-    def _sides(self, call: LayerCall) -> tuple[SequenceRows, SequenceRows]:
-        """Returns where queries and keys come from: what is not causal in a decoder looks at the encoder."""
-        if self.encoder is None:
+    def _query_and_key_rows(self, call: LayerCall) -> tuple[SequenceRows, SequenceRows]:
+        """Returns the sequences of the queries and of the keys; attention in a decoder that is not causal is cross-
+        attention to the encoder.
+        """
+        if self.encoder_rows is None:
             return self.rows, self.rows
         if not call.module.is_decoder:
-            return self.encoder, self.encoder
-        return self.rows, self.rows if call.pattern.right == 0 else self.encoder
+            return self.encoder_rows, self.encoder_rows
+        return self.rows, self.rows if call.pattern.right == 0 else self.encoder_rows
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardingContext:
-        return self  # frozen; a group cannot be copied
+        return self  # immutable, and a group cannot be copied
 
 
 def documents_from_positions(position_ids: Tensor) -> tuple[CuSeqlens, ...]:
-    """Returns the documents of each batch row whose positions restart, (B, S) or (1, S); () if none does."""
+    """Returns the documents of each batch row, whose position_ids restart at each document; () if none restarts.
+
+    Args:
+        position_ids: (B, S) or (1, S).
+    """
     breaks = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cpu()
     if not bool(breaks.any()):
         return ()
@@ -132,10 +141,12 @@ def documents_from_positions(position_ids: Tensor) -> tuple[CuSeqlens, ...]:
 
 
 def real_token_spans(attention_mask: Tensor) -> tuple[Span, ...]:
-    """Returns where the tokens of each batch row lie, of (B, S) with 0 for padding; () if there is none.
+    """Returns the span (first, stop) of the tokens of each batch row; () if there is no padding.
 
+    Args:
+        attention_mask: (B, S), 0 for padding.
     Raises:
-        ArgumentError: when a row's tokens do not follow one another.
+        ArgumentError: when a row has padding between its tokens.
     """
     valid = attention_mask.to(torch.bool).cpu()
     if bool(valid.all()):
@@ -145,8 +156,8 @@ def real_token_spans(attention_mask: Tensor) -> tuple[Span, ...]:
     if bool((begins.sum(1) > 1).any()):
         row = int((begins.sum(1) > 1).nonzero()[0])
         raise ArgumentError(
-            f"attention_mask has padding between the tokens of row {row}: padding must stand before or after them; "
-            "move the tokens together, or run this batch unpatched"
+            f"attention_mask: has padding between the tokens of row {row}; padding must be at the start or the end of "
+            "a row: move the tokens together, or run this batch unpatched"
         )
     counts = valid.sum(1)
     first = valid.to(torch.uint8).argmax(1) if valid.shape[1] else counts

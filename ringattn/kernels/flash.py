@@ -21,13 +21,22 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.contract import ProblemSpec, ScoreOptions
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
 from ringattn.kernels.flash_import import installed, missing_parts
-from ringattn.kernels.flash_ops import FlashOp, Gradients, VarlenArgs
+from ringattn.kernels.flash_ops import FlashOp, FlashOperands, FlashResults, VarlenArgs
 from ringattn.kernels.merge import merge_part_
 from ringattn.kernels.out_from_delta import out_for_delta
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.varlen import Launch, launches_of
+from ringattn.score import Score
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -37,11 +46,12 @@ _WIDE = ReferenceKernel()
 
 @dataclass(frozen=True)
 class FlashKernel:
-    """A table row of kernels: one generation of FlashAttention. See contract.BlockKernel."""
+    """A `BlockKernel` over one generation of FlashAttention."""
 
     name: str
     about: str
     op: FlashOp
+    score_terms: frozenset[str] = frozenset({"softcap"})
 
     def available(self) -> list[str]:
         """Needs the package, in a version with the functions called here, and a GPU that it is made for."""
@@ -59,38 +69,38 @@ class FlashKernel:
             reasons.append(why)
         return reasons
 
-    def unsupported(self, call: ProblemSpec) -> list[str]:
-        """See contract.BlockKernel.unsupported."""
-        if call.device_type != "cuda":
-            return [f"runs on cuda, not on {call.device_type}"]
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        if problem.device_type != "cuda":
+            return [f"runs on cuda, not on {problem.device_type}"]
         reasons = []
-        if call.dtype not in DTYPES:
-            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {call.dtype}")
-        if call.spec.scale <= 0:
+        if problem.dtype not in DTYPES:
+            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {problem.dtype}")
+        reasons += unsupported_terms(problem, self.score_terms)
+        if problem.score.factor <= 0:
             # They find the largest score before they scale it.
-            reasons.append(f"takes a positive scale, not {call.spec.scale}")
-        if self.op.widths(call.head_dim, call.v_head_dim) is None:
-            reasons.append(f"takes head dims up to 256, not {max(call.head_dim, call.v_head_dim)}")
+            reasons.append(f"takes a positive scale, not {problem.score.factor}")
+        if self.op.widths(problem.head_dim, problem.v_head_dim) is None:
+            reasons.append(f"takes head dims up to 256, not {max(problem.head_dim, problem.v_head_dim)}")
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-        if (lacking := self.op.lacks(call, capability)) is not None:
+        if (lacking := self.op.lacks(problem, capability)) is not None:
             reasons.append(f"has {lacking} on compute capability {capability[0]}.{capability[1]}")
         return reasons
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
-    ) -> None:
-        """See contract.BlockKernel.forward."""
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+        (q, _), (k, v, _), (out, lse) = queries, keys, state
         dim, v_dim = self._widths(q.shape[3], v.shape[3])
         for launch in launches_of(tiles, q.shape[0], q.shape[1], k.shape[1]):
             segments, rows = _on_device(launch, q.device)
             here, here_lse = out[launch.batch, launch.q], lse[launch.batch, :, launch.q]
             part, part_lse = self.op.forward(
-                _packed(_padded(q[launch.batch, launch.q], dim), segments),
-                _packed(_padded(k[launch.batch, launch.k], dim), segments),
-                _packed(_padded(v[launch.batch, launch.k], v_dim), segments),
-                launch.window,
-                segments,
-                spec,
+                FlashOperands(
+                    _packed(_padded(q[launch.batch, launch.q], dim), segments),
+                    _packed(_padded(k[launch.batch, launch.k], dim), segments),
+                    _packed(_padded(v[launch.batch, launch.k], v_dim), segments),
+                    launch.window,
+                    segments,
+                    score,
+                )
             )
             batch, length, heads, _ = here.shape
             part = part.reshape(batch, length, heads, v_dim)[..., : v.shape[3]]
@@ -100,25 +110,13 @@ class FlashKernel:
             # Or the next launch's results would come to lie beside these.
             del part, part_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: ScoreOptions,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
-        column = v.shape[3] if spec.lse_grad and not self.op.takes_dlse else None
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+        q, dout, lse, delta, lse_grad, _ = queries
+        (k, v, _), (dq, dk, dv) = keys, gradients
+        column = v.shape[3] if lse_grad and not self.op.takes_dlse else None
         v_width = v.shape[3] + (column is not None)
         if self.op.widths(q.shape[3], v_width) is None:
-            _WIDE.backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+            _WIDE.backward(queries, keys, tiles, score, gradients)
             return
         dim, v_dim = self._widths(q.shape[3], v_width)
         for launch in launches_of(tiles, q.shape[0], q.shape[1], k.shape[1]):
@@ -136,16 +134,8 @@ class FlashKernel:
             k_j, v_j = _packed(_padded(k[j], dim), segments), _packed(_padded(v[j], v_dim), segments)
             parts = Gradients(*(_buffer(x, segments) for x in (q_i, k_j, v_j)))
             self.op.backward(
-                dout_i,
-                q_i,
-                k_j,
-                v_j,
-                out_i,
-                _packed_lse(lse[heads_first], segments),
-                dlse,
-                launch.window,
-                segments,
-                spec,
+                FlashOperands(q_i, k_j, v_j, launch.window, segments, score),
+                FlashResults(dout_i, out_i, _packed_lse(lse[heads_first], segments), dlse),
                 parts,
             )
             for total, part in ((dq[i], parts.dq), (dk[j], parts.dk), (dv[j], parts.dv)):

@@ -11,14 +11,23 @@ from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import BuildError, library
-from ringattn.kernels.contract import ProblemSpec, ScoreOptions
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
+from ringattn.score import Score
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """Tiles as they are, with the running state in cache: see csrc/cpu/forward.h. See contract.BlockKernel.
+    """A `BlockKernel` in C++: computes tiles as they are, with the running state in cache; see csrc/cpu/forward.h.
 
     Args:
         isa: the instruction set, one of `instruction_sets`; "" is the widest that this processor has.
@@ -26,6 +35,7 @@ class NativeKernel:
 
     isa: str = ""
     name: str = "native"
+    score_terms = frozenset({"softcap"})
 
     @property
     def about(self) -> str:
@@ -43,44 +53,30 @@ class NativeKernel:
         reason = _load()
         return [reason] if reason else []
 
-    def unsupported(self, call: ProblemSpec) -> list[str]:
-        """See contract.BlockKernel.unsupported."""
-        if call.device_type != "cpu":
-            return [f"runs on cpu, not on {call.device_type}"]
-        if call.dtype not in _DTYPES:
-            return [f"takes {', '.join(map(str, _DTYPES))}, not {call.dtype}"]
-        if self.isa and self.isa not in instruction_sets(call.dtype):
-            return [f"has isa={self.isa!r}, which this processor, or {call.dtype}, does not go with"]
-        return []
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        if problem.device_type != "cpu":
+            return [f"runs on cpu, not on {problem.device_type}"]
+        reasons = unsupported_terms(problem, self.score_terms)
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"takes {', '.join(map(str, _DTYPES))}, not {problem.dtype}")
+        elif self.isa and self.isa not in instruction_sets(problem.dtype):
+            reasons.append(f"has isa={self.isa!r}, which this processor, or {problem.dtype}, does not go with")
+        return reasons
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: ScoreOptions, out: Tensor, lse: Tensor
-    ) -> None:
-        """See contract.BlockKernel.forward."""
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         if tiles:
-            softcap = spec.softcap or 0.0
-            torch.ops.ringattn_native.forward(q, k, v, _table(tiles), spec.scale, softcap, out, lse, self.isa)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: ScoreOptions,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
-        if tiles:
-            softcap = spec.softcap or 0.0
-            torch.ops.ringattn_native.backward(
-                dout, q, k, v, lse, delta, _table(tiles), spec.scale, softcap, dq, dk, dv, self.isa
+            softcap = score.softcap or 0.0
+            torch.ops.ringattn_native.forward(
+                queries.q, keys.k, keys.v, _table(tiles), score.factor, softcap, state.out, state.lse, self.isa
             )
+
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+        if tiles:
+            softcap = score.softcap or 0.0
+            torch.ops.ringattn_native.backward(
+                queries.dout, queries.q, keys.k, keys.v, queries.lse, queries.delta,
+                _table(tiles), score.factor, softcap, *gradients, self.isa,
+            )  # fmt: skip
 
 
 def instruction_sets(dtype: torch.dtype) -> list[str]:

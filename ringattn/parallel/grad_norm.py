@@ -1,4 +1,4 @@
-"""The norm of all gradients, whoever has them; for clipping, and for logs."""
+"""The global gradient norm over all axes of a mesh, for clipping and logging."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ringattn.parallel.mesh import axis_size
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tensor:
-    """The Euclidean norm of the gradients of the whole model, as one process would find it.
+    """Returns the Euclidean norm of the gradients of the whole model, equal to the norm on one process.
 
-    All ranks of the mesh call it together, each with the parameters that it has a part of. Each number counts once,
-    however many ranks have it.
+    Collective over the mesh. Each rank passes the parameters of its own model parts. Each gradient element counts once,
+    however many ranks hold it.
 
     Args:
-        parameters: of this rank's stage or stages, as `parallelize` left them.
+        parameters: of this rank's model or stages, after `parallelize`.
         mesh: from `build_mesh`.
     Returns:
-        () float64, whatever the gradients are, since a rank may have none; the same on all ranks.
+        () float64 for any gradient dtype, because a rank may have no gradients; the same on all ranks.
     Communication: an all-reduce of one number over each axis.
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
@@ -33,7 +33,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
         if (grad := parameter.grad) is not None:
             local = grad.to_local() if isinstance(grad, DTensor) else grad
             dtype = torch.promote_types(local.dtype, torch.float32)
-            total = total + torch.linalg.vector_norm(local, dtype=dtype) ** 2 / _copies(parameter, mesh)
+            total = total + torch.linalg.vector_norm(local, dtype=dtype) ** 2 / _num_replicas(parameter, mesh)
     for group in mesh.get_all_groups():
         if group.size() > 1:
             dist.all_reduce(total, group=group)
@@ -42,28 +42,34 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, max_norm: float) -> Tensor:
-    """Scales the gradients so that their norm, over all ranks, is at most max_norm; returns what it was.
+    """Scales the gradients in place so that their global norm is at most max_norm.
 
-    Args, communication: as for `gradient_norm`.
+    Args:
+        parameters: as for `gradient_norm`.
+        mesh: from `build_mesh`.
+        max_norm: the largest norm after clipping.
+    Returns:
+        The norm before clipping, () float64, the same on all ranks.
+    Communication: as `gradient_norm`.
     """
-    owned = list(parameters)
-    norm = gradient_norm(owned, mesh)
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, mesh)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in owned:
+    for parameter in parameters:
         if (grad := parameter.grad) is not None:
             local = grad.to_local() if isinstance(grad, DTensor) else grad
             local.mul_(factor.to(local.dtype))
     return norm
 
 
-def _copies(parameter: nn.Parameter, mesh: DeviceMesh) -> int:
-    """How many ranks have this part of a parameter: all of its stage, over those that it is sharded on."""
-    ranks = mesh.size() // axis_size(mesh, "pp")
+def _num_replicas(parameter: nn.Parameter, mesh: DeviceMesh) -> int:
+    """Returns how many ranks hold this shard: the ranks of its stage, divided by the ranks it is sharded over."""
+    stage_ranks = mesh.size() // axis_size(mesh, "pp")
     if not isinstance(parameter, DTensor):
-        return ranks
-    spread = prod(
+        return stage_ranks
+    num_shards = prod(
         size
         for size, placement in zip(parameter.device_mesh.shape, parameter.placements)
         if not placement.is_replicate()
     )
-    return ranks // spread
+    return stage_ranks // num_shards

@@ -1,4 +1,4 @@
-"""Micro-batches through the stages of a pipeline without a backward: all ranks take their turns at the same ticks."""
+"""Forward-only pipelining for evaluation: all ranks run one stage per clock tick, then exchange activations."""
 
 from __future__ import annotations
 
@@ -12,67 +12,69 @@ from ringattn.comm.messages import Message, post
 from ringattn.errors import ArgumentError
 from ringattn.parallel.pipeline_schedule import PipelineSchedule
 
-_KIND = 0  # the tag of the only kind of message
+_TAG = 0  # there is one kind of message
 
 
-def forward_only(
-    turn: Callable[[int, int, Tensor | None], Tensor],
-    course: PipelineSchedule,
-    axis: DeviceMesh,
+def run_forward(
+    run_stage: Callable[[int, int, Tensor | None], Tensor],
+    schedule: PipelineSchedule,
+    pp_mesh: DeviceMesh,
     num_micro_batches: int,
     *,
-    like: Tensor,
+    activation: Tensor,
     device: torch.device,
 ) -> None:
-    """Has each stage of this rank take a turn at each micro-batch, in the order of `Course.tick_of`.
+    """Runs every stage of this rank on every micro-batch, at the ticks of `PipelineSchedule.tick_of`.
 
-    All ranks of the axis call it together. What stages give at a tick all travels at once, before the next one.
+    Collective over pp_mesh. All activations of a tick are sent together, before the next tick.
 
     Args:
-        turn: from the stage, the micro-batch, and what the stage before gave of it (None for the first), what it gives.
-        course: whose stages are where.
-        axis: the mesh of one dim along which the stages lie.
-        num_micro_batches: as many as there are, whatever the course says.
-        like: of the shape and dtype of what goes from stage to stage.
-        device: on which that is.
-    Communication: what is like `like`, for each micro-batch from each stage to the next.
+        run_stage: (stage, micro_batch, input) -> output; the input is the previous stage's output, None in the first.
+        schedule: the ranks and ticks of the stages.
+        pp_mesh: the one-dimensional mesh of the axis "pp".
+        num_micro_batches: any number, independent of schedule.num_micro_batches.
+        activation: a tensor, on any device, with the shape and dtype of the activations between stages.
+        device: the device of the activations.
+    Raises:
+        ArgumentError: when a stage's output does not have the shape and dtype of `activation`.
+    Communication: one activation per micro-batch from each stage to the next.
     """
-    rank, last = axis.get_local_rank(), len(course.layers) - 1
-    turns = {
-        course.tick_of(stage, index): (stage, index)
-        for stage in course.stages_of(rank)
-        for index in range(num_micro_batches)
+    rank, last_stage = pp_mesh.get_local_rank(), schedule.num_stages - 1
+    work = {
+        schedule.tick_of(stage, micro_batch): (stage, micro_batch)
+        for stage in schedule.stages_of(rank)
+        for micro_batch in range(num_micro_batches)
     }
-    came: Tensor | None = None
-    for tick in range(course.tick_of(last, num_micro_batches - 1) + 1):
-        gave, came_before, came = None, came, None
+    next_input: Tensor | None = None
+    for tick in range(schedule.tick_of(last_stage, num_micro_batches - 1) + 1):
+        output, stage_input, next_input = None, next_input, None
         sends, receives = [], []
-        if tick in turns:
-            stage, index = turns[tick]
-            gave = turn(stage, index, came_before)
-            if stage < last:
-                check_given(gave, like, stage)
-            if stage < last and (target := course.rank_of(stage + 1)) != rank:
-                sends = [Message(gave.contiguous(), target, _KIND)]
-        if tick + 1 in turns and (before := turns[tick + 1][0] - 1) >= 0:
-            if (source := course.rank_of(before)) == rank:
-                came = gave
+        if tick in work:
+            stage, micro_batch = work[tick]
+            output = run_stage(stage, micro_batch, stage_input)
+            if stage < last_stage:
+                check_activation(output, activation, stage)
+            if stage < last_stage and (target := schedule.rank_of(stage + 1)) != rank:
+                sends = [Message(output.contiguous(), target, _TAG)]
+        if tick + 1 in work and (previous_stage := work[tick + 1][0] - 1) >= 0:
+            if (source := schedule.rank_of(previous_stage)) == rank:
+                next_input = output
             else:
-                came = torch.empty(like.shape, dtype=like.dtype, device=device)
-                receives = [Message(came, source, _KIND)]
-        left, landed = post(axis.get_group(), sends, receives)
-        for flight in (*landed, *left):
-            flight.wait()
+                next_input = torch.empty(activation.shape, dtype=activation.dtype, device=device)
+                receives = [Message(next_input, source, _TAG)]
+        pending_sends, pending_receives = post(pp_mesh.get_group(), sends, receives)
+        for pending in (*pending_receives, *pending_sends):
+            pending.wait()
 
 
-def check_given(gave: Tensor, like: Tensor, stage: int) -> None:
-    """Checks what a stage gives to the next one, which has made room for it by what the pipeline was told.
+def check_activation(output: Tensor, activation: Tensor, stage: int) -> None:
+    """Checks a stage's output against the shape and dtype for which the next stage has allocated its buffer.
 
     Raises:
-        ArgumentError: when it is of another shape or dtype.
+        ArgumentError: when shape or dtype differ.
     """
-    if (gave.shape, gave.dtype) != (like.shape, like.dtype):
+    if (output.shape, output.dtype) != (activation.shape, activation.dtype):
         raise ArgumentError(
-            f"stage {stage} gave {tuple(gave.shape)} in {gave.dtype}, but the next one was told {tuple(like.shape)} in "
-            f"{like.dtype}: dim, dtype and row_shards must be those of the model"
+            f"stage {stage} returned {tuple(output.shape)} in {output.dtype}, but the next stage expects "
+            f"{tuple(activation.shape)} in {activation.dtype}: dim, dtype and tp_size must match the model"
         )

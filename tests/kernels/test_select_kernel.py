@@ -9,10 +9,13 @@ import torch
 
 import ringattn.kernels as kernels
 from ringattn import BackendError
-from ringattn.kernels import BACKENDS, ProblemSpec, ScoreOptions, refusals, select
+from ringattn.kernels import BACKENDS, ProblemSpec, refusals, select
+from ringattn.kernels.paged import PAGED_BACKENDS
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.kernels.select_kernel import Selectable
+from ringattn.score import Score
 
-CALL = ProblemSpec("cpu", torch.float32, 4, 2, 64, 64, True, ScoreOptions(0.125))
+CALL = ProblemSpec("cpu", torch.float32, 4, 2, 64, 64, True, Score(0.125))
 
 
 class Fake(ReferenceKernel):
@@ -24,7 +27,7 @@ class Fake(ReferenceKernel):
     def available(self) -> list[str]:
         return self.machine
 
-    def unsupported(self, call: ProblemSpec) -> list[str]:
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
         return self.call
 
 
@@ -88,22 +91,41 @@ def test_unknown_names(name: str) -> None:
 
 
 def test_each_call_goes_to_the_first_that_takes_it() -> None:
-    capped = replace(CALL, spec=ScoreOptions(0.125, softcap=30.0))
+    capped = replace(CALL, score=Score(0.125, softcap=30.0))
     exact = replace(CALL, dtype=torch.float64)
     assert select(None, CALL).name == "native"
     assert select(None, capped).name == "native"
     assert select(None, exact).name == "sdpa"
-    assert select(None, replace(exact, spec=capped.spec)).name == "reference"
+    assert select(None, replace(exact, score=capped.score)).name == "reference"
     with pytest.raises(BackendError, match="sdpa: has no softcap"):
         select("sdpa", capped)
 
 
 def test_several_reasons_of_a_real_kernel() -> None:
-    call = ProblemSpec("cuda", torch.float64, 4, 2, 512, 64, True, ScoreOptions(0.125, softcap=30.0))
+    call = ProblemSpec("cuda", torch.float64, 4, 2, 512, 64, True, Score(0.125, softcap=30.0))
     reasons = BACKENDS["sdpa"].unsupported(call)
     assert len(reasons) == 3
     for words in ("float64", "softcap", "512"):
         assert sum(words in reason for reason in reasons) == 1
+
+
+class BiasedScore(Score):
+    """A score with a term that no kernel knows."""
+
+    def terms(self) -> frozenset[str]:
+        return super().terms() | {"bias"}
+
+
+@pytest.mark.parametrize("kernel", [*BACKENDS.values(), *PAGED_BACKENDS.values()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_unknown_term_of_a_score_is_refused_by_name(kernel: Selectable, device: str) -> None:
+    plain = replace(CALL, device_type=device, dtype=torch.bfloat16)
+    biased = replace(plain, score=BiasedScore(0.125))
+    reasons = kernel.unsupported(plain)
+    if any("runs on" in reason for reason in reasons):
+        pytest.skip("not a kernel for this device")
+    assert kernel.unsupported(biased) == ["has no bias", *reasons]
+    assert biased != plain, "kernels are remembered by problem"
 
 
 def test_a_device_that_nobody_made_a_kernel_for() -> None:

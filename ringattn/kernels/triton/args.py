@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ringattn.kernels.contract import ScoreOptions
+from ringattn.score import Score
 
 
 class StridedRows(NamedTuple):
@@ -96,11 +96,11 @@ class ScoreArgs(NamedTuple):
     scale: Any
 
     @classmethod
-    def of(cls, spec: ScoreOptions) -> ScoreArgs:
-        """Returns those of a call."""
-        if spec.softcap is None:
-            return cls(None, spec.scale, spec.scale)
-        return cls(spec.scale / spec.softcap, spec.softcap, spec.scale)
+    def of(cls, score: Score) -> ScoreArgs:
+        """Returns the arguments for a resolved score."""
+        if score.softcap is None:
+            return cls(None, score.factor, score.factor)
+        return cls(score.factor / score.softcap, score.softcap, score.factor)
 
 
 class OnlineSoftmax(NamedTuple):

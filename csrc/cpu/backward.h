@@ -16,7 +16,7 @@ struct Backward {
 
   struct Sizes {
     int64_t k_words, v_words;
-    int64_t k_pitch, v_pitch;    // rows of k and v, in words; whole vectors
+    int64_t k_pitch, v_pitch;        // rows of k and v, in words; whole vectors
     int64_t dim_pitch, v_dim_pitch;  // rows of fp32, or of stacked rows; whole vectors and whole tiles
     int64_t blocks;
     explicit Sizes(const Problem& p)
@@ -34,10 +34,10 @@ struct Backward {
 
   struct Block {
     int64_t head, row, stop;
-    float *q, *dout;              // lanes are queries: (words, BLOCK)
-    float *q_rows, *dout_rows;    // lanes are dims: (BLOCK / PER_WORD, pitch)
-    float *dq;                    // (dim_pitch, BLOCK)
-    float *lse, *delta;           // (BLOCK), lse in powers of two
+    float *q, *dout;            // lanes are queries: (words, BLOCK)
+    float *q_rows, *dout_rows;  // lanes are dims: (BLOCK / PER_WORD, pitch)
+    float* dq;                  // (dim_pitch, BLOCK)
+    float *lse, *delta;         // (BLOCK), lse in powers of two
 
     // The same without the first vectors of queries.
     Block from(int64_t vector, const Sizes& s) const {

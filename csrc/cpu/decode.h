@@ -96,8 +96,13 @@ struct Decode : Elements<DTYPE> {
   }
 
   Decode(const DecodeProblem& problem, const DecodeTask& t, void* memory)
-      : p(problem), task(t), rows(p.tokens * p.group()), rows_pad(round_up(rows, ROWS)), pitch(round_up(p.dim, SPAN)),
-        v_pitch(round_up(p.v_dim, SPAN)), entry(t.first) {
+      : p(problem),
+        task(t),
+        rows(p.tokens * p.group()),
+        rows_pad(round_up(rows, ROWS)),
+        pitch(round_up(p.dim, SPAN)),
+        v_pitch(round_up(p.v_dim, SPAN)),
+        entry(t.first) {
     char* base = static_cast<char*>(memory);
     auto take = [&](int64_t floats) {
       float* piece = reinterpret_cast<float*>(base);
@@ -185,7 +190,8 @@ struct Decode : Elements<DTYPE> {
   }
 
   // Scores of ROWS queries with KEYS keys.
-  RINGATTN_INLINE void multiply(const float* q, int64_t pitch, const char* const* k, int64_t e, int64_t n, vec (&acc)[W]) {
+  RINGATTN_INLINE void multiply(const float* q, int64_t pitch, const char* const* k, int64_t e, int64_t n,
+                                vec (&acc)[W]) {
     RINGATTN_UNROLL
     for (int x = 0; x < KEYS; ++x) {
       vec key[PARTS];

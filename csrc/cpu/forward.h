@@ -17,7 +17,7 @@ struct Forward {
     int64_t words;    // of a row of q and k
     int64_t k_pitch;  // q rows, too: whole vectors, as transposing wants
     int64_t v_pitch;
-    int64_t blocks;   // of a task, so that its queries and outputs fill about half of a second-level cache
+    int64_t blocks;  // of a task, so that its queries and outputs fill about half of a second-level cache
     explicit Sizes(const Problem& p)
         : words((p.dim + PER_WORD - 1) / PER_WORD),
           k_pitch(round_up(words, W)),
@@ -50,8 +50,8 @@ struct Forward {
 
   static int64_t scratch(const Problem& p) {
     const Sizes s(p);
-    const int64_t floats = s.blocks * BLOCK * (s.words + s.v_pitch + 2) + CHUNK * (s.k_pitch + s.v_pitch + BLOCK) +
-                           BLOCK * s.k_pitch;
+    const int64_t floats =
+        s.blocks * BLOCK * (s.words + s.v_pitch + 2) + CHUNK * (s.k_pitch + s.v_pitch + BLOCK) + BLOCK * s.k_pitch;
     return 4 * floats + 64 * (5 + 5 * s.blocks) + s.blocks * (int64_t)sizeof(Block);
   }
 
@@ -192,8 +192,8 @@ struct Forward {
     }
   }
 
-  // Writes the products of keys and queries, -inf where the mask forbids, and their largest; says whether it forbids any.
-  // With a softcap, it is the capped scores, in powers of two.
+  // Writes the products of keys and queries, -inf where the mask forbids, and their largest; says whether it forbids
+  // any. With a softcap, it is the capped scores, in powers of two.
   template <int C>
   bool score(const Block& b, const Band& band, int64_t begin, int64_t end, vec (&top)[C]) {
     bool masked = false;

@@ -106,7 +106,8 @@ bool same_shape(const Tensor& a, int64_t batch, int64_t rows, int64_t heads, int
 }
 
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double softcap) {
-  for (const Tensor& x : {q, k, v}) check_rows(x, "q, k and v must be (batch, rows, heads, dim) on the CPU, with contiguous dims");
+  for (const Tensor& x : {q, k, v})
+    check_rows(x, "q, k and v must be (batch, rows, heads, dim) on the CPU, with contiguous dims");
   Problem p{};
   p.batch = q.size(0), p.heads = q.size(2), p.kv_heads = k.size(2), p.dim = q.size(3), p.v_dim = v.size(3);
   p.dtype = dtype_of(q);
@@ -173,7 +174,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ti
   const Kernels& kernels = select(isa, p.dtype);
   const Schedule plan = schedule(tiles, p, q.size(1), k.size(1));
   const std::vector<ForwardTask> tasks = plan.forward(p, kernels);
-  run_tasks(tasks.size(), kernels.forward_scratch(p), [&](int64_t i, void* memory) { kernels.forward(p, tasks[i], memory); });
+  run_tasks(tasks.size(), kernels.forward_scratch(p),
+            [&](int64_t i, void* memory) { kernels.forward(p, tasks[i], memory); });
 }
 
 void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
@@ -182,7 +184,8 @@ void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor
   Problem p = problem(q, k, v, scale, softcap);
   const int64_t rows = q.size(1), keys = k.size(1);
   check_rows(dout, "dout must be (batch, rows, heads, dim) on the CPU, with contiguous dims");
-  check(dout.scalar_type() == q.scalar_type() && same_shape(dout, p.batch, rows, p.heads, p.v_dim), "dout must fit q and v");
+  check(dout.scalar_type() == q.scalar_type() && same_shape(dout, p.batch, rows, p.heads, p.v_dim),
+        "dout must fit q and v");
   p.dout = input(dout), p.lse = statistic(lse, p, rows), p.delta = statistic(delta, p, rows);
   p.dq = state(dq), p.dk = state(dk), p.dv = state(dv);
   check(same_shape(dq, p.batch, rows, p.heads, p.dim), "dq must fit q");
@@ -199,7 +202,8 @@ void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor
     parts.push_back({own.data() + (part - 1) * elements, rows * p.heads * p.dim, p.heads * p.dim, p.dim});
   }
   const std::vector<BackwardTask> tasks = plan.backward(p, parts);
-  run_tasks(tasks.size(), kernels.backward_scratch(p), [&](int64_t i, void* memory) { kernels.backward(p, tasks[i], memory); });
+  run_tasks(tasks.size(), kernels.backward_scratch(p),
+            [&](int64_t i, void* memory) { kernels.backward(p, tasks[i], memory); });
   if (num_parts == 1) return;
   torch::stable::parallel_for(0, p.batch * rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -244,11 +248,14 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pag
   p.v_dim = v.size(3), p.scale = (float)scale, p.softcap = (float)softcap;
   check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "the heads of q must be a multiple of those of k");
   check(k.size(3) == p.dim && same_shape(v, k.size(0), p.page_size, p.kv_heads, p.v_dim), "k and v must fit q");
-  p.pages = integers(pages, entries, "pages must be int32"), p.slots = integers(slots, entries * p.page_size, "slots must fit pages");
-  p.first = integers(first, batch * p.tokens, "first must fit q"), p.stop = integers(stop, batch * p.tokens, "stop must fit q");
+  p.pages = integers(pages, entries, "pages must be int32"),
+  p.slots = integers(slots, entries * p.page_size, "slots must fit pages");
+  p.first = integers(first, batch * p.tokens, "first must fit q"),
+  p.stop = integers(stop, batch * p.tokens, "stop must fit q");
   const int32_t* start = integers(starts, batch + 1, "starts must fit q");
   for (int64_t i = 0; i < entries; ++i) check(0 <= p.pages[i] && p.pages[i] < k.size(0), "there is no such page");
-  for (int64_t i = 0; i < batch; ++i) check(0 <= start[i] && start[i] <= start[i + 1] && start[i + 1] <= entries, "starts must ascend");
+  for (int64_t i = 0; i < batch; ++i)
+    check(0 <= start[i] && start[i] <= start[i + 1] && start[i + 1] <= entries, "starts must ascend");
   const State to = state(out);
   Problem shape{};
   shape.batch = batch, shape.heads = p.heads;
@@ -269,7 +276,8 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pag
     tasks[i].lse = tasks[i].out + rows * p.v_dim;
   }
   const Kernels& kernels = select(isa, p.dtype);
-  run_tasks(tasks.size(), kernels.decode_scratch(p), [&](int64_t i, void* memory) { kernels.decode(p, tasks[i], memory); });
+  run_tasks(tasks.size(), kernels.decode_scratch(p),
+            [&](int64_t i, void* memory) { kernels.decode(p, tasks[i], memory); });
   // In the order of the table, whoever computed what: results do not depend on the number of threads.
   for (const DecodeTask& task : tasks) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -310,9 +318,11 @@ void merge(const Tensor& outs, const Tensor& lses, int64_t first, const std::opt
     check(x.is_cpu() && x.scalar_type() == ScalarType::Float, "partial results must be float32 on the CPU");
   }
   check(outs.dim() == 5 && lses.dim() == 4 && out.dim() == 4, "outs, lses and out must have 5, 4 and 4 dims");
-  const int64_t parts = outs.size(0), batch = outs.size(1), rows = outs.size(2), heads = outs.size(3), dim = outs.size(4);
+  const int64_t parts = outs.size(0), batch = outs.size(1), rows = outs.size(2), heads = outs.size(3),
+                dim = outs.size(4);
   check(0 <= first && first < parts, "first must be the place of a part");
-  check(lses.size(0) == parts && lses.size(1) == batch && lses.size(2) == heads && lses.size(3) == rows, "lses must fit outs");
+  check(lses.size(0) == parts && lses.size(1) == batch && lses.size(2) == heads && lses.size(3) == rows,
+        "lses must fit outs");
   check(same_shape(out, batch, rows, heads, dim), "out must fit outs");
   check(out.numel() == 0 || dim == 1 || (outs.stride(4) == 1 && out.stride(3) == 1), "dims must be contiguous");
   const float* sinks = nullptr;

@@ -12,9 +12,9 @@ struct View {
   Pointer data;
   int64_t batch, row, head;
 };
-using Input = View<const void*>;   // of the problem's dtype
-using State = View<float*>;        // accumulators
-using Statistic = View<float*>;    // (batch, heads, rows), a number a row
+using Input = View<const void*>;  // of the problem's dtype
+using State = View<float*>;       // accumulators
+using Statistic = View<float*>;   // (batch, heads, rows), a number a row
 
 // Queries [q_start, q_stop) attend to keys [k_start, k_stop) where lo <= j - i <= hi, in every batch row, or in one.
 struct Tile {
@@ -68,8 +68,8 @@ struct DecodeProblem {
   int64_t group() const { return heads / kv_heads; }
 };
 
-// Entries [first, stop) of a sequence, for all query rows of one kv head: row i is token i / group, head i % group. What is
-// found is written to out (rows, v_dim) and lse (rows).
+// Entries [first, stop) of a sequence, for all query rows of one kv head: row i is token i / group, head i % group.
+// What is found is written to out (rows, v_dim) and lse (rows).
 struct DecodeTask {
   int64_t batch, kv_head, first, stop;
   float *out, *lse;

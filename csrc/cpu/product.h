@@ -4,10 +4,10 @@
 
 namespace ringattn::RINGATTN_ISA {
 
-constexpr int BLOCK_VECS = 3;                         // vectors of a block of queries
-constexpr int BLOCK = BLOCK_VECS * W;                 // queries of a block: the lanes of every matrix below
-constexpr int TILE = ACCUMULATORS / BLOCK_VECS;       // rows of a tile of a product over a block
-constexpr int MOST_ROWS = ACCUMULATORS;               // a multiple of the rows of every tile over queries
+constexpr int BLOCK_VECS = 3;                    // vectors of a block of queries
+constexpr int BLOCK = BLOCK_VECS * W;            // queries of a block: the lanes of every matrix below
+constexpr int TILE = ACCUMULATORS / BLOCK_VECS;  // rows of a tile of a product over a block
+constexpr int MOST_ROWS = ACCUMULATORS;          // a multiple of the rows of every tile over queries
 
 // sums[r][c] += sum over t of a[r * a_row + t * a_step] * b[t * b_step + c], for R rows and C vectors of columns.
 template <class Arithmetic, int R, int C>

@@ -11,7 +11,8 @@ int64_t area_below(const Tile& t, int64_t key) {
   // Rows see keys from max(k_start, i + lo) up to min(stop, i + hi + 1): clipped lines, summed up over three ranges.
   auto sum_of_clipped = [&](int64_t shift, int64_t low, int64_t high) {
     // Sum over i in [q_start, q_stop) of clip(i + shift, low, high).
-    const int64_t first = std::clamp(low - shift, t.q_start, t.q_stop), last = std::clamp(high - shift, first, t.q_stop);
+    const int64_t first = std::clamp(low - shift, t.q_start, t.q_stop),
+                  last = std::clamp(high - shift, first, t.q_stop);
     const int64_t rising = (last - first) * (first + last - 1) / 2 + (last - first) * shift;
     return (first - t.q_start) * low + rising + (t.q_stop - last) * high;
   };
@@ -53,7 +54,8 @@ std::vector<Segment> Schedule::cut(std::vector<const Tile*> tiles) {
   std::vector<const Tile*> active;
   size_t next = 0;
   for (size_t c = 0; c + 1 < cuts.size(); ++c) {
-    active.erase(std::remove_if(active.begin(), active.end(), [&](auto* t) { return t->q_stop <= cuts[c]; }), active.end());
+    active.erase(std::remove_if(active.begin(), active.end(), [&](auto* t) { return t->q_stop <= cuts[c]; }),
+                 active.end());
     while (next < tiles.size() && tiles[next]->q_start <= cuts[c]) active.push_back(tiles[next++]);
     if (active.empty()) continue;
     lists_.push_back(active);
@@ -77,7 +79,8 @@ std::vector<ForwardTask> Schedule::forward(const Problem& p, const Kernels& kern
           const Tile& t = *segment.tiles[i];
           work += count * std::max<int64_t>(0, std::min(t.k_stop, stop + t.hi) - std::max(t.k_start, row + t.lo));
         }
-        for (int64_t head = 0; head < p.kv_heads; ++head) found.push_back({work, {batch, head, &segment, first, count}});
+        for (int64_t head = 0; head < p.kv_heads; ++head)
+          found.push_back({work, {batch, head, &segment, first, count}});
       }
     }
   }

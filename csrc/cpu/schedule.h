@@ -13,7 +13,9 @@ class Schedule {
   Schedule(const int64_t* tiles, int64_t n, int64_t batch);
   Schedule(Schedule&&) = default;  // segments point into it: moved, never copied
 
-  const std::vector<Segment>& segments(int64_t batch_row) const { return rows_.size() == 1 ? rows_[0] : rows_[batch_row]; }
+  const std::vector<Segment>& segments(int64_t batch_row) const {
+    return rows_.size() == 1 ? rows_[0] : rows_[batch_row];
+  }
 
   // Largest first, so that threads finish together.
   std::vector<ForwardTask> forward(const Problem& p, const Kernels& kernels) const;

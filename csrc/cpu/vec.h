@@ -113,12 +113,12 @@ RINGATTN_INLINE vec polynomial(const float (&c)[N], vec x) {
 // polynomial least in relative error (Remez), which is then scaled by a power of two.
 RINGATTN_INLINE vec exp2(vec x) {
 #if defined(RINGATTN_AVX512)
-  constexpr float c[] = {0.999999925064f, 0.693153073203f, 0.240153617021f,
+  constexpr float c[] = {0.999999925064f,  0.693153073203f,   0.240153617021f,
                          0.0558263181162f, 0.00898934002358f, 0.00187757670002f};  // on [0, 1]
   const vec fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   return _mm512_scalef_ps(polynomial(c, fraction), x);
 #else
-  constexpr float c[] = {1.00000007165f, 0.693146967065f, 0.24022119724f,
+  constexpr float c[] = {1.00000007165f,   0.693146967065f,   0.24022119724f,
                          0.0555071327288f, 0.00967554133102f, 0.00132764721678f};  // on [-1/2, 1/2]
   // Adding and subtracting it rounds to a whole number, which is then found in the lowest bits of the sum.
   constexpr float magic = 12582912.0f;

@@ -8,7 +8,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
 extern const Kernels AVX2;

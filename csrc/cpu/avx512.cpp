@@ -9,7 +9,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
 extern const Kernels AVX512;

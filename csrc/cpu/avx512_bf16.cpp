@@ -10,7 +10,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
 extern const Kernels AVX512_BF16;

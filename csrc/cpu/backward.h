@@ -3,14 +3,14 @@
 // Blocks of queries stay in cache while chunks of keys go by, as in the forward: dq is written once per task, dk and
 // dv once per chunk and task. Everything that is summed over queries has keys as rows and dims as lanes.
 #pragma once
-#include "product.h"
+#include "microkernel.h"
 
 namespace ringattn::RINGATTN_ISA {
 
 template <class Arithmetic>
 struct Backward {
-  static constexpr int64_t CHUNK = 96;  // keys
-  static constexpr int64_t ASKED = 24;  // of them, while a block computes
+  static constexpr int64_t CHUNK = 96;          // keys
+  static constexpr int64_t PREFETCH_ROWS = 24;  // of them, while a block computes
   static constexpr int PER_WORD = Arithmetic::PER_WORD;
   static constexpr int64_t ALONG = BLOCK / PER_WORD;  // words of a row of weights
 
@@ -26,7 +26,7 @@ struct Backward {
           v_pitch(round_up(v_words, W)),
           dim_pitch(round_up(round_up(p.dim, W), TILE)),
           v_dim_pitch(round_up(round_up(p.v_dim, W), TILE)),
-          blocks(most(1, least(8, (640 << 10) / (4 * block_floats())))) {}
+          blocks(max(1, min(8, (640 << 10) / (4 * block_floats())))) {}
     int64_t block_floats() const {
       return BLOCK * (k_words + v_words + dim_pitch + 2) + BLOCK / PER_WORD * (dim_pitch + v_dim_pitch);
     }
@@ -52,8 +52,8 @@ struct Backward {
   static int64_t scratch(const Problem& p) {
     const Sizes s(p);
     const int64_t floats = s.blocks * s.block_floats() + CHUNK * (s.k_pitch + s.v_pitch + s.dim_pitch) +
-                           (CHUNK + MOST_ROWS) * (s.dim_pitch + s.v_dim_pitch + 3 * BLOCK) + TILE * BLOCK +
-                           BLOCK * most(s.k_pitch, s.v_pitch);
+                           (CHUNK + MAX_TILE_ROWS) * (s.dim_pitch + s.v_dim_pitch + 3 * BLOCK) + TILE * BLOCK +
+                           BLOCK * max(s.k_pitch, s.v_pitch);
     return 4 * floats + 64 * (16 + 8 * s.blocks) + s.blocks * (int64_t)sizeof(Block);
   }
 
@@ -69,14 +69,14 @@ struct Backward {
     k = arena.take(CHUNK * s.k_pitch);
     v = arena.take(CHUNK * s.v_pitch);
     k_stacked = wide ? k : arena.take(CHUNK / 2 * s.dim_pitch);
-    dk = arena.take((CHUNK + MOST_ROWS) * s.dim_pitch);
-    dv = arena.take((CHUNK + MOST_ROWS) * s.v_dim_pitch);
-    weights = arena.take((CHUNK + MOST_ROWS) * BLOCK);
-    ds_along = arena.take((CHUNK + MOST_ROWS) * BLOCK);
-    weights_along = wide ? weights : arena.take((CHUNK + MOST_ROWS) * ALONG);
+    dk = arena.take((CHUNK + MAX_TILE_ROWS) * s.dim_pitch);
+    dv = arena.take((CHUNK + MAX_TILE_ROWS) * s.v_dim_pitch);
+    weights = arena.take((CHUNK + MAX_TILE_ROWS) * BLOCK);
+    ds_along = arena.take((CHUNK + MAX_TILE_ROWS) * BLOCK);
+    weights_along = wide ? weights : arena.take((CHUNK + MAX_TILE_ROWS) * ALONG);
     ds_across = wide ? ds_along : arena.take(CHUNK / 2 * BLOCK);
     slopes = arena.take(TILE * BLOCK);
-    rows = arena.take(BLOCK * most(s.k_pitch, s.v_pitch));
+    rows = arena.take(BLOCK * max(s.k_pitch, s.v_pitch));
     blocks = reinterpret_cast<Block*>(arena.take(s.blocks * sizeof(Block) / 4 + 1));
     for (int64_t i = 0; i < s.blocks; ++i) {
       Block& b = blocks[i];
@@ -95,32 +95,32 @@ struct Backward {
       const Segment& segment = task.segments[i];
       const int64_t num_blocks = (segment.q_stop - segment.q_start + BLOCK - 1) / BLOCK * p.group();
       for (int64_t first = 0; first < num_blocks; first += s.blocks) {
-        run(segment, first, least(s.blocks, num_blocks - first));
+        run(segment, first, min(s.blocks, num_blocks - first));
       }
     }
   }
 
   void run(const Segment& segment, int64_t first_block, int64_t count) {
     const int64_t row = segment.q_start + first_block / p.group() * BLOCK;
-    const int64_t stop = least(segment.q_start + ((first_block + count - 1) / p.group() + 1) * BLOCK, segment.q_stop);
+    const int64_t stop = min(segment.q_start + ((first_block + count - 1) / p.group() + 1) * BLOCK, segment.q_stop);
     bool begun = false;
     for (int64_t i = 0; i < segment.num_tiles; ++i) {
       const Tile& tile = *segment.tiles[i];
-      const int64_t first = most(most(tile.k_start, row + tile.lo), task.k_start);
-      const int64_t last = least(least(tile.k_stop, stop + tile.hi), task.k_stop);
+      const int64_t first = max(max(tile.k_start, row + tile.lo), task.k_start);
+      const int64_t last = min(min(tile.k_stop, stop + tile.hi), task.k_stop);
       for (int64_t start = first; start < last; start += CHUNK) {
         if (!begun) {
           for (int64_t b = 0; b < count; ++b) begin(blocks[b], segment, first_block + b);
           begun = true;
         }
-        const int64_t n = least(CHUNK, last - start);
+        const int64_t n = min(CHUNK, last - start);
         begin_chunk(start, n);
         // While blocks compute with this chunk, its sums and the next one are asked of memory, a few rows for each.
         int64_t asked = start;
         for (int64_t b = 0; b < count; ++b) {
           const Band band{blocks[b].row, blocks[b].stop, start, n, tile};
           if (band.begin() >= band.end()) continue;
-          for (const int64_t until = least(asked + ASKED, start + n); asked < until; ++asked) {
+          for (const int64_t until = min(asked + PREFETCH_ROWS, start + n); asked < until; ++asked) {
             ask(asked, asked + CHUNK < last);
           }
           attend(blocks[b], band);
@@ -142,7 +142,7 @@ struct Backward {
 
   void begin(Block& b, const Segment& segment, int64_t index) {
     b.row = segment.q_start + index / p.group() * BLOCK;
-    b.stop = least(b.row + BLOCK, segment.q_stop);
+    b.stop = min(b.row + BLOCK, segment.q_stop);
     b.head = task.kv_head * p.group() + index % p.group();
     const int64_t n = b.stop - b.row;
     load_queries(p.q, b, p.dim, s.k_words, s.k_pitch, b.q, s.dim_pitch, b.q_rows);
@@ -200,7 +200,7 @@ struct Backward {
   }
 
   void attend(Block& b, const Band& band) {
-    runs(band, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
+    for_each_visible_run(band, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
       Block part = b.from(vector, s);
       attend<count.value>(part, band.part(vector, count.value), begin, end);
     });
@@ -210,7 +210,7 @@ struct Backward {
   void attend(Block& b, const Band& band, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += TILE) differentiate<C>(b, band, j);
     // The tiles of the sums over queries may reach beyond the last key.
-    for (int64_t i = end * ALONG; i < (begin + round_up(end - begin, MOST_ROWS)) * ALONG; ++i) {
+    for (int64_t i = end * ALONG; i < (begin + round_up(end - begin, MAX_TILE_ROWS)) * ALONG; ++i) {
       weights_along[i] = ds_along[i] = 0;
     }
     sum_over_queries<C>(dv, s.v_dim_pitch, weights_along, b.dout_rows, begin, end);

@@ -4,7 +4,7 @@
 // rows of the head's group. In the softmax its lanes are pairs of a key and a row, in the order in which sums over
 // lanes come out. While a block of keys is computed, the next one is on its way from memory.
 #pragma once
-#include "arithmetic.h"
+#include "dot_traits.h"
 
 namespace ringattn::RINGATTN_ISA {
 
@@ -140,8 +140,8 @@ struct Decode : Elements<DTYPE> {
         first[lane(r, x)] = r < rows ? p.first[token] : 0, stop[lane(r, x)] = r < rows ? p.stop[token] : 0;
       }
       if (r >= rows) continue;
-      lowest = least(lowest, p.first[token]), highest = most(highest, p.stop[token]);
-      all_first = most(all_first, p.first[token]), all_stop = least(all_stop, p.stop[token]);
+      lowest = min(lowest, p.first[token]), highest = max(highest, p.stop[token]);
+      all_first = max(all_first, p.first[token]), all_stop = min(all_stop, p.stop[token]);
       const char* from = row_of(p.q, DTYPE, task.batch, r / p.group(), task.kv_head * p.group() + r % p.group());
       for (int64_t e = 0; e < p.dim; ++e) to_float32(q + r * pitch + place(e), from + BYTES * e, DTYPE, 1);
     }
@@ -183,7 +183,7 @@ struct Decode : Elements<DTYPE> {
       if (wide) {
         weigh<STRIP * W / SPAN>(r, block, next, e, SPAN, decay);
       } else {
-        weigh<1>(r, block, next, e, least(SPAN, p.v_dim - e), decay);
+        weigh<1>(r, block, next, e, min(SPAN, p.v_dim - e), decay);
       }
       e += wide ? STRIP * W : SPAN;
     }

@@ -3,14 +3,14 @@
 // A vector's lanes are queries. So scores need no reduction across lanes, and keys and values are used as they lie in
 // memory, an element broadcast at a time. Dao 2023, arXiv:2307.08691, for the order of the loops.
 #pragma once
-#include "product.h"
+#include "microkernel.h"
 
 namespace ringattn::RINGATTN_ISA {
 
 template <class Arithmetic>
 struct Forward {
-  static constexpr int64_t CHUNK = 64;  // keys
-  static constexpr int64_t ASKED = 12;  // of the next chunk, while a block computes
+  static constexpr int64_t CHUNK = 64;          // keys
+  static constexpr int64_t PREFETCH_ROWS = 12;  // of the next chunk, while a block computes
   static constexpr int PER_WORD = Arithmetic::PER_WORD;
 
   struct Sizes {
@@ -22,7 +22,7 @@ struct Forward {
         : words((p.dim + PER_WORD - 1) / PER_WORD),
           k_pitch(round_up(words, W)),
           v_pitch(round_up(p.v_dim, TILE)),
-          blocks(most(1, least(16, (512 << 10) / (4 * BLOCK * (words + v_pitch))))) {}
+          blocks(max(1, min(16, (512 << 10) / (4 * BLOCK * (words + v_pitch))))) {}
   };
 
   // What a task keeps of a block of queries.
@@ -74,7 +74,7 @@ struct Forward {
       Block& b = blocks[i];
       const int64_t index = task.first + i;
       b.row = task.segment->q_start + index / p.group() * BLOCK;
-      b.stop = least(b.row + BLOCK, task.segment->q_stop);
+      b.stop = min(b.row + BLOCK, task.segment->q_stop);
       b.head = task.kv_head * p.group() + index % p.group();
       b.q = arena.take(s.words * BLOCK);
       b.out = arena.take(s.v_pitch * BLOCK);
@@ -88,9 +88,9 @@ struct Forward {
     const int64_t row = blocks[0].row, stop = blocks[task.count - 1].stop;
     for (int64_t i = 0; i < task.segment->num_tiles; ++i) {
       const Tile& tile = *task.segment->tiles[i];
-      const int64_t first = most(tile.k_start, row + tile.lo), last = least(tile.k_stop, stop + tile.hi);
+      const int64_t first = max(tile.k_start, row + tile.lo), last = min(tile.k_stop, stop + tile.hi);
       for (int64_t start = first; start < last; start += CHUNK) {
-        const int64_t n = least(CHUNK, last - start), n_pad = round_up(n, TILE);
+        const int64_t n = min(CHUNK, last - start), n_pad = round_up(n, TILE);
         Arithmetic::copy_rows(k, s.k_pitch, {p.k, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.dim});
         Arithmetic::stack_rows(v, s.v_pitch, {p.v, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.v_dim});
         // While blocks compute with this chunk, the next one is asked of memory, a few rows for each.
@@ -98,7 +98,7 @@ struct Forward {
         for (int64_t b = 0; b < task.count; ++b) {
           const Band band{blocks[b].row, blocks[b].stop, start, n, tile};
           if (band.begin() >= band.end()) continue;
-          for (const int64_t until = least(asked + ASKED, least(last, start + n + CHUNK)); asked < until; ++asked) {
+          for (const int64_t until = min(asked + PREFETCH_ROWS, min(last, start + n + CHUNK)); asked < until; ++asked) {
             prefetch(p.k, p.dtype, task.batch, asked, task.kv_head, p.dim);
             prefetch(p.v, p.dtype, task.batch, asked, task.kv_head, p.v_dim);
           }
@@ -151,7 +151,7 @@ struct Forward {
   }
 
   void attend(Block& b, const Band& band) {
-    runs(band, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
+    for_each_visible_run(band, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
       Block part = b.from(vector);
       attend<count.value>(part, band.part(vector, count.value), begin, end);
     });

@@ -1,6 +1,6 @@
 // Vectors of 128 bits, which every 64-bit processor has: SSE2, NEON.
 #define RINGATTN_ISA portable
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
 extern const Kernels PORTABLE;

@@ -36,8 +36,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 RINGATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-RINGATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-RINGATTN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+RINGATTN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+RINGATTN_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 RINGATTN_INLINE vec load(const float* p) {
   vec x;

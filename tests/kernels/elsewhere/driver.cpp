@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "schedule.h"
+#include "task_schedule.h"
 
 // How many instructions were interpreted, where an interpreter is linked in.
 extern "C" __attribute__((weak)) int64_t interpreted();

@@ -1,4 +1,4 @@
-#include "schedule.h"
+#include "task_schedule.h"
 
 #include <algorithm>
 

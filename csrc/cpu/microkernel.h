@@ -1,13 +1,13 @@
 // Products of small matrices in registers, and turning rows into lanes.
 #pragma once
-#include "arithmetic.h"
+#include "dot_traits.h"
 
 namespace ringattn::RINGATTN_ISA {
 
 constexpr int BLOCK_VECS = 3;                    // vectors of a block of queries
 constexpr int BLOCK = BLOCK_VECS * W;            // queries of a block: the lanes of every matrix below
 constexpr int TILE = ACCUMULATORS / BLOCK_VECS;  // rows of a tile of a product over a block
-constexpr int MOST_ROWS = ACCUMULATORS;          // a multiple of the rows of every tile over queries
+constexpr int MAX_TILE_ROWS = ACCUMULATORS;      // a multiple of the rows of every tile over queries
 
 // sums[r][c] += sum over t of a[r * a_row + t * a_step] * b[t * b_step + c], for R rows and C vectors of columns.
 template <class Arithmetic, int R, int C>
@@ -52,7 +52,7 @@ RINGATTN_INLINE void rows_to_lanes(float* to, const float* from, int64_t pitch, 
         RINGATTN_UNROLL
         for (int r = 0; r < W; ++r) store(turned + r * BLOCK, block[r]);
       } else {
-        const int64_t here = least(W, words - w);
+        const int64_t here = min(W, words - w);
         for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(corner + r * pitch, here) : vec{};
         transpose(block);
         for (int r = 0; r < here; ++r) store(turned + r * BLOCK, block[r]);
@@ -75,7 +75,7 @@ RINGATTN_INLINE void lanes_to_rows(const float* from, int64_t n, int64_t words, 
         RINGATTN_UNROLL
         for (int r = 0; r < W; ++r) put(i + r, w, block[r], W);
       } else {
-        const int64_t count = least(W, words - w);
+        const int64_t count = min(W, words - w);
         for (int r = 0; r < W; ++r) block[r] = r < count ? load(corner + r * BLOCK) : vec{};
         transpose(block);
         for (int r = 0; r < W && i + r < n; ++r) put(i + r, w, block[r], count);
@@ -99,25 +99,25 @@ struct Band {
   const Tile& tile;
 
   // The first and last key, counted from the chunk's start, that any query of the block sees.
-  int64_t begin() const { return most(0, most(tile.k_start, row + tile.lo) - start); }
-  int64_t end() const { return least(n, least(tile.k_stop, stop + tile.hi) - start); }
+  int64_t begin() const { return max(0, max(tile.k_start, row + tile.lo) - start); }
+  int64_t end() const { return min(n, min(tile.k_stop, stop + tile.hi) - start); }
 
   // Whether all queries of the block see all of `count` keys from key j of the chunk on.
   bool whole(int64_t j, int64_t count) const {
-    return start + j >= most(tile.k_start, stop - 1 + tile.lo) && j + count <= n &&
-           start + j + count <= least(tile.k_stop, row + tile.hi + 1);
+    return start + j >= max(tile.k_start, stop - 1 + tile.lo) && j + count <= n &&
+           start + j + count <= min(tile.k_stop, row + tile.hi + 1);
   }
 
   LaneRange lanes(int64_t j) const {
     const int64_t key = start + j;
     if (j >= n || key < tile.k_start || key >= tile.k_stop) return {1, 0};
-    const int64_t first = most(0, key - tile.hi - row), last = least(BLOCK - 1, key - tile.lo - row);
+    const int64_t first = max(0, key - tile.hi - row), last = min(BLOCK - 1, key - tile.lo - row);
     return first <= last ? LaneRange{(int32_t)first, (int32_t)last} : LaneRange{1, 0};
   }
 
   // The same of `count` vectors of the block's queries.
   Band part(int64_t vector, int64_t count) const {
-    return {row + vector * W, least(stop, row + (vector + count) * W), start, n, tile};
+    return {row + vector * W, min(stop, row + (vector + count) * W), start, n, tile};
   }
 };
 
@@ -129,7 +129,7 @@ struct Count {
 // Calls visit(Count, vector, begin, end) for runs of keys, whole tiles of them, and the vectors of queries that see any
 // of them. Along a diagonal a run has as many keys as a vector lanes, and nothing is computed for the vectors beyond.
 template <class Visit>
-RINGATTN_INLINE void runs(const Band& band, const Visit& visit) {
+RINGATTN_INLINE void for_each_visible_run(const Band& band, const Visit& visit) {
   int64_t begins[BLOCK_VECS], ends[BLOCK_VECS];
   int64_t first = 0, last = (band.stop - band.row + W - 1) / W;
   for (int64_t c = 0; c < last; ++c) {
@@ -144,7 +144,7 @@ RINGATTN_INLINE void runs(const Band& band, const Visit& visit) {
   for (int64_t at = first < last ? begins[first] : 0; first < last;) {
     int64_t stop = first + 1;
     while (stop < last && begins[stop] <= at) ++stop;
-    const int64_t end = stop < last ? least(ends[first], begins[stop]) : ends[first];
+    const int64_t end = stop < last ? min(ends[first], begins[stop]) : ends[first];
     if (stop - first == BLOCK_VECS) {
       visit(Count<BLOCK_VECS>{}, first, at, end);
     } else if (stop - first == 2) {
@@ -154,7 +154,7 @@ RINGATTN_INLINE void runs(const Band& band, const Visit& visit) {
     }
     at = end;
     while (first < last && ends[first] <= at) ++first;
-    if (first < last) at = most(at, begins[first]);
+    if (first < last) at = max(at, begins[first]);
   }
 }
 

@@ -15,11 +15,11 @@
 #include <string>
 #include <vector>
 
-#include "schedule.h"
+#include "task_schedule.h"
 
 namespace ringattn {
 
-extern const Kernels PORTABLE, PORTABLE_BF16;
+extern const Kernels PORTABLE, EMULATED_BF16;
 #if defined(__x86_64__)
 extern const Kernels AVX2, AVX512, AVX512_BF16;
 #endif
@@ -47,7 +47,7 @@ std::vector<Choice> choices() {
   found.push_back({&AVX2, false, avx2});
 #endif
   found.push_back({&PORTABLE, false, true});
-  found.push_back({&PORTABLE_BF16, true, true});
+  found.push_back({&EMULATED_BF16, true, true});
   return found;
 }
 

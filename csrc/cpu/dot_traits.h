@@ -3,7 +3,7 @@
 // Both work on words of 32 bits, an element or a pair of them, so that everything else is written once. A product
 // runs over words; `PER_WORD` elements of the summed-over dim lie in each.
 #pragma once
-#include "problem.h"
+#include "params.h"
 #include "vec.h"
 
 namespace ringattn::RINGATTN_ISA {

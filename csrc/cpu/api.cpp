@@ -19,9 +19,9 @@
 
 namespace ringattn {
 
-extern const Kernels PORTABLE, EMULATED_BF16;
+extern const KernelTable PORTABLE, EMULATED_BF16;
 #if defined(__x86_64__)
-extern const Kernels AVX2, AVX512, AVX512_BF16;
+extern const KernelTable AVX2, AVX512, AVX512_BF16;
 #endif
 
 namespace {
@@ -29,7 +29,7 @@ namespace {
 using torch::stable::Tensor;
 
 struct Choice {
-  const Kernels* kernels;
+  const KernelTable* kernels;
   bool bf16_only;
   bool here;  // whether this processor has the instructions
 };
@@ -62,7 +62,7 @@ std::string instruction_sets(bool bf16) {
   return names;
 }
 
-const Kernels& select(const std::string& name, Dtype dtype) {
+const KernelTable& select(const std::string& name, Dtype dtype) {
   for (const Choice& choice : choices()) {
     const bool takes = choice.here && (dtype == Dtype::bfloat16 || !choice.bf16_only);
     if (takes && (name.empty() || name == choice.kernels->name)) return *choice.kernels;
@@ -86,15 +86,15 @@ void check_rows(const Tensor& x, const char* what) {
   check(x.is_cpu() && x.dim() == 4 && (x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1), what);
 }
 
-Input input(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+InputView input(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-State state(const Tensor& x) {
+AccumulatorView state(const Tensor& x) {
   check(x.scalar_type() == torch::headeronly::ScalarType::Float, "states and gradients must be float32");
   check_rows(x, "states and gradients must be (batch, rows, heads, dim) on the CPU, with contiguous dims");
   return {static_cast<float*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Statistic statistic(const Tensor& x, const Problem& p, int64_t rows) {
+RowStatView statistic(const Tensor& x, const AttentionParams& p, int64_t rows) {
   check(x.is_cpu() && x.scalar_type() == torch::headeronly::ScalarType::Float && x.dim() == 3,
         "lse and delta must be float32 (batch, heads, rows) on the CPU");
   check(x.size(0) == p.batch && x.size(1) == p.heads && x.size(2) == rows, "lse and delta must fit q");
@@ -105,10 +105,10 @@ bool same_shape(const Tensor& a, int64_t batch, int64_t rows, int64_t heads, int
   return a.size(0) == batch && a.size(1) == rows && a.size(2) == heads && a.size(3) == dim;
 }
 
-Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double softcap) {
+AttentionParams problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double softcap) {
   for (const Tensor& x : {q, k, v})
     check_rows(x, "q, k and v must be (batch, rows, heads, dim) on the CPU, with contiguous dims");
-  Problem p{};
+  AttentionParams p{};
   p.batch = q.size(0), p.heads = q.size(2), p.kv_heads = k.size(2), p.dim = q.size(3), p.v_dim = v.size(3);
   p.dtype = dtype_of(q);
   p.scale = (float)scale, p.softcap = (float)softcap;
@@ -121,7 +121,7 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
   return p;
 }
 
-Schedule schedule(const Tensor& tiles, const Problem& p, int64_t rows, int64_t keys) {
+TaskSchedule schedule(const Tensor& tiles, const AttentionParams& p, int64_t rows, int64_t keys) {
   check(tiles.is_cpu() && tiles.scalar_type() == torch::headeronly::ScalarType::Long && tiles.dim() == 2 &&
             tiles.size(1) == 7 && tiles.is_contiguous(),
         "tiles must be a contiguous (n, 7) int64 tensor on the CPU");
@@ -130,7 +130,7 @@ Schedule schedule(const Tensor& tiles, const Problem& p, int64_t rows, int64_t k
     check(0 <= t[0] && t[0] < t[1] && t[1] <= rows && 0 <= t[2] && t[2] < t[3] && t[3] <= keys && t[6] < p.batch,
           "a tile lies outside of q or k");
   }
-  return Schedule(static_cast<const int64_t*>(tiles.const_data_ptr()), tiles.size(0), p.batch);
+  return TaskSchedule(static_cast<const int64_t*>(tiles.const_data_ptr()), tiles.size(0), p.batch);
 }
 
 // Memory that a thread of the caller's keeps for its next call: fresh pages cost more than a small call does.
@@ -168,11 +168,11 @@ void run_tasks(int64_t count, int64_t scratch_bytes, const Run& run) {
 
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tiles, double scale, double softcap,
              Tensor out, Tensor lse, std::string isa) {
-  Problem p = problem(q, k, v, scale, softcap);
+  AttentionParams p = problem(q, k, v, scale, softcap);
   p.out = state(out), p.lse = statistic(lse, p, q.size(1));
   check(same_shape(out, p.batch, q.size(1), p.heads, p.v_dim), "out must fit q and v");
-  const Kernels& kernels = select(isa, p.dtype);
-  const Schedule plan = schedule(tiles, p, q.size(1), k.size(1));
+  const KernelTable& kernels = select(isa, p.dtype);
+  const TaskSchedule plan = schedule(tiles, p, q.size(1), k.size(1));
   const std::vector<ForwardTask> tasks = plan.forward(p, kernels);
   run_tasks(tasks.size(), kernels.forward_scratch(p),
             [&](int64_t i, void* memory) { kernels.forward(p, tasks[i], memory); });
@@ -181,7 +181,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ti
 void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
               const Tensor& delta, const Tensor& tiles, double scale, double softcap, Tensor dq, Tensor dk, Tensor dv,
               std::string isa) {
-  Problem p = problem(q, k, v, scale, softcap);
+  AttentionParams p = problem(q, k, v, scale, softcap);
   const int64_t rows = q.size(1), keys = k.size(1);
   check_rows(dout, "dout must be (batch, rows, heads, dim) on the CPU, with contiguous dims");
   check(dout.scalar_type() == q.scalar_type() && same_shape(dout, p.batch, rows, p.heads, p.v_dim),
@@ -191,13 +191,13 @@ void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor
   check(same_shape(dq, p.batch, rows, p.heads, p.dim), "dq must fit q");
   check(same_shape(dk, p.batch, keys, p.kv_heads, p.dim), "dk must fit k");
   check(same_shape(dv, p.batch, keys, p.kv_heads, p.v_dim), "dv must fit v");
-  const Kernels& kernels = select(isa, p.dtype);
-  const Schedule plan = schedule(tiles, p, rows, keys);
-  const int64_t num_parts = Schedule::num_parts(p, torch::stable::get_num_threads());
+  const KernelTable& kernels = select(isa, p.dtype);
+  const TaskSchedule plan = schedule(tiles, p, rows, keys);
+  const int64_t num_parts = TaskSchedule::num_parts(p, torch::stable::get_num_threads());
   // Parts of the keys share queries: each but the first sums up a dq of its own.
   const int64_t elements = p.batch * rows * p.heads * p.dim;
   std::vector<float> own((num_parts - 1) * elements, 0.0f);
-  std::vector<State> parts{p.dq};
+  std::vector<AccumulatorView> parts{p.dq};
   for (int64_t part = 1; part < num_parts; ++part) {
     parts.push_back({own.data() + (part - 1) * elements, rows * p.heads * p.dim, p.heads * p.dim, p.dim});
   }
@@ -242,7 +242,7 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pag
   for (const Tensor& x : {q, k, v}) check_rows(x, "q, k and v must have 4 dims, the last contiguous, on the CPU");
   check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
   const int64_t batch = q.size(0), entries = pages.numel();
-  DecodeProblem p{};
+  DecodeParams p{};
   p.q = input(q), p.k = input(k), p.v = input(v), p.dtype = dtype_of(q);
   p.tokens = q.size(1), p.heads = q.size(2), p.dim = q.size(3), p.page_size = k.size(1), p.kv_heads = k.size(2);
   p.v_dim = v.size(3), p.scale = (float)scale, p.softcap = (float)softcap;
@@ -256,10 +256,10 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pag
   for (int64_t i = 0; i < entries; ++i) check(0 <= p.pages[i] && p.pages[i] < k.size(0), "there is no such page");
   for (int64_t i = 0; i < batch; ++i)
     check(0 <= start[i] && start[i] <= start[i + 1] && start[i + 1] <= entries, "starts must ascend");
-  const State to = state(out);
-  Problem shape{};
+  const AccumulatorView to = state(out);
+  AttentionParams shape{};
   shape.batch = batch, shape.heads = p.heads;
-  const Statistic sums = statistic(lse, shape, p.tokens);
+  const RowStatView sums = statistic(lse, shape, p.tokens);
   check(same_shape(out, batch, p.tokens, p.heads, p.v_dim), "out must fit q and v");
   const int64_t step = std::max<int64_t>(1, TASK_SLOTS / p.page_size), rows = p.tokens * p.group();
   std::vector<DecodeTask> tasks;
@@ -275,7 +275,7 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pag
     tasks[i].out = found.data() + i * rows * (p.v_dim + 1);
     tasks[i].lse = tasks[i].out + rows * p.v_dim;
   }
-  const Kernels& kernels = select(isa, p.dtype);
+  const KernelTable& kernels = select(isa, p.dtype);
   run_tasks(tasks.size(), kernels.decode_scratch(p),
             [&](int64_t i, void* memory) { kernels.decode(p, tasks[i], memory); });
   // In the order of the table, whoever computed what: results do not depend on the number of threads.

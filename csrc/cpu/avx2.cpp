@@ -11,8 +11,8 @@
 #include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels AVX2;
-const Kernels AVX2 = avx2::table<avx2::Wide>("avx2");
+extern const KernelTable AVX2;
+const KernelTable AVX2 = avx2::make_kernel_table<avx2::Fp32Dot>("avx2");
 }  // namespace ringattn
 #if defined(__clang__)
 #pragma clang attribute pop

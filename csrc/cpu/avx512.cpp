@@ -12,8 +12,8 @@
 #include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels AVX512;
-const Kernels AVX512 = avx512::table<avx512::Wide>("avx512");
+extern const KernelTable AVX512;
+const KernelTable AVX512 = avx512::make_kernel_table<avx512::Fp32Dot>("avx512");
 }  // namespace ringattn
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -13,8 +13,8 @@
 #include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels AVX512_BF16;
-const Kernels AVX512_BF16 = avx512_bf16::table<avx512_bf16::Pairs>("avx512_bf16");
+extern const KernelTable AVX512_BF16;
+const KernelTable AVX512_BF16 = avx512_bf16::make_kernel_table<avx512_bf16::Bf16PairDot>("avx512_bf16");
 }  // namespace ringattn
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -12,7 +12,7 @@ namespace ringattn::RINGATTN_ISA {
 // instruction: so the even elements of SPAN come first, then the odd ones, and queries and outputs lie likewise.
 template <Dtype DTYPE>
 struct Elements {
-  static constexpr int PARTS = DTYPE == Dtype::bfloat16 ? 2 : 1, SPAN = PARTS * W;
+  static constexpr int PARTS = DTYPE == Dtype::bfloat16 ? 2 : 1, SPAN = PARTS * LANES;
   static constexpr int64_t BYTES = DTYPE == Dtype::float32 ? 4 : 2;
 
   // Elements [e, e + n) of a row, n <= SPAN; what is beyond is zero.
@@ -36,34 +36,34 @@ struct Elements {
 
   RINGATTN_INLINE vec widened_halves(const char* from, int64_t n) {
 #if defined(RINGATTN_AVX512)
-    if (n == W) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    if (n == LANES) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(RINGATTN_AVX2)
-    if (n == W) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    if (n == LANES) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
-    float x[W] = {};
-    to_float32(x, from, DTYPE, n);
+    float x[LANES] = {};
+    convert_to_fp32(x, from, DTYPE, n);
     return load(x);
   }
 
   // Where element e lies.
-  RINGATTN_INLINE int64_t place(int64_t e) { return e / SPAN * SPAN + e % PARTS * W + e % SPAN / PARTS; }
+  RINGATTN_INLINE int64_t place(int64_t e) { return e / SPAN * SPAN + e % PARTS * LANES + e % SPAN / PARTS; }
 };
 
 template <int H>
-RINGATTN_INLINE void sum_step(vec (&x)[W]) {
-  using Lanes = std::make_integer_sequence<int, W>;
+RINGATTN_INLINE void sum_step(vec (&x)[LANES]) {
+  using Lanes = std::make_integer_sequence<int, LANES>;
   RINGATTN_UNROLL
-  for (int i = 0; i < W; i += 2 * H) {
-    x[i] = exchange<H, false>(x[i], x[i + H], Lanes{}) + exchange<H, true>(x[i], x[i + H], Lanes{});
+  for (int i = 0; i < LANES; i += 2 * H) {
+    x[i] = combine_halves<H, false>(x[i], x[i + H], Lanes{}) + combine_halves<H, true>(x[i], x[i + H], Lanes{});
   }
 }
 
 // The sum over the lanes of each vector: that of x[i] in lane i.
-RINGATTN_INLINE vec lane_sums(vec (&x)[W]) {
+RINGATTN_INLINE vec lane_sums(vec (&x)[LANES]) {
   sum_step<1>(x);
   sum_step<2>(x);
-  if constexpr (W > 4) sum_step<4>(x);
-  if constexpr (W > 8) sum_step<8>(x);
+  if constexpr (LANES > 4) sum_step<4>(x);
+  if constexpr (LANES > 8) sum_step<8>(x);
   return x[0];
 }
 
@@ -72,7 +72,7 @@ template <Dtype DTYPE, int ROWS>
 struct Decode : Elements<DTYPE> {
   using Elements<DTYPE>::PARTS, Elements<DTYPE>::SPAN, Elements<DTYPE>::BYTES, Elements<DTYPE>::read,
       Elements<DTYPE>::place;
-  static constexpr int64_t BLOCK_KEYS = 32, KEYS = W / ROWS, STRIP = W == 16 ? 4 : 2;
+  static constexpr int64_t BLOCK_KEYS = 32, KEYS = LANES / ROWS, STRIP = LANES == 16 ? 4 : 2;
 
   struct Block {
     int64_t n = 0;
@@ -81,7 +81,7 @@ struct Decode : Elements<DTYPE> {
     int32_t positions[BLOCK_KEYS * ROWS];  // each as often as there are rows
   };
 
-  const DecodeProblem& p;
+  const DecodeParams& p;
   const DecodeTask& task;
   const int64_t rows, rows_pad, pitch, v_pitch;
   float *q, *out, *weights, *top, *sum;
@@ -89,13 +89,13 @@ struct Decode : Elements<DTYPE> {
   int32_t lowest, highest, all_first, all_stop;  // what some row sees, and what each does
   int64_t entry, slot = 0;                       // where the next block begins
 
-  static int64_t scratch(const DecodeProblem& p) {
+  static int64_t scratch(const DecodeParams& p) {
     const int64_t rows = round_up(p.tokens * p.group(), ROWS);
     const int64_t floats = rows * (round_up(p.dim, SPAN) + round_up(p.v_dim, SPAN) + 4 * KEYS) + BLOCK_KEYS * ROWS;
     return 4 * floats + 64 * 8;
   }
 
-  Decode(const DecodeProblem& problem, const DecodeTask& t, void* memory)
+  Decode(const DecodeParams& problem, const DecodeTask& t, void* memory)
       : p(problem),
         task(t),
         rows(p.tokens * p.group()),
@@ -127,7 +127,7 @@ struct Decode : Elements<DTYPE> {
   }
 
   // A row's statistics stand in a lane for each key of a vector: those of rows r to r + ROWS begin at r * KEYS.
-  int64_t lane(int64_t r, int64_t x) const { return r / ROWS * W + x * ROWS + r % ROWS; }
+  int64_t lane(int64_t r, int64_t x) const { return r / ROWS * LANES + x * ROWS + r % ROWS; }
 
   void begin() {
     std::memset(q, 0, 4 * rows_pad * pitch);
@@ -136,14 +136,14 @@ struct Decode : Elements<DTYPE> {
     for (int64_t r = 0; r < rows_pad; ++r) {
       const int64_t token = task.batch * p.tokens + r / p.group();
       for (int64_t x = 0; x < KEYS; ++x) {
-        top[lane(r, x)] = -INFINITE, sum[lane(r, x)] = 0;
+        top[lane(r, x)] = -INF, sum[lane(r, x)] = 0;
         first[lane(r, x)] = r < rows ? p.first[token] : 0, stop[lane(r, x)] = r < rows ? p.stop[token] : 0;
       }
       if (r >= rows) continue;
       lowest = min(lowest, p.first[token]), highest = max(highest, p.stop[token]);
       all_first = max(all_first, p.first[token]), all_stop = min(all_stop, p.stop[token]);
-      const char* from = row_of(p.q, DTYPE, task.batch, r / p.group(), task.kv_head * p.group() + r % p.group());
-      for (int64_t e = 0; e < p.dim; ++e) to_float32(q + r * pitch + place(e), from + BYTES * e, DTYPE, 1);
+      const char* from = row_ptr(p.q, DTYPE, task.batch, r / p.group(), task.kv_head * p.group() + r % p.group());
+      for (int64_t e = 0; e < p.dim; ++e) convert_to_fp32(q + r * pitch + place(e), from + BYTES * e, DTYPE, 1);
     }
   }
 
@@ -152,8 +152,8 @@ struct Decode : Elements<DTYPE> {
     int64_t n = 0;
     bool all = true;
     for (; entry < task.stop; ++entry, slot = 0) {
-      const char* k = row_of(p.k, DTYPE, p.pages[entry], 0, task.kv_head);
-      const char* v = row_of(p.v, DTYPE, p.pages[entry], 0, task.kv_head);
+      const char* k = row_ptr(p.k, DTYPE, p.pages[entry], 0, task.kv_head);
+      const char* v = row_ptr(p.v, DTYPE, p.pages[entry], 0, task.kv_head);
       for (; slot < p.page_size && n < BLOCK_KEYS; ++slot) {
         const int32_t position = p.slots[entry * p.page_size + slot];
         if (position < lowest || position >= highest) continue;
@@ -176,22 +176,22 @@ struct Decode : Elements<DTYPE> {
   void attend(int64_t r, const Block& block, const Block& next) {
     const int64_t n_pad = round_up(block.n, KEYS);
     for (int64_t j = 0; j < n_pad; j += KEYS) store(weights + j * ROWS, dot(r, block.k + j, next.k + j));
-    float decay[W];
+    float decay[LANES];
     store(decay, softmax(r, block, n_pad));
     for (int64_t e = 0; e < p.v_dim;) {
-      const bool wide = e + STRIP * W <= p.v_dim;
+      const bool wide = e + STRIP * LANES <= p.v_dim;
       if (wide) {
-        weigh<STRIP * W / SPAN>(r, block, next, e, SPAN, decay);
+        weigh<STRIP * LANES / SPAN>(r, block, next, e, SPAN, decay);
       } else {
         weigh<1>(r, block, next, e, min(SPAN, p.v_dim - e), decay);
       }
-      e += wide ? STRIP * W : SPAN;
+      e += wide ? STRIP * LANES : SPAN;
     }
   }
 
   // Scores of ROWS queries with KEYS keys.
   RINGATTN_INLINE void multiply(const float* q, int64_t pitch, const char* const* k, int64_t e, int64_t n,
-                                vec (&acc)[W]) {
+                                vec (&acc)[LANES]) {
     RINGATTN_UNROLL
     for (int x = 0; x < KEYS; ++x) {
       vec key[PARTS];
@@ -200,14 +200,14 @@ struct Decode : Elements<DTYPE> {
       for (int i = 0; i < ROWS; ++i) {
         RINGATTN_UNROLL
         for (int part = 0; part < PARTS; ++part) {
-          acc[x * ROWS + i] = fma(key[part], load(q + i * pitch + e + part * W), acc[x * ROWS + i]);
+          acc[x * ROWS + i] = fma(key[part], load(q + i * pitch + e + part * LANES), acc[x * ROWS + i]);
         }
       }
     }
   }
 
   vec dot(int64_t r, const char* const* k, const char* const* next) {
-    vec acc[W] = {};
+    vec acc[LANES] = {};
     int64_t e = 0;
     for (; e + SPAN <= p.dim; e += SPAN) {
       RINGATTN_UNROLL
@@ -225,7 +225,7 @@ struct Decode : Elements<DTYPE> {
     std::memcpy(&to, stop + r * KEYS, sizeof to);
     const vec before = load(top + r * KEYS);
     vec highest = before;
-    for (int64_t j = 0; j < n_pad * ROWS; j += W) {
+    for (int64_t j = 0; j < n_pad * ROWS; j += LANES) {
       vec x = load(weights + j);
       if (p.softcap != 0) {
         x = tanh(x * (p.scale / p.softcap)) * (p.softcap * LOG2_E);
@@ -235,18 +235,18 @@ struct Decode : Elements<DTYPE> {
       if (!block.all_seen) {
         ivec at;
         std::memcpy(&at, block.positions + j, sizeof at);
-        x = select((at >= from) & (at < to), x, broadcast(-INFINITE));
+        x = select((at >= from) & (at < to), x, broadcast(-INF));
       }
       store(weights + j, x);
       highest = max(highest, x);
     }
     highest = over_keys(highest);
-    const vec base = select(highest > broadcast(-INFINITE), highest, vec{});
+    const vec base = select(highest > broadcast(-INF), highest, vec{});
     const vec decay = exp2(before - base);
     vec total = load(sum + r * KEYS) * decay;
-    for (int64_t j = 0; j < n_pad * ROWS; j += W) {
+    for (int64_t j = 0; j < n_pad * ROWS; j += LANES) {
       const vec x = load(weights + j);
-      const vec power = select(x > broadcast(-INFINITE), exp2(x - base), vec{});
+      const vec power = select(x > broadcast(-INF), exp2(x - base), vec{});
       store(weights + j, power);
       total = total + power;
     }
@@ -258,10 +258,10 @@ struct Decode : Elements<DTYPE> {
   // The largest of the lanes of each row, in all of them.
   RINGATTN_INLINE vec over_keys(vec x) {
     auto fold = [&]<int H>(std::integral_constant<int, H>) {
-      if constexpr (H >= ROWS && H < W) {
+      if constexpr (H >= ROWS && H < LANES) {
         x = max(x, [&]<int... K>(std::integer_sequence<int, K...>) {
           return __builtin_shufflevector(x, x, (K ^ H)...);
-        }(std::make_integer_sequence<int, W>{}));
+        }(std::make_integer_sequence<int, LANES>{}));
       }
     };
     fold(std::integral_constant<int, 1>{});
@@ -272,13 +272,13 @@ struct Decode : Elements<DTYPE> {
   }
 
   template <int SPANS>
-  void weigh(int64_t r, const Block& block, const Block& next, int64_t e, int64_t n, const float (&decay)[W]) {
+  void weigh(int64_t r, const Block& block, const Block& next, int64_t e, int64_t n, const float (&decay)[LANES]) {
     constexpr int VECTORS = SPANS * PARTS;
     vec acc[ROWS][VECTORS];
     RINGATTN_UNROLL
     for (int i = 0; i < ROWS; ++i) {
       RINGATTN_UNROLL
-      for (int x = 0; x < VECTORS; ++x) acc[i][x] = load(out + (r + i) * v_pitch + e + x * W) * decay[i];
+      for (int x = 0; x < VECTORS; ++x) acc[i][x] = load(out + (r + i) * v_pitch + e + x * LANES) * decay[i];
     }
     for (int64_t j = 0; j < block.n; ++j) {
       RINGATTN_UNROLL
@@ -299,7 +299,7 @@ struct Decode : Elements<DTYPE> {
     RINGATTN_UNROLL
     for (int i = 0; i < ROWS; ++i) {
       RINGATTN_UNROLL
-      for (int x = 0; x < VECTORS; ++x) store(out + (r + i) * v_pitch + e + x * W, acc[i][x]);
+      for (int x = 0; x < VECTORS; ++x) store(out + (r + i) * v_pitch + e + x * LANES, acc[i][x]);
     }
   }
 
@@ -309,14 +309,14 @@ struct Decode : Elements<DTYPE> {
       for (int64_t x = 0; x < KEYS; ++x) total += sum[lane(r, x)];
       const float factor = total > 0 ? 1.0f / total : 0.0f;
       for (int64_t e = 0; e < p.v_dim; ++e) task.out[r * p.v_dim + e] = out[r * v_pitch + place(e)] * factor;
-      task.lse[r] = total > 0 ? (top[lane(r, 0)] + __builtin_log2f(total)) * LN_2 : -INFINITE;
+      task.lse[r] = total > 0 ? (top[lane(r, 0)] + __builtin_log2f(total)) * LN_2 : -INF;
     }
   }
 };
 
-// Rows are computed by fours; one alone, by itself.
+// RowRange are computed by fours; one alone, by itself.
 template <class Visit>
-RINGATTN_INLINE auto with_decode(const DecodeProblem& p, const Visit& visit) {
+RINGATTN_INLINE auto with_decode(const DecodeParams& p, const Visit& visit) {
   auto by_rows = [&]<Dtype DTYPE>(std::integral_constant<Dtype, DTYPE>) {
     using One = Decode<DTYPE, 1>;
     using Four = Decode<DTYPE, 4>;
@@ -327,11 +327,11 @@ RINGATTN_INLINE auto with_decode(const DecodeProblem& p, const Visit& visit) {
   return by_rows(std::integral_constant<Dtype, Dtype::float16>{});
 }
 
-RINGATTN_INLINE int64_t decode_scratch(const DecodeProblem& p) {
+RINGATTN_INLINE int64_t decode_scratch(const DecodeParams& p) {
   return with_decode(p, [&]<class Kernel>(Kernel*) { return Kernel::scratch(p); });
 }
 
-RINGATTN_INLINE void decode(const DecodeProblem& p, const DecodeTask& task, void* memory) {
+RINGATTN_INLINE void decode(const DecodeParams& p, const DecodeTask& task, void* memory) {
   with_decode(p, [&]<class Kernel>(Kernel*) { Kernel(p, task, memory).run(); });
 }
 

@@ -5,6 +5,6 @@
 #include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels EMULATED_BF16;
-const Kernels EMULATED_BF16 = emulated_bf16::table<emulated_bf16::Pairs>("emulated_bf16");
+extern const KernelTable EMULATED_BF16;
+const KernelTable EMULATED_BF16 = emulated_bf16::make_kernel_table<emulated_bf16::Bf16PairDot>("emulated_bf16");
 }  // namespace ringattn

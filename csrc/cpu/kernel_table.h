@@ -6,18 +6,18 @@
 
 namespace ringattn::RINGATTN_ISA {
 
-template <class Arithmetic>
-constexpr Kernels table(const char* name) {
+template <class Dot>
+constexpr KernelTable make_kernel_table(const char* name) {
   return {
       name,
-      BLOCK,
-      &Forward<Arithmetic>::blocks_per_task,
-      &Forward<Arithmetic>::scratch,
-      [](const Problem& p, const ForwardTask& task, void* memory) { Forward<Arithmetic>(p, task, memory).run(); },
-      &Backward<Arithmetic>::scratch,
-      [](const Problem& p, const BackwardTask& task, void* memory) { Backward<Arithmetic>(p, task, memory).run(); },
-      [](const DecodeProblem& p) { return decode_scratch(p); },
-      [](const DecodeProblem& p, const DecodeTask& task, void* memory) { decode(p, task, memory); },
+      BLOCK_M,
+      &Forward<Dot>::blocks_per_task,
+      &Forward<Dot>::scratch,
+      [](const AttentionParams& p, const ForwardTask& task, void* memory) { Forward<Dot>(p, task, memory).run(); },
+      &Backward<Dot>::scratch,
+      [](const AttentionParams& p, const BackwardTask& task, void* memory) { Backward<Dot>(p, task, memory).run(); },
+      [](const DecodeParams& p) { return decode_scratch(p); },
+      [](const DecodeParams& p, const DecodeTask& task, void* memory) { decode(p, task, memory); },
   };
 }
 

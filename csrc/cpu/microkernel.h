@@ -4,24 +4,24 @@
 
 namespace ringattn::RINGATTN_ISA {
 
-constexpr int BLOCK_VECS = 3;                    // vectors of a block of queries
-constexpr int BLOCK = BLOCK_VECS * W;            // queries of a block: the lanes of every matrix below
-constexpr int TILE = ACCUMULATORS / BLOCK_VECS;  // rows of a tile of a product over a block
-constexpr int MAX_TILE_ROWS = ACCUMULATORS;      // a multiple of the rows of every tile over queries
+constexpr int BLOCK_M_VECS = 3;                             // vectors of a block of queries
+constexpr int BLOCK_M = BLOCK_M_VECS * LANES;               // queries of a block: the lanes of every matrix below
+constexpr int TILE_ROWS = NUM_ACCUMULATORS / BLOCK_M_VECS;  // rows of a tile of a product over a block
+constexpr int MAX_TILE_ROWS = NUM_ACCUMULATORS;             // a multiple of the rows of every tile over queries
 
 // sums[r][c] += sum over t of a[r * a_row + t * a_step] * b[t * b_step + c], for R rows and C vectors of columns.
-template <class Arithmetic, int R, int C>
+template <class Dot, int R, int C>
 RINGATTN_INLINE void multiply(vec (&sums)[R][C], const float* a, int64_t a_row, int64_t a_step, const float* b,
                               int64_t b_step, int64_t steps) {
   for (int64_t t = 0; t < steps; ++t) {
     vec columns[C];
     RINGATTN_UNROLL
-    for (int c = 0; c < C; ++c) columns[c] = load(b + c * W);
+    for (int c = 0; c < C; ++c) columns[c] = load(b + c * LANES);
     RINGATTN_UNROLL
     for (int r = 0; r < R; ++r) {
       const vec x = broadcast(a[r * a_row]);
       RINGATTN_UNROLL
-      for (int c = 0; c < C; ++c) sums[r][c] = Arithmetic::dot(x, columns[c], sums[r][c]);
+      for (int c = 0; c < C; ++c) sums[r][c] = Dot::dot(x, columns[c], sums[r][c]);
     }
     a += a_step;
     b += b_step;
@@ -37,48 +37,48 @@ RINGATTN_INLINE void fill(vec (&sums)[R][C], vec x) {
   }
 }
 
-// Turns n rows of `words` words into columns: to[w * BLOCK + i] = from[i * pitch + w]. Columns from n on, up to a
+// Turns n rows of `words` words into columns: to[w * BLOCK_M + i] = from[i * pitch + w]. Columns from n on, up to a
 // whole vector, become zero.
-RINGATTN_INLINE void rows_to_lanes(float* to, const float* from, int64_t pitch, int64_t n, int64_t words) {
-  for (int64_t i = 0; i < n; i += W) {
-    for (int64_t w = 0; w < words; w += W) {
+RINGATTN_INLINE void transpose_to_lanes(float* to, const float* from, int64_t pitch, int64_t n, int64_t words) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    for (int64_t w = 0; w < words; w += LANES) {
       const float* corner = from + i * pitch + w;
-      float* turned = to + w * BLOCK + i;
-      vec block[W];
-      if (i + W <= n && w + W <= words) {
+      float* turned = to + w * BLOCK_M + i;
+      vec block[LANES];
+      if (i + LANES <= n && w + LANES <= words) {
         RINGATTN_UNROLL
-        for (int r = 0; r < W; ++r) block[r] = load(corner + r * pitch);
+        for (int r = 0; r < LANES; ++r) block[r] = load(corner + r * pitch);
         transpose(block);
         RINGATTN_UNROLL
-        for (int r = 0; r < W; ++r) store(turned + r * BLOCK, block[r]);
+        for (int r = 0; r < LANES; ++r) store(turned + r * BLOCK_M, block[r]);
       } else {
-        const int64_t here = min(W, words - w);
-        for (int r = 0; r < W; ++r) block[r] = i + r < n ? load(corner + r * pitch, here) : vec{};
+        const int64_t here = min(LANES, words - w);
+        for (int r = 0; r < LANES; ++r) block[r] = i + r < n ? load(corner + r * pitch, here) : vec{};
         transpose(block);
-        for (int r = 0; r < here; ++r) store(turned + r * BLOCK, block[r]);
+        for (int r = 0; r < here; ++r) store(turned + r * BLOCK_M, block[r]);
       }
     }
   }
 }
 
-// Calls put(row, first, values, count) for pieces of the rows of a matrix whose columns are from[w * BLOCK + i].
+// Calls put(row, first, values, count) for pieces of the rows of a matrix whose columns are from[w * BLOCK_M + i].
 template <class Put>
-RINGATTN_INLINE void lanes_to_rows(const float* from, int64_t n, int64_t words, const Put& put) {
-  for (int64_t i = 0; i < n; i += W) {
-    for (int64_t w = 0; w < words; w += W) {
-      const float* corner = from + w * BLOCK + i;
-      vec block[W];
-      if (i + W <= n && w + W <= words) {
+RINGATTN_INLINE void transpose_from_lanes(const float* from, int64_t n, int64_t words, const Put& put) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    for (int64_t w = 0; w < words; w += LANES) {
+      const float* corner = from + w * BLOCK_M + i;
+      vec block[LANES];
+      if (i + LANES <= n && w + LANES <= words) {
         RINGATTN_UNROLL
-        for (int r = 0; r < W; ++r) block[r] = load(corner + r * BLOCK);
+        for (int r = 0; r < LANES; ++r) block[r] = load(corner + r * BLOCK_M);
         transpose(block);
         RINGATTN_UNROLL
-        for (int r = 0; r < W; ++r) put(i + r, w, block[r], W);
+        for (int r = 0; r < LANES; ++r) put(i + r, w, block[r], LANES);
       } else {
-        const int64_t count = min(W, words - w);
-        for (int r = 0; r < W; ++r) block[r] = r < count ? load(corner + r * BLOCK) : vec{};
+        const int64_t count = min(LANES, words - w);
+        for (int r = 0; r < LANES; ++r) block[r] = r < count ? load(corner + r * BLOCK_M) : vec{};
         transpose(block);
-        for (int r = 0; r < W && i + r < n; ++r) put(i + r, w, block[r], count);
+        for (int r = 0; r < LANES && i + r < n; ++r) put(i + r, w, block[r], count);
       }
     }
   }
@@ -88,13 +88,13 @@ RINGATTN_INLINE void lanes_to_rows(const float* from, int64_t n, int64_t words, 
 struct LaneRange {
   int32_t first, last;
   RINGATTN_INLINE ivec mask(const LaneRange& range, int c) {
-    const ivec lane = lane_numbers() + c * W;
+    const ivec lane = lane_indices() + c * LANES;
     return (lane >= broadcast(range.first)) & (lane <= broadcast(range.last));
   }
 };
 
 // A block of queries [row, stop) against the keys of a chunk, [start, start + n), through one tile of the mask.
-struct Band {
+struct BandMask {
   int64_t row, stop, start, n;
   const Tile& tile;
 
@@ -111,13 +111,13 @@ struct Band {
   LaneRange lanes(int64_t j) const {
     const int64_t key = start + j;
     if (j >= n || key < tile.k_start || key >= tile.k_stop) return {1, 0};
-    const int64_t first = max(0, key - tile.hi - row), last = min(BLOCK - 1, key - tile.lo - row);
+    const int64_t first = max(0, key - tile.hi - row), last = min(BLOCK_M - 1, key - tile.lo - row);
     return first <= last ? LaneRange{(int32_t)first, (int32_t)last} : LaneRange{1, 0};
   }
 
   // The same of `count` vectors of the block's queries.
-  Band part(int64_t vector, int64_t count) const {
-    return {row + vector * W, min(stop, row + (vector + count) * W), start, n, tile};
+  BandMask part(int64_t vector, int64_t count) const {
+    return {row + vector * LANES, min(stop, row + (vector + count) * LANES), start, n, tile};
   }
 };
 
@@ -129,14 +129,14 @@ struct Count {
 // Calls visit(Count, vector, begin, end) for runs of keys, whole tiles of them, and the vectors of queries that see any
 // of them. Along a diagonal a run has as many keys as a vector lanes, and nothing is computed for the vectors beyond.
 template <class Visit>
-RINGATTN_INLINE void for_each_visible_run(const Band& band, const Visit& visit) {
-  int64_t begins[BLOCK_VECS], ends[BLOCK_VECS];
-  int64_t first = 0, last = (band.stop - band.row + W - 1) / W;
+RINGATTN_INLINE void for_each_visible_run(const BandMask& band, const Visit& visit) {
+  int64_t begins[BLOCK_M_VECS], ends[BLOCK_M_VECS];
+  int64_t first = 0, last = (band.stop - band.row + LANES - 1) / LANES;
   for (int64_t c = 0; c < last; ++c) {
-    const Band part = band.part(c, 1);
+    const BandMask part = band.part(c, 1);
     const int64_t begin = part.begin(), end = part.end();
-    begins[c] = begin / TILE * TILE;
-    ends[c] = begin < end ? round_up(end, TILE) : begins[c];
+    begins[c] = begin / TILE_ROWS * TILE_ROWS;
+    ends[c] = begin < end ? round_up(end, TILE_ROWS) : begins[c];
   }
   // Neither begins nor ends ever fall from a vector to the next.
   while (first < last && begins[first] >= ends[first]) ++first;
@@ -145,8 +145,8 @@ RINGATTN_INLINE void for_each_visible_run(const Band& band, const Visit& visit) 
     int64_t stop = first + 1;
     while (stop < last && begins[stop] <= at) ++stop;
     const int64_t end = stop < last ? min(ends[first], begins[stop]) : ends[first];
-    if (stop - first == BLOCK_VECS) {
-      visit(Count<BLOCK_VECS>{}, first, at, end);
+    if (stop - first == BLOCK_M_VECS) {
+      visit(Count<BLOCK_M_VECS>{}, first, at, end);
     } else if (stop - first == 2) {
       visit(Count<2>{}, first, at, end);
     } else {

@@ -8,23 +8,23 @@ enum class Dtype : int { float32, bfloat16, float16 };
 
 // A tensor (batch, rows, heads, dim) whose last dim is contiguous; strides count elements.
 template <class Pointer>
-struct View {
+struct TensorView {
   Pointer data;
   int64_t batch, row, head;
 };
-using Input = View<const void*>;  // of the problem's dtype
-using State = View<float*>;       // accumulators
-using Statistic = View<float*>;   // (batch, heads, rows), a number a row
+using InputView = TensorView<const void*>;   // of the problem's dtype
+using AccumulatorView = TensorView<float*>;  // accumulators
+using RowStatView = TensorView<float*>;      // (batch, heads, rows), a number a row
 
 // Queries [q_start, q_stop) attend to keys [k_start, k_stop) where lo <= j - i <= hi, in every batch row, or in one.
 struct Tile {
   int64_t q_start, q_stop, k_start, k_stop, lo, hi, batch;
 };
 
-struct Problem {
-  Input q, k, v, dout;
-  State out, dq, dk, dv;
-  Statistic lse, delta;
+struct AttentionParams {
+  InputView q, k, v, dout;
+  AccumulatorView out, dq, dk, dv;
+  RowStatView lse, delta;
   int64_t batch, heads, kv_heads, dim, v_dim;
   Dtype dtype;
   float scale;
@@ -33,7 +33,7 @@ struct Problem {
 };
 
 // Queries of one interval, all of which see the same tiles, and none other.
-struct Segment {
+struct QuerySegment {
   int64_t q_start, q_stop;
   const Tile* const* tiles;
   int64_t num_tiles;
@@ -43,22 +43,22 @@ struct Segment {
 // rows, for head i % group. So blocks next to each other share keys.
 struct ForwardTask {
   int64_t batch, kv_head;
-  const Segment* segment;
+  const QuerySegment* segment;
   int64_t first, count;
 };
 
 // Keys [k_start, k_stop) against all queries that see them. dq may be a private accumulator of the task's part.
 struct BackwardTask {
   int64_t batch, kv_head, k_start, k_stop;
-  const Segment* segments;
+  const QuerySegment* segments;
   int64_t num_segments;
-  State dq;
+  AccumulatorView dq;
 };
 
 // A few query rows of each sequence against keys in pages. A pool's `batch` stride is that of its pages, `row` that of
 // the slots in one.
-struct DecodeProblem {
-  Input q, k, v;
+struct DecodeParams {
+  InputView q, k, v;
   const int32_t *pages, *slots;  // (entries), and the position in each slot (entries, page_size)
   const int32_t *first, *stop;   // the positions that each row sees, (batch, tokens)
   int64_t tokens, page_size, heads, kv_heads, dim, v_dim;
@@ -76,16 +76,16 @@ struct DecodeTask {
 };
 
 // One instruction set's kernels. Scratch is in bytes, aligned to 64.
-struct Kernels {
+struct KernelTable {
   const char* name;
   int64_t block_rows;  // queries of a block
-  int64_t (*blocks_per_task)(const Problem&);
-  int64_t (*forward_scratch)(const Problem&);
-  void (*forward)(const Problem&, const ForwardTask&, void* scratch);
-  int64_t (*backward_scratch)(const Problem&);
-  void (*backward)(const Problem&, const BackwardTask&, void* scratch);
-  int64_t (*decode_scratch)(const DecodeProblem&);
-  void (*decode)(const DecodeProblem&, const DecodeTask&, void* scratch);
+  int64_t (*blocks_per_task)(const AttentionParams&);
+  int64_t (*forward_scratch)(const AttentionParams&);
+  void (*forward)(const AttentionParams&, const ForwardTask&, void* scratch);
+  int64_t (*backward_scratch)(const AttentionParams&);
+  void (*backward)(const AttentionParams&, const BackwardTask&, void* scratch);
+  int64_t (*decode_scratch)(const DecodeParams&);
+  void (*decode)(const DecodeParams&, const DecodeTask&, void* scratch);
 };
 
 }  // namespace ringattn

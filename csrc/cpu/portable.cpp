@@ -3,6 +3,6 @@
 #include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels PORTABLE;
-const Kernels PORTABLE = portable::table<portable::Wide>("portable");
+extern const KernelTable PORTABLE;
+const KernelTable PORTABLE = portable::make_kernel_table<portable::Fp32Dot>("portable");
 }  // namespace ringattn

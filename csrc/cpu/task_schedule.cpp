@@ -22,7 +22,7 @@ int64_t area_below(const Tile& t, int64_t key) {
 
 }  // namespace
 
-Schedule::Schedule(const int64_t* table, int64_t n, int64_t batch) {
+TaskSchedule::TaskSchedule(const int64_t* table, int64_t n, int64_t batch) {
   tiles_.resize(n);
   bool same = true;
   for (int64_t i = 0; i < n; ++i) {
@@ -41,7 +41,7 @@ Schedule::Schedule(const int64_t* table, int64_t n, int64_t batch) {
   }
 }
 
-std::vector<Segment> Schedule::cut(std::vector<const Tile*> tiles) {
+std::vector<QuerySegment> TaskSchedule::cut(std::vector<const Tile*> tiles) {
   std::vector<int64_t> cuts;
   for (const Tile* tile : tiles) {
     cuts.push_back(tile->q_start);
@@ -50,7 +50,7 @@ std::vector<Segment> Schedule::cut(std::vector<const Tile*> tiles) {
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
   std::stable_sort(tiles.begin(), tiles.end(), [](auto* a, auto* b) { return a->q_start < b->q_start; });
-  std::vector<Segment> segments;
+  std::vector<QuerySegment> segments;
   std::vector<const Tile*> active;
   size_t next = 0;
   for (size_t c = 0; c + 1 < cuts.size(); ++c) {
@@ -64,11 +64,11 @@ std::vector<Segment> Schedule::cut(std::vector<const Tile*> tiles) {
   return segments;
 }
 
-std::vector<ForwardTask> Schedule::forward(const Problem& p, const Kernels& kernels) const {
+std::vector<ForwardTask> TaskSchedule::forward(const AttentionParams& p, const KernelTable& kernels) const {
   const int64_t most = kernels.blocks_per_task(p), rows = kernels.block_rows;
   std::vector<std::pair<int64_t, ForwardTask>> found;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
-    for (const Segment& segment : segments(batch)) {
+    for (const QuerySegment& segment : segments(batch)) {
       const int64_t blocks = (segment.q_stop - segment.q_start + rows - 1) / rows * p.group();
       for (int64_t first = 0; first < blocks; first += most) {
         const int64_t count = std::min(most, blocks - first);
@@ -90,7 +90,7 @@ std::vector<ForwardTask> Schedule::forward(const Problem& p, const Kernels& kern
   return tasks;
 }
 
-int64_t Schedule::num_parts(const Problem& p, int64_t threads) {
+int64_t TaskSchedule::num_parts(const AttentionParams& p, int64_t threads) {
   const int64_t heads = p.batch * p.kv_heads;
   for (int64_t parts = 1; parts < 8; ++parts) {
     const int64_t rounds = (heads * parts + threads - 1) / threads;
@@ -99,11 +99,12 @@ int64_t Schedule::num_parts(const Problem& p, int64_t threads) {
   return 8;
 }
 
-std::vector<BackwardTask> Schedule::backward(const Problem& p, const std::vector<State>& dq) const {
+std::vector<BackwardTask> TaskSchedule::backward(const AttentionParams& p,
+                                                 const std::vector<AccumulatorView>& dq) const {
   const int64_t parts = dq.size();
   std::vector<BackwardTask> tasks;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
-    const std::vector<Segment>& here = segments(batch);
+    const std::vector<QuerySegment>& here = segments(batch);
     if (here.empty()) continue;
     std::vector<const Tile*> tiles;
     for (const Tile& tile : tiles_) {

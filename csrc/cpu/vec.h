@@ -17,21 +17,21 @@
 namespace ringattn::RINGATTN_ISA {
 
 #if defined(RINGATTN_AVX512)
-constexpr int W = 16;             // lanes of a vector
-constexpr int ACCUMULATORS = 24;  // registers that a tile of a product takes
+constexpr int LANES = 16;             // lanes of a vector
+constexpr int NUM_ACCUMULATORS = 24;  // registers that a tile of a product takes
 #elif defined(RINGATTN_AVX2)
-constexpr int W = 8;
-constexpr int ACCUMULATORS = 12;
+constexpr int LANES = 8;
+constexpr int NUM_ACCUMULATORS = 12;
 #else
-constexpr int W = 4;
-constexpr int ACCUMULATORS = 12;
+constexpr int LANES = 4;
+constexpr int NUM_ACCUMULATORS = 12;
 #endif
 
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ivec __attribute__((vector_size(4 * W)));
-typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
-constexpr float INFINITE = __builtin_inff();
+constexpr float INF = __builtin_inff();
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -45,15 +45,15 @@ RINGATTN_INLINE vec load(const float* p) {
   return x;
 }
 RINGATTN_INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
-// The first n <= W lanes; a call of memcpy for a whole vector would cost more than the vector.
+// The first n <= LANES lanes; a call of memcpy for a whole vector would cost more than the vector.
 RINGATTN_INLINE vec load(const float* p, int64_t n) {
-  if (n == W) return load(p);
+  if (n == LANES) return load(p);
   vec x{};
   std::memcpy(&x, p, n * sizeof(float));
   return x;
 }
 RINGATTN_INLINE void store(float* p, vec x, int64_t n) {
-  if (n == W) {
+  if (n == LANES) {
     store(p, x);
   } else {
     std::memcpy(p, &x, n * sizeof(float));
@@ -84,7 +84,7 @@ RINGATTN_INLINE vec max(vec a, vec b) {
 }
 
 // x, or 0 if it is more; NaN stays.
-RINGATTN_INLINE vec at_most_zero(vec x) {
+RINGATTN_INLINE vec min_zero(vec x) {
 #if defined(RINGATTN_AVX512)
   return _mm512_min_ps(vec{}, x);
 #elif defined(RINGATTN_AVX2)
@@ -94,9 +94,9 @@ RINGATTN_INLINE vec at_most_zero(vec x) {
 #endif
 }
 
-RINGATTN_INLINE ivec lane_numbers() {
+RINGATTN_INLINE ivec lane_indices() {
   ivec x{};
-  for (int i = 0; i < W; ++i) x[i] = i;
+  for (int i = 0; i < LANES; ++i) x[i] = i;
   return x;
 }
 
@@ -143,29 +143,29 @@ RINGATTN_INLINE vec tanh(vec x) {
 }
 
 template <int H, bool HIGH, int... K>
-RINGATTN_INLINE vec exchange(vec a, vec b, std::integer_sequence<int, K...>) {
+RINGATTN_INLINE vec combine_halves(vec a, vec b, std::integer_sequence<int, K...>) {
   // K counts from the low half (HIGH: the high half) of each group of 2 H lanes.
-  return __builtin_shufflevector(a, b, (HIGH ? ((K & H) ? W + K : K + H) : ((K & H) ? W + K - H : K))...);
+  return __builtin_shufflevector(a, b, (HIGH ? ((K & H) ? LANES + K : K + H) : ((K & H) ? LANES + K - H : K))...);
 }
 
 template <int H>
-RINGATTN_INLINE void transpose_step(vec (&r)[W]) {
-  using Lanes = std::make_integer_sequence<int, W>;
+RINGATTN_INLINE void transpose_step(vec (&r)[LANES]) {
+  using Lanes = std::make_integer_sequence<int, LANES>;
   RINGATTN_UNROLL
-  for (int i = 0; i < W; ++i) {
+  for (int i = 0; i < LANES; ++i) {
     if (i & H) continue;
     const vec a = r[i], b = r[i + H];
-    r[i] = exchange<H, false>(a, b, Lanes{});
-    r[i + H] = exchange<H, true>(a, b, Lanes{});
+    r[i] = combine_halves<H, false>(a, b, Lanes{});
+    r[i + H] = combine_halves<H, true>(a, b, Lanes{});
   }
 }
 
-// Transposes W x W lanes: blocks of two first, then of four, and so on.
-RINGATTN_INLINE void transpose(vec (&r)[W]) {
+// Transposes LANES x LANES lanes: blocks of two first, then of four, and so on.
+RINGATTN_INLINE void transpose(vec (&r)[LANES]) {
   transpose_step<1>(r);
   transpose_step<2>(r);
-  if constexpr (W > 4) transpose_step<4>(r);
-  if constexpr (W > 8) transpose_step<8>(r);
+  if constexpr (LANES > 4) transpose_step<4>(r);
+  if constexpr (LANES > 8) transpose_step<8>(r);
 }
 
 }  // namespace ringattn::RINGATTN_ISA

@@ -82,7 +82,7 @@ void forward(const Header& h, const KernelTable& kernels) {
   p.q = q.view(), p.k = k.view(), p.v = v.view(), p.out = out.rows(), p.lse = lse.view();
   const TaskSchedule plan(tiles.data(), h.tiles, p.batch);
   const Scratch scratch(kernels.forward_scratch(p));
-  for (const ForwardTask& task : plan.forward(p, kernels)) kernels.forward(p, task, scratch.data);
+  for (const ForwardTask& task : plan.forward_tasks(p, kernels)) kernels.forward(p, task, scratch.data);
   give(out.data), give(lse.data);
 }
 
@@ -98,7 +98,7 @@ void backward(const Header& h, const KernelTable& kernels) {
   p.dq = dq.rows(), p.dk = dk.rows(), p.dv = dv.rows();
   const TaskSchedule plan(tiles.data(), h.tiles, p.batch);
   const Scratch scratch(kernels.backward_scratch(p));
-  for (const BackwardTask& task : plan.backward(p, {p.dq})) kernels.backward(p, task, scratch.data);
+  for (const BackwardTask& task : plan.backward_tasks(p, {p.dq})) kernels.backward(p, task, scratch.data);
   give(dq.data), give(dk.data), give(dv.data);
 }
 

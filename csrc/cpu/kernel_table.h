@@ -1,4 +1,4 @@
-// The table of one instruction set's kernels. Included by one source file for each, which names the set.
+// The kernel table of one instruction set. Each instruction set's source file defines RINGATTN_ISA and includes this.
 #pragma once
 #include "backward.h"
 #include "decode.h"
@@ -11,11 +11,15 @@ constexpr KernelTable make_kernel_table(const char* name) {
   return {
       name,
       BLOCK_M,
-      &Forward<Dot>::blocks_per_task,
-      &Forward<Dot>::scratch,
-      [](const AttentionParams& p, const ForwardTask& task, void* memory) { Forward<Dot>(p, task, memory).run(); },
-      &Backward<Dot>::scratch,
-      [](const AttentionParams& p, const BackwardTask& task, void* memory) { Backward<Dot>(p, task, memory).run(); },
+      &ForwardKernel<Dot>::blocks_per_task,
+      &ForwardKernel<Dot>::scratch,
+      [](const AttentionParams& p, const ForwardTask& task, void* memory) {
+        ForwardKernel<Dot>(p, task, memory).run();
+      },
+      &BackwardKernel<Dot>::scratch,
+      [](const AttentionParams& p, const BackwardTask& task, void* memory) {
+        BackwardKernel<Dot>(p, task, memory).run();
+      },
       [](const DecodeParams& p) { return decode_scratch(p); },
       [](const DecodeParams& p, const DecodeTask& task, void* memory) { decode(p, task, memory); },
   };

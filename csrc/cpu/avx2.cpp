@@ -1,4 +1,4 @@
-// Vectors of 256 bits: AVX2 with FMA.
+// 256-bit vectors: AVX2 with FMA and F16C.
 #if defined(__x86_64__)
 #define RINGATTN_ISA avx2
 #define RINGATTN_X86

@@ -1,4 +1,4 @@
-// Vectors of 512 bits: AVX-512 as of Skylake servers and Zen 4.
+// 512-bit vectors: AVX-512 of Skylake servers and Zen 4.
 #if defined(__x86_64__)
 #define RINGATTN_ISA avx512
 #define RINGATTN_X86

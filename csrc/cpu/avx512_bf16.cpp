@@ -1,4 +1,4 @@
-// Vectors of 512 bits, and products of pairs of bfloat16: Cooper Lake, Sapphire Rapids, Zen 4.
+// 512-bit vectors with dot products of bf16 pairs: Cooper Lake, Sapphire Rapids, Zen 4.
 #if defined(__x86_64__)
 #define RINGATTN_ISA avx512_bf16
 #define RINGATTN_X86

@@ -1,4 +1,4 @@
-// The arithmetic in pairs of bfloat16 in ordinary instructions: never chosen, but tests run it on any machine.
+// Emulates avx512_bf16 with ordinary instructions, so that tests can run on any machine. Never selected by default.
 #define RINGATTN_ISA emulated_bf16
 #define RINGATTN_BF16
 #define RINGATTN_BF16_EMULATED

@@ -1,4 +1,4 @@
-// Vectors of 128 bits, which every 64-bit processor has: SSE2, NEON.
+// 128-bit vectors, which every 64-bit processor has: SSE2, NEON.
 #define RINGATTN_ISA portable
 #include "kernel_table.h"
 

@@ -1,4 +1,4 @@
-"""Our own kernel over pages for the CPU: csrc/cpu/decode.h, behind the contract."""
+"""The native CPU kernel over pages: the ops of csrc/cpu/decode.h as a PagedKernel."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ringattn.kernels.paged.contract import PageTables, Sight
 
 @dataclass(frozen=True)
 class NativePaged:
-    """See contract.PagedKernel.
+    """A contract.PagedKernel in C++ for the CPU, for fp32, fp16 and bf16.
 
     Args:
-        isa: the instruction set, as for native.NativeKernel.
+        isa: as in native.NativeKernel.
     """
 
     isa: str = ""
     name: str = "native"
 
     def available(self) -> list[str]:
-        """Builds and loads the library, at most once in a process; a reason when that fails."""
+        """Compiles and loads the library, once per process. Returns the reason if that fails."""
         return NativeKernel(self.isa).available()
 
     def unsupported(self, call: Call) -> list[str]:

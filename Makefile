@@ -18,7 +18,7 @@ POISON := detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255
 SANITIZED := tests/kernels/test_native.py tests/kernels/test_native_calls.py tests/kernels/test_contract.py
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-.PHONY: demo test test-long test-parallel test-oldest-transformers soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
+.PHONY: demo quick test test-long test-parallel test-oldest-transformers soak sanitize lint bench bench-gpu bench-exchanges bench-network bench-decode bench-train bench-bubble docs clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks
 
 test: $(READY)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist worksteal
+
+quick: $(READY)  ## the inner loop: geometry, plans, messages, the reference kernel, a ring on ranks; under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'quick and not long' -n $(JOBS) --dist worksteal
 
 test-long: $(READY)  ## the slow part of the test suite
 	$(BIN)/python -m pytest -m long --ignore tests/parallel
@@ -56,7 +59,7 @@ $(OLDEST_READY): $(READY)
 # Left out: there one process counts Llama 4's chunks on across packed documents.
 test-oldest-transformers: $(OLDEST_READY)  ## the Hugging Face tests that show most, under the oldest transformers supported
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not long' -k 'not (Llama4 and packed)' \
-		tests/hf/test_models.py tests/hf/test_images.py tests/hf/test_rotary.py tests/hf/test_generate.py \
+		tests/hf/test_architectures.py tests/hf/test_multimodal.py tests/hf/test_implicit_positions.py tests/hf/test_generate.py \
 		tests/hf/test_trainer.py
 
 OPERATIONS ?= 100000

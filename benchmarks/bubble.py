@@ -30,9 +30,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import plots
 from benchmarks.measure import Lines, progress
 from benchmarks.session import Session, session
-from ringattn.parallel.bubble import Action, bubble_fraction, ideal_bubble
-from ringattn.parallel.course import KINDS, Course, plan_course
-from ringattn.parallel.pipeline import MicroBatch, Pipeline
+from ringattn.parallel import (
+    MicroBatch,
+    Pipeline,
+    PipelineSchedule,
+    TimedOp,
+    bubble_fraction,
+    plan_pipeline,
+    simulated_bubble,
+)
+from ringattn.parallel.pipeline_schedule import SCHEDULES
 
 
 class _WaitBackward(torch.autograd.Function):
@@ -70,7 +77,9 @@ def _wait_backward(x: Tensor, seconds: float) -> Tensor:
     return waited
 
 
-def measure(here: Session, course: Course, unit_s: float, rounds: int) -> tuple[dict[str, Any], list[list[Action]]]:
+def measure(
+    here: Session, course: PipelineSchedule, unit_s: float, rounds: int
+) -> tuple[dict[str, Any], list[list[TimedOp]]]:
     """Runs a schedule; returns a record, and what each rank did. All ranks call it together.
 
     What is told is the quickest round: what else there is on a machine can only make one longer.
@@ -79,20 +88,20 @@ def measure(here: Session, course: Course, unit_s: float, rounds: int) -> tuple[
     mine = course.stages_of(here.rank)
     stage_s = unit_s / len(mine)
     stages = [WaitingStage(stage_s) for _ in mine]
-    pipeline = Pipeline(stages, course, mesh, loss=lambda out, _: out.sum(), dim=1, dtype=torch.float32)
+    pipeline = Pipeline(stages, course, mesh, loss_fn=lambda out, _: out.sum(), dim=1, dtype=torch.float32)
     batches = [MicroBatch(torch.zeros(1, 1, dtype=torch.int64), {}, None)] * course.num_micro_batches
-    seen: list[list[list[Action]]] = []
+    seen: list[list[list[TimedOp]]] = []
     for number in range(rounds + 1):
         dist.barrier()
         pipeline.step(batches)
         everyone: list[Any] = [None] * here.world_size
-        dist.all_gather_object(everyone, [action for action in pipeline.actions() if action.move.kind != "L"])
+        dist.all_gather_object(everyone, [action for action in pipeline.timeline() if action.op.kind != "L"])
         if number > 0:  # torch makes its connections in the first one
             seen.append(from_the_first(everyone))
     quickest = min(seen, key=lambda actions: idle_part(actions)[0])
     step_s, bubble = idle_part(quickest)
     record = {
-        "schedule": course.schedule,
+        "schedule": course.name,
         "ranks": here.world_size,
         "stages_per_rank": len(mine),
         "micro_batches": course.num_micro_batches,
@@ -104,22 +113,22 @@ def measure(here: Session, course: Course, unit_s: float, rounds: int) -> tuple[
     return record, quickest
 
 
-def theory_of(everyone: Sequence[Sequence[Action]], course: Course) -> float:
+def theory_of(everyone: Sequence[Sequence[TimedOp]], course: PipelineSchedule) -> float:
     """Returns what part of the time ranks would idle that do the same in the same order, if only moves took time."""
-    moves = [[action.move for action in actions if action.move.kind != "L"] for actions in everyone]
-    return ideal_bubble(dict(enumerate(moves)), len(course.layers))
+    moves = [[action.op for action in actions if action.op.kind != "L"] for actions in everyone]
+    return simulated_bubble(dict(enumerate(moves)), course.num_stages)
 
 
-def idle_part(everyone: Sequence[Sequence[Action]]) -> tuple[float, float]:
+def idle_part(everyone: Sequence[Sequence[TimedOp]]) -> tuple[float, float]:
     """Returns how long a step took from its first move to its last, and what part of it ranks idled in the mean."""
     window_s = max(actions[-1].stop_s for actions in everyone)
     return window_s, statistics.mean(bubble_fraction(actions, window_s) for actions in everyone)
 
 
-def from_the_first(everyone: Sequence[Sequence[Action]]) -> list[list[Action]]:
+def from_the_first(everyone: Sequence[Sequence[TimedOp]]) -> list[list[TimedOp]]:
     """Clocks start at the same moment on all ranks; the step starts with the first rank's first move."""
     zero = everyone[0][0].start_s
-    return [[Action(move, start - zero, stop - zero) for move, start, stop in actions] for actions in everyone]
+    return [[TimedOp(move, start - zero, stop - zero) for move, start, stop in actions] for actions in everyone]
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
@@ -154,7 +163,7 @@ def check(records: Sequence[dict[str, Any]], within: float) -> None:
 def main() -> None:
     """Measures each schedule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8])
     parser.add_argument("--unit-ms", type=float, default=200.0, help="waiting of a rank for a forward")
     parser.add_argument("--rounds", type=int, default=3)
@@ -163,19 +172,19 @@ def main() -> None:
     args = parser.parse_args()
     with session() as here:
         courses = [
-            plan_course(name, here.world_size * per_rank, here.world_size, count, stages_per_rank=per_rank)
+            plan_pipeline(name, here.world_size * per_rank, here.world_size, count, stages_per_rank=per_rank)
             for count in args.micro_batches
             for name in args.schedules
-            for per_rank in [max(KINDS[name].fewest, 2 if KINDS[name].most is None else 1)]
+            for per_rank in [max(SCHEDULES[name].min_stages, 2 if SCHEDULES[name].max_stages is None else 1)]
         ]
         lines = Lines(args.out / "bubble.jsonl") if here.rank == 0 else None
         records = []
-        taken: dict[int, dict[str, list[list[Action]]]] = {}
+        taken: dict[int, dict[str, list[list[TimedOp]]]] = {}
         with progress("schedules", len(courses), here.rank == 0) as tick:
             for course in courses:
                 record, actions = measure(here, course, args.unit_ms / 1e3, args.rounds)
                 records.append(record)
-                taken.setdefault(course.num_micro_batches, {})[course.schedule] = actions
+                taken.setdefault(course.num_micro_batches, {})[course.name] = actions
                 if lines is not None:
                     lines.add(record)
                 tick()

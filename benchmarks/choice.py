@@ -26,8 +26,8 @@ from torch import Tensor
 import ringattn
 from benchmarks.measure import Contender, Lines, progress, race, ratio
 from benchmarks.session import Session, session
-from ringattn.attention.models import default_model
-from ringattn.geometry.choice import predict
+from ringattn.attention.calibration import default_model
+from ringattn.cost.select_exchange import predict
 
 IGNORING, AUTO = "zigzag ring, documents ignored", "auto"
 FASTER, LONGER = 2.0, 1.1  # what is to be reached

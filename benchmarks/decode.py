@@ -31,9 +31,11 @@ from benchmarks.measure import Clock, Contender, Lines, progress, race
 from benchmarks.merging import merges
 from benchmarks.session import Session, session
 from ringattn import DistributedKVCache, decode_attention
-from ringattn.cache.pages import Extension
-from ringattn.kernels import Call, Spec
-from ringattn.kernels.paged import Sight, select_paged
+from ringattn.cache.pages import SlotAllocation
+from ringattn.kernels import ProblemSpec, Queries
+from ringattn.kernels.paged import Pools, VisibleKeys, select_paged
+from ringattn.score import Score
+from ringattn.softmax import empty_state
 
 RINGATTN, KERNEL = "ringattn, all ranks", "the kernel alone"
 READ_ALONE, READ_ALL = "raw read, one rank", "raw read, all ranks"
@@ -100,28 +102,28 @@ class Filled:
             extension = self.cache.extend([self.sequence], stop - start)
             self.cache.write(0, extension, self.k[:, start:stop], self.v[:, start:stop])
 
-    def decode(self, extension: Extension) -> Tensor:
+    def decode(self, extension: SlotAllocation) -> Tensor:
         """Attends with the new token."""
         return decode_attention(self.q, self.new_k, self.new_v, self.cache, 0, extension)
 
-    def kernel(self, extension: Extension) -> Callable[[], Tensor]:
+    def kernel(self, extension: SlotAllocation) -> Callable[[], Tensor]:
         """Returns what runs the kernel over what this rank holds."""
         case, device, length = self.case, self.q.device, extension.starts[0] + 1
-        spec = Spec(case.head_dim**-0.5, None)
+        score = Score(case.head_dim**-0.5)
         dims = (case.heads, case.kv_heads, case.head_dim, case.head_dim)
-        chosen = select_paged(None, Call(device.type, case.torch_dtype, *dims, False, spec))
+        chosen = select_paged(None, ProblemSpec(device.type, case.torch_dtype, *dims, False, score))
         first, stop = (torch.tensor([[x]], dtype=torch.int32, device=device) for x in (0, length))
-        tables, pools = self.cache.page_tables(extension), self.cache.pools(0)
+        tables, pools = self.cache.page_tables(extension), Pools(*self.cache.pools(0))
+        visible = VisibleKeys(first, stop)
 
         def once() -> Tensor:
-            out = torch.zeros(self.q.shape, dtype=torch.float32, device=device)
-            lse = torch.full((1, case.heads, 1), -torch.inf, device=device)
-            chosen.forward(self.q, *pools, tables, Sight(first, stop), spec, out, lse)
-            return out
+            state = empty_state(self.q, case.head_dim)
+            chosen.forward(Queries(self.q), pools, tables, visible, score, state)
+            return state.out
 
         return once
 
-    def read(self, extension: Extension) -> Callable[[], object]:
+    def read(self, extension: SlotAllocation) -> Callable[[], object]:
         """Returns what reads the bytes of as many pages as this rank has in use, from the first to the last."""
         used = len(self.cache.page_tables(extension).pages)
         words = [pool[:used].flatten().view(torch.float32) for pool in self.cache.storage(0)]

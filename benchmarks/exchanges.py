@@ -32,13 +32,14 @@ from benchmarks.masks import packed_documents
 from benchmarks.measure import Contender, Lines, copying_seconds, peak_bytes, progress, race, ratio
 from benchmarks.session import Session, session
 from benchmarks.wire import device_bytes, over_devices, watched
-from ringattn.attention.executor import Job
-from ringattn.attention.function import Attention
-from ringattn.attention.request import Request, prepare, sizes_of
-from ringattn.comm.group import Team, team_of
+from ringattn.attention.autograd import AttentionFunction
+from ringattn.attention.executor import ExecutionPlan
+from ringattn.attention.validate import AttentionCall, plan_call, shape_of
+from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import Spec
+from ringattn.kernels import BackwardQueries, Gradients, Keys, Queries, State
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.score import Score
 
 WHOLE, COMPUTE, TRANSFER, OUTER, NEITHER = "whole", "compute", "transfer", "outer transfer", "neither"
 PASSES = ("fwd", "bwd")
@@ -102,16 +103,13 @@ class Pretender(ReferenceKernel):
     def __init__(self, gflops: float | None = None) -> None:
         self._flop_per_s = None if gflops is None else gflops * 1e9
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         """Leaves the state as it is."""
-        self._rest(2, q, v, tiles)
+        self._rest(2, queries.q, keys.v, tiles)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, spec: Spec,
-        dq: Tensor, dk: Tensor, dv: Tensor,
-    ) -> None:  # fmt: skip
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
         """Adds nothing."""
-        self._rest(5, q, v, tiles)
+        self._rest(5, queries.q, keys.v, tiles)
 
     def _rest(self, products: int, q: Tensor, v: Tensor, tiles: Tiles) -> None:
         """As long as so many matrix products take, each 2 FLOP per pair, head and element of a head."""
@@ -123,7 +121,7 @@ class Pretender(ReferenceKernel):
 class Bench:
     """One case on this rank, ready to be run in parts."""
 
-    def __init__(self, case: Case, team: Team, device: torch.device, gflops: float | None = None) -> None:
+    def __init__(self, case: Case, team: RankMesh, device: torch.device, gflops: float | None = None) -> None:
         mask = MASKS[case.mask](case.seq_len)
         layout = LAYOUTS[case.layout](mask, case.seq_len, team.size)
         dtype, rows = getattr(torch, case.dtype), layout.num_tokens(team.rank)
@@ -132,11 +130,11 @@ class Bench:
         q, k, v, self._dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         self._inputs = [x.requires_grad_() for x in (q, k, v)]
         way = way_of(case.exchange)
-        asked = Request(way.operation, q, k, v, mask, layout, None, None, None, None, None, way.stages)
-        _, job = prepare(asked, team)
+        asked = AttentionCall(way.operation, q, k, v, mask, layout, None, None, None, None, None, way.stages)
+        _, job = plan_call(asked, team)
         job = job if gflops is None else replace(job, kernel=Pretender(gflops))
         self.case, self._team = case, team
-        self.planned = job.bytes_sent(sizes_of(q, k, v))[PASSES.index(case.direction)]
+        self.planned = job.bytes_sent(shape_of(q, k, v))[PASSES.index(case.direction)]
         everything = [axis.group for axis in team.axes]
         idle = replace(job, kernel=Pretender())
         self.parts = {
@@ -180,9 +178,9 @@ class Bench:
         """Returns the seconds of one run that this rank spends on copies: the median of several runs."""
         return statistics.median(copying_seconds(self.parts[WHOLE]) for _ in range(COPYING_RUNS))
 
-    def _part(self, job: Job, silent: Collection[dist.ProcessGroup]) -> Callable[[], object]:
+    def _part(self, job: ExecutionPlan, silent: Collection[dist.ProcessGroup]) -> Callable[[], object]:
         def forward() -> Tensor:
-            out: Tensor = Attention.apply(*self._inputs, None, job, self._team)[0]  # type: ignore[no-untyped-call]
+            out: Tensor = AttentionFunction.apply(*self._inputs, None, job, self._team)[0]  # type: ignore[no-untyped-call]
             return out
 
         kept = forward() if self.case.direction == "bwd" else None
@@ -219,16 +217,16 @@ def _known(name: str) -> str:
     return name
 
 
-def teams(names: Sequence[str], here: Session, inner: int) -> dict[str, Team]:
+def teams(names: Sequence[str], here: Session, inner: int) -> dict[str, RankMesh]:
     """Returns the team of each exchange that can run on so many ranks."""
     found = {}
     for name in names:
         axes = way_of(name).axes
         if not axes:
-            found[name] = team_of(None)
+            found[name] = rank_mesh(None)
         elif here.world_size % inner == 0 and 1 < inner < here.world_size:
             shape = (here.world_size // inner, inner)
-            found[name] = team_of(init_device_mesh(here.device.type, shape, mesh_dim_names=axes), axes)
+            found[name] = rank_mesh(init_device_mesh(here.device.type, shape, mesh_dim_names=axes), axes)
         elif here.rank == 0:
             print(f"{name} is left out: {here.world_size} ranks make no mesh with an axis of --inner {inner}")
     return found

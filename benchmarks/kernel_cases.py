@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.geometry.exchanges import Ring, build_plan
 from ringattn.geometry.tiles import NO_TILES, Tiles, tiles_of_rank
-from ringattn.kernels import Call, Spec
+from ringattn.kernels import ProblemSpec
+from ringattn.plan.exchanges import Ring, build_plan
+from ringattn.score import Score
 
 RING_RANKS = 4
 # Of four ranks, this one meets every kind of step: its own block, blocks before it and blocks after it.
@@ -152,14 +153,14 @@ class Problem:
         return flops(self.area, self.heads, self.head_dim, self.backward)
 
     @property
-    def spec(self) -> Spec:
-        """What a kernel is told besides tensors and tiles."""
-        return Spec(self.head_dim**-0.5)
+    def score(self) -> Score:
+        """The score, its scale resolved."""
+        return Score(self.head_dim**-0.5)
 
-    def call(self, device: torch.device) -> Call:
+    def call(self, device: torch.device) -> ProblemSpec:
         """Returns what decides which kernels can run it."""
         dtype, dim = getattr(torch, self.dtype), self.head_dim
-        return Call(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.spec)
+        return ProblemSpec(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.score)
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Returns q, k, v, dout, (1, seq_len, heads, head_dim): the same ones every time."""

@@ -124,7 +124,7 @@ def _rows_first(x: Tensor) -> Tensor:
 def _plain(problem: Problem, device: torch.device) -> Iterator[Way]:
     """One rectangle or triangle: torch needs no mask."""
     causal = bool(square(problem.pattern.tiles))
-    i, j, _ = problem.pattern.tiles.frame
+    i, j, _ = problem.pattern.tiles.bounding_box
     for name, kernel in TORCH_KERNELS[device.type].items():
 
         def attention(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend = kernel) -> Tensor:
@@ -200,7 +200,7 @@ def _torch_varlen(problem: Problem, device: torch.device) -> Iterator[Way]:
 def _flash_attn(problem: Problem, device: torch.device) -> Iterator[Way]:
     """flash-attn called as its own users call it, in every release that is installed."""
     pattern = problem.pattern
-    i, j, _ = pattern.tiles.frame
+    i, j, _ = pattern.tiles.bounding_box
     cu_seqlens, longest = _cu_seqlens(pattern, problem.seq_len, device)
     options: dict[str, Any] = {"causal": square(pattern.tiles) is not False}
     if pattern.window is not None:

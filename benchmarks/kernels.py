@@ -34,7 +34,7 @@ from benchmarks.kernel_cases import CASES, Problem
 from benchmarks.kernel_rivals import Way, ways
 from benchmarks.measure import Clock, Contender, Lines, OneDevice, progress, race, ratio
 from ringattn.errors import BackendError
-from ringattn.kernels import BACKENDS, BlockKernel, refusals
+from ringattn.kernels import BACKENDS, BackwardQueries, BlockKernel, Gradients, Keys, Queries, refusals
 from ringattn.softmax import empty_state
 
 MATMUL = "matmul"
@@ -67,21 +67,22 @@ class Entry:
 def backend_work(kernel: BlockKernel, problem: Problem, tensors: Sequence[Tensor]) -> Work:
     """Returns one call of the contract: (out,) of the rows that the tiles mention, or (dq, dk, dv)."""
     q, k, v, dout = tensors
-    tiles, spec = problem.pattern.tiles, problem.spec
-    out, lse = empty_state(q, v.shape[3])
+    tiles, score, queries, keys = problem.pattern.tiles, problem.score, Queries(q), Keys(k, v)
+    out, lse = state = empty_state(q, v.shape[3])
     if not problem.backward:
 
         def forward() -> tuple[Tensor, ...]:
-            kernel.forward(q, k, v, tiles, spec, out, lse)
-            return (out[:, tiles.frame.q],)
+            kernel.forward(queries, keys, tiles, score, state)
+            return (out[:, tiles.bounding_box.q],)
 
         return forward
-    kernel.forward(q, k, v, tiles, spec, out, lse)
+    kernel.forward(queries, keys, tiles, score, state)
     delta = (dout.to(out.dtype) * out).sum(-1).transpose(1, 2).contiguous()
-    gradients = tuple(torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
+    backward_queries = BackwardQueries(q, dout, lse, delta)
+    gradients = Gradients(*(torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v)))
 
     def backward() -> tuple[Tensor, ...]:
-        kernel.backward(dout, q, k, v, lse, delta, tiles, spec, *gradients)
+        kernel.backward(backward_queries, keys, tiles, score, gradients)
         return gradients
 
     return backward
@@ -93,7 +94,7 @@ def rival_work(way: Way, problem: Problem, tensors: Sequence[Tensor]) -> Work:
     q, k, v = (way.pack(x).detach().requires_grad_(problem.backward) for x in tensors[:3])
     if not problem.backward:
         return lambda: (way.attention(q, k, v),)
-    dout = way.pack(tensors[3][:, problem.pattern.tiles.frame.q])
+    dout = way.pack(tensors[3][:, problem.pattern.tiles.bounding_box.q])
     out = way.attention(q, k, v)
     return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 

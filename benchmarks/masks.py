@@ -19,7 +19,7 @@ from rich.table import Table
 import ringattn
 from benchmarks.measure import Contender, Lines, progress, race, ratio
 from benchmarks.session import Session, session
-from ringattn.geometry.exchanges import Ring, build_plan
+from ringattn.plan.exchanges import Ring, build_plan
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from benchmarks.measure import progress
 from benchmarks.session import Session
-from ringattn.cache.agreement import agreement_on
-from ringattn.cache.decode import fields_of, meeting_by_heads, meeting_for_all
-from ringattn.comm.collectives import Meeting, room_for
-from ringattn.kernels import Call, Spec
+from ringattn.cache.call_marks import mark_check_on
+from ringattn.cache.decode import exchange_results_by_head, gather_results, result_fields
+from ringattn.comm.collectives import PersistentCollective, buffer_bytes_for
+from ringattn.kernels import ProblemSpec
 from ringattn.kernels.paged import select_paged
+from ringattn.score import Score
 
 GATHER, BY_HEADS = "packed all-gather", "packed all-to-all"
 TREE, TREE_TOGETHER = "three all-reduces", "three all-reduces, two at once"
@@ -68,21 +69,22 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     generator = torch.Generator().manual_seed(here.rank)
     out = torch.randn(1, 1, heads, head_dim, generator=generator).to(here.device)
     lse = torch.randn(1, heads, 1, generator=generator).to(here.device)
-    agreement = agreement_on(here.device)
+    agreement = mark_check_on(here.device)
     group = dist.group.WORLD
     assert group is not None
-    fields = fields_of(torch.Size((1, 1, heads)), head_dim, torch.float32)
+    fields = result_fields(torch.Size((1, 1, heads)), head_dim, torch.float32)
     meetings = [
-        made(fields, room_for(fields, group), group, here.device) for made in (meeting_for_all, meeting_by_heads)
+        made(fields, buffer_bytes_for(fields, group), group, here.device)
+        for made in (gather_results, exchange_results_by_head)
     ]
     dims = (heads, heads, head_dim, head_dim)
-    kernel = select_paged(None, Call(here.device.type, torch.float32, *dims, False, Spec(1.0, None)))
+    kernel = select_paged(None, ProblemSpec(here.device.type, torch.float32, *dims, False, Score(1.0)))
 
     for meeting in meetings:
         for place, x in zip(meeting.local[1:], (out, lse), strict=True):
             place.copy_(x)  # where a kernel puts them
 
-    def ours(meeting: Meeting) -> Tensor:
+    def ours(meeting: PersistentCollective) -> Tensor:
         agreement.tell(meeting.local[0].view(torch.int32), 0, 0)
         meeting.hold()
         marks, outs, lses = meeting.parts

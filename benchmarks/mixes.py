@@ -26,7 +26,7 @@ from benchmarks.measure import Lines, progress
 from benchmarks.session import session
 from benchmarks.train import SIZES, add_recipe, recipe_of
 from benchmarks.training import Recipe, allowed_difference, train_alone, train_together, worst_difference
-from ringattn.parallel.mesh import build_mesh
+from ringattn.parallel import build_mesh
 
 OF_EIGHT = (
     "dp_replicate=8",

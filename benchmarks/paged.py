@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Lines
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.paged import PageTables, Sight, select_paged
+from ringattn.kernels.contract import ProblemSpec, Queries, State
+from ringattn.kernels.paged import PageTables, Pools, VisibleKeys, select_paged
+from ringattn.score import Score
 
 # Of the rate of a copy, in bfloat16.
 GOAL = 0.9
@@ -58,7 +59,7 @@ class Problem:
     k: Tensor
     v: Tensor
     tables: PageTables
-    sight: Sight
+    visible: VisibleKeys
     out: Tensor
     lse: Tensor
 
@@ -79,16 +80,17 @@ class Problem:
         stop = torch.full((c.batch, 1), c.length, dtype=torch.int32, device=device)
         out = torch.zeros(c.batch, 1, c.heads, c.head_dim, device=device)
         lse = torch.full((c.batch, c.heads, 1), -torch.inf, device=device)
-        return cls(q, k, v, PageTables(pages, slots, starts), Sight(torch.zeros_like(stop), stop), out, lse)
+        return cls(q, k, v, PageTables(pages, slots, starts), VisibleKeys(torch.zeros_like(stop), stop), out, lse)
 
     def attend(self, backend: str | None) -> None:
         """One step of decoding in one layer."""
         heads, kv_heads, dim = self.q.shape[2], self.k.shape[2], self.q.shape[3]
-        spec = Spec(dim**-0.5)
-        call = Call(self.q.device.type, self.q.dtype, heads, kv_heads, dim, dim, False, spec)
+        score = Score(dim**-0.5)
+        call = ProblemSpec(self.q.device.type, self.q.dtype, heads, kv_heads, dim, dim, False, score)
         self.out.zero_()
         self.lse.fill_(-torch.inf)
-        select_paged(backend, call).forward(self.q, self.k, self.v, self.tables, self.sight, spec, self.out, self.lse)
+        kernel, state = select_paged(backend, call), State(self.out, self.lse)
+        kernel.forward(Queries(self.q), Pools(self.k, self.v), self.tables, self.visible, score, state)
 
     def error(self) -> float:
         """The largest difference to the first sequence's first kv head's dense attention in fp32."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks.measure import Lines
 from benchmarks.triton_report import DTYPES, Report, assembled, source, told_by
-from ringattn.kernels.paged.contract import PageTables, Sight
+from ringattn.kernels.paged.paged_contract import PageTables, VisibleKeys
+from ringattn.kernels.triton.args import PageArgs, PagedSizes, PartialArgs, ScoreArgs, StridedRows
 from ringattn.kernels.triton.configs import TARGETS, PagedConfig, padded, paged_config
-from ringattn.kernels.triton.paged import combine_kernel, paged_kernel
+from ringattn.kernels.triton.paged_kernels import combine_kernel, paged_kernel
 from ringattn.kernels.triton.paged_launch import COMBINE_WARPS, COMBINED
-from ringattn.kernels.triton.values import Counts, Pages, Parts, Rows, Scores
 
 # Head dims of keys, and of values.
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
@@ -25,9 +25,9 @@ PAGE_SIZES = (1, 16, 24, 64, 256)
 ROWS = (16, 32, 64)
 
 # What the launches take beside tensors; see triton_report.source.
-TABLES, SIGHT = PageTables._make(["*i32:16"] * 3), Sight._make(["*i32:16"] * 2)
-PARTS = Parts("*fp32:16", "*fp32:16")
-COUNTS = Counts(*["i32"] * 5)
+TABLES, SIGHT = PageTables._make(["*i32:16"] * 3), VisibleKeys._make(["*i32:16"] * 2)
+PARTS = PartialArgs("*fp32:16", "*fp32:16")
+COUNTS = PagedSizes(*["i32"] * 5)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def compiled(build: PagedBuild, chosen: PagedConfig | None = None) -> Any:
     chosen = chosen or build.config
     tensor = (f"*{build.dtype}:16", "i32:16", "i32:16", "i32:16")
     made = source(
-        paged_kernel, Rows(*tensor), Pages(*tensor), Pages(*tensor), TABLES, SIGHT, PARTS, COUNTS,
-        Scores("fp32" if build.capped else None, "fp32", "fp32"),
+        paged_kernel, StridedRows(*tensor), PageArgs(*tensor), PageArgs(*tensor), TABLES, SIGHT, PARTS, COUNTS,
+        ScoreArgs("fp32" if build.capped else None, "fp32", "fp32"),
         build.dim, build.v_dim, build.page_size, build.tokens, build.rows, chosen.block_n,
     )  # fmt: skip
     return assembled(made, build.arch, chosen.num_warps, chosen.num_stages)
@@ -80,7 +80,7 @@ def compiled(build: PagedBuild, chosen: PagedConfig | None = None) -> Any:
 
 def combined(arch: str, v_dim: int) -> Any:
     """Returns triton's result for the merge of parts."""
-    out, lse = Rows("*fp32:16", *["i32:16"] * 3), Rows("*fp32:16", "i32:16", 1, "i32:16")
+    out, lse = StridedRows("*fp32:16", *["i32:16"] * 3), StridedRows("*fp32:16", "i32:16", 1, "i32:16")
     made = source(combine_kernel, PARTS, "*i32:16", out, lse, COUNTS, v_dim, COMBINED // padded(v_dim))
     return assembled(made, arch, COMBINE_WARPS, 1)
 

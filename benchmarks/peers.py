@@ -39,7 +39,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, BackwardQueries, Gradients, Keys, Queries
+from ringattn.score import Score
 from ringattn.softmax import empty_state
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -193,17 +194,17 @@ class _Native(_Kernel):
     """Ours, from an empty state and into gradients of zero; it needs rowsum(dout * out), as flash_attn's own does."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        out, lse = empty_state(q, v.shape[3])
-        BACKENDS["native"].forward(q, k, v, self._tiles(q, k, causal), Spec(scale), out, lse)
+        out, lse = state = empty_state(q, v.shape[3])
+        BACKENDS["native"].forward(Queries(q), Keys(k, v), self._tiles(q, k, causal), Score(scale), state)
         return out.to(q.dtype), lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
     ) -> Sequence[Tensor]:
-        grads = [torch.zeros(x.shape) for x in (q, k, v)]
+        grads = Gradients(*(torch.zeros(x.shape) for x in (q, k, v)))
         delta = (dout.float() * out).sum(-1).transpose(1, 2)
-        tiles = self._tiles(q, k, causal)
-        BACKENDS["native"].backward(dout, q, k, v, lse, delta, tiles, Spec(scale), *grads)
+        queries, tiles = BackwardQueries(q, dout, lse, delta), self._tiles(q, k, causal)
+        BACKENDS["native"].backward(queries, Keys(k, v), tiles, Score(scale), grads)
         return grads
 
     def _tiles(self, q: Tensor, k: Tensor, causal: bool) -> Tiles:

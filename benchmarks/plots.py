@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 from benchmarks.timeline import Span
-from ringattn.parallel.bubble import Action
+from ringattn.parallel import TimedOp
 
 COLOURS = {"compute": "#4878a8", "transfer": "#e0a030", "flight": "#f4e2bd", "wait": "#c03028"}
 LABELS = {
@@ -171,7 +171,7 @@ MOVES = {"F": "#4878a8", "B": "#58a058", "I": "#58a058", "W": "#a8d0a8"}
 MOVE_LABELS = {"F": "forward", "B": "backward, or its part down to the input", "W": "backward of weights"}
 
 
-def pipelines(runs: Mapping[str, Sequence[Sequence[Action]]], path: Path) -> None:
+def pipelines(runs: Mapping[str, Sequence[Sequence[TimedOp]]], path: Path) -> None:
     """Draws what each rank of a pipeline did when, for each title; numbers are micro-batches, frames second stages."""
     path.parent.mkdir(parents=True, exist_ok=True)
     heights = [len(actions) for actions in runs.values()]
@@ -181,7 +181,7 @@ def pipelines(runs: Mapping[str, Sequence[Sequence[Action]]], path: Path) -> Non
     )  # fmt: skip
     for axes, (title, actions) in zip(panels[:, 0], runs.items(), strict=True):
         for rank, moves in enumerate(actions):
-            first = min(action.move.stage for action in moves)
+            first = min(action.op.stage for action in moves)
             for (kind, stage, micro_batch), start, stop in moves:
                 box = axes.broken_barh([(start * 1e3, (stop - start) * 1e3)], (-0.45 - rank, 0.9), fc=MOVES[kind])
                 box.set(edgecolor="white" if stage == first else "black", linewidth=0.6)

@@ -30,9 +30,20 @@ import ringattn
 from benchmarks.kernel_cases import flops
 from benchmarks.measure import Clock, Contender, Lines, OneDevice, progress, race
 from ringattn.errors import BackendError
-from ringattn.geometry.exchanges import Ring, build_plan
 from ringattn.geometry.tiles import Tile, Tiles, tiles_of_rank
-from ringattn.kernels import BACKENDS, BlockKernel, Call, Spec, refusals
+from ringattn.kernels import (
+    BACKENDS,
+    BackwardQueries,
+    BlockKernel,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    refusals,
+)
+from ringattn.plan.exchanges import Ring, build_plan
+from ringattn.score import Score
 from ringattn.softmax import accumulation_dtype, empty_state
 
 RING, DENSE, COPY = "ring", "dense", "copy"
@@ -54,14 +65,14 @@ class Case:
     threads: int
 
     @property
-    def spec(self) -> Spec:
-        """What a kernel is told besides tensors and tiles."""
-        return Spec(self.head_dim**-0.5)
+    def score(self) -> Score:
+        """The score, its scale resolved."""
+        return Score(self.head_dim**-0.5)
 
     def kernel(self, device: torch.device) -> BlockKernel:
         """Returns the backend, or raises BackendError with every reason."""
         dim, dtype = self.head_dim, getattr(torch, self.dtype)
-        call = Call(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.spec)
+        call = ProblemSpec(device.type, dtype, self.heads, self.kv_heads, dim, dim, self.backward, self.score)
         if why := refusals(self.backend, call):
             raise BackendError("; ".join(why))
         return BACKENDS[self.backend]
@@ -90,7 +101,7 @@ class Attention:
         self.q, self.k, self.v, self.dout = ([x[i : i + 1] for i in range(len(x))] for x in tensors)
         self.states = [self._attend(rank) for rank in range(len(steps))]
 
-    def _attend(self, rank: int) -> tuple[Tensor, Tensor]:
+    def _attend(self, rank: int) -> State:
         state = empty_state(self.q[rank], self.case.head_dim)
         for block, tiles in self.steps[rank]:
             self.forward_step(rank, block, tiles, state)
@@ -109,17 +120,19 @@ class Attention:
                 self.backward_step(rank, block, tiles, delta, gradients)
         return [x.to(self.q[0].dtype) for some in gradients for x in some]
 
-    def forward_step(self, rank: int, block: int, tiles: Tiles, state: tuple[Tensor, Tensor]) -> None:
+    def forward_step(self, rank: int, block: int, tiles: Tiles, state: State) -> None:
         """Merges one step into a state."""
-        self.kernel.forward(self.q[rank], self.k[block], self.v[block], tiles, self.case.spec, *state)
+        keys = Keys(self.k[block], self.v[block])
+        self.kernel.forward(Queries(self.q[rank]), keys, tiles, self.case.score, state)
 
     def backward_step(
         self, rank: int, block: int, tiles: Tiles, delta: Tensor, gradients: Sequence[Sequence[Tensor]]
     ) -> None:
         """Adds one step's gradients."""
         dq, dk, dv = gradients
-        inputs = (self.dout[rank], self.q[rank], self.k[block], self.v[block], self.states[rank][1], delta)
-        self.kernel.backward(*inputs, tiles, self.case.spec, dq[rank], dk[block], dv[block])
+        queries = BackwardQueries(self.q[rank], self.dout[rank], self.states[rank].lse, delta)
+        keys, sums = Keys(self.k[block], self.v[block]), Gradients(dq[rank], dk[block], dv[block])
+        self.kernel.backward(queries, keys, tiles, self.case.score, sums)
 
     def delta(self, rank: int) -> Tensor:
         """Returns rowsum(dout * out), (1, H, S)."""
@@ -156,14 +169,14 @@ def whole(case: Case, tensors: Sequence[Tensor]) -> Attention:
 
 def single_key(tiles: Tiles) -> Tiles:
     """Returns the rows of the tiles, each with the first key that any of them sees."""
-    frame = tiles.frame
+    box = tiles.bounding_box
     unbounded = 1 << 40
-    return Tiles.of(Tile(frame.q.start, frame.q.stop, frame.k.start, frame.k.start + 1, -unbounded, unbounded))
+    return Tiles.of(Tile(box.q.start, box.q.stop, box.k.start, box.k.start + 1, -unbounded, unbounded))
 
 
 def state_bytes(case: Case, tiles: Tiles) -> int:
     """Returns the bytes that a call with a single key must move: the state of its rows in and out, and q (and dout)."""
-    rows = int(tiles.frame.q.stop - tiles.frame.q.start)
+    rows = int(tiles.bounding_box.q.stop - tiles.bounding_box.q.start)
     size = torch.empty(0, dtype=getattr(torch, case.dtype)).element_size()
     inputs = (2 if case.backward else 1) * case.head_dim * size
     # Forward: out and lse, in and out. Backward: dq in and out, lse and delta in.

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 import ringattn
 from benchmarks.session import Session
-from ringattn.geometry.exchanges import Ring, build_plan, cheaper_backward
-from ringattn.geometry.plan import Program, Step
-from ringattn.geometry.sizes import Sizes
-from ringattn.parallel.decoder import DecoderConfig
+from ringattn.parallel import DecoderConfig
+from ringattn.plan.exchanges import Ring, build_plan, select_backward
+from ringattn.plan.payload import AttentionShape
+from ringattn.plan.plan import Program, Step
 
 
 class Span(NamedTuple):
@@ -46,8 +46,8 @@ def record(here: Session, layout: ringattn.Layout, config: DecoderConfig) -> lis
         torch.autograd.grad(out.sum(), [q, k, v])
 
     once()
-    sizes = Sizes(1, config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, 4, 4)
-    backward = cheaper_backward(Ring(), (mask,), layout, layout, sizes)
+    sizes = AttentionShape(1, config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, 4, 4)
+    backward = select_backward(Ring(), (mask,), layout, layout, sizes)
     plan = build_plan(Ring(), (mask,), layout, layout, here.rank, backward)
     alone = [
         _seconds_alone(here, _numbers_sent(program, step, sizes))
@@ -90,7 +90,7 @@ def record(here: Session, layout: ringattn.Layout, config: DecoderConfig) -> lis
     return [span for spans in everyone for span in spans]
 
 
-def _numbers_sent(program: Program, step: Step, sizes: Sizes) -> int:
+def _numbers_sent(program: Program, step: Step, sizes: AttentionShape) -> int:
     return sum(program.rows_of(t) * sizes.row_bytes(t.payload) for t in step.sends) // 4
 
 

@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringattn.parallel.mesh import AXES, axis_mesh, expert_fsdp_mesh, expert_mesh, fsdp_mesh, loss_mesh
+from ringattn.parallel import axis_mesh, expert_fsdp_mesh, expert_mesh, fsdp_mesh, loss_mesh
+from ringattn.parallel.mesh import AXES
 
 MESSAGE, GATHER, SCATTER, REDUCE, TRADE, BROADCAST = (
     "message",

@@ -37,11 +37,11 @@ from benchmarks.training import (
     train_together,
     worst_difference,
 )
-from ringattn.parallel.course import KINDS
-from ringattn.parallel.decoder import DecoderConfig, MoESpec
-from ringattn.parallel.mesh import AXES, EXPERT, build_mesh, describe
+from ringattn.parallel import DecoderConfig, MoESpec, build_mesh, describe_mesh
+from ringattn.parallel.mesh import AXES, EXPERT_AXIS
+from ringattn.parallel.pipeline_schedule import SCHEDULES
 
-SIZES = tuple(axis.name for axis in (*AXES, EXPERT))
+SIZES = tuple(axis.name for axis in (*AXES, EXPERT_AXIS))
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -61,7 +61,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--layout", choices=LAYOUTS, default="zigzag")
     parser.add_argument("--micro-batches", type=int, help="parts of a batch; as many as stages if not given")
-    parser.add_argument("--schedule", choices=KINDS, default="1f1b", help="of stages")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="of stages")
     parser.add_argument("--zero", type=int, choices=(0, 2, 3), default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and of computing")
     parser.add_argument("--compile", action="store_true", help="layers; feed-forwards only with --documents")
@@ -108,7 +108,7 @@ def main() -> None:
         recipe = recipe_of(args, sizes)
         mesh = build_mesh(**sizes)
         if here.rank == 0:
-            print(describe(mesh))
+            print(describe_mesh(mesh))
         with progress(f"{here.world_size} ranks   ", args.steps, here.rank == 0) as tick:
             ring = train_together(here, recipe, mesh, tick)
         only_ring = list(sizes) == ["ring"]
@@ -124,7 +124,7 @@ def main() -> None:
             if only_ring:
                 plots.timeline(spans, args.out / "timeline.png")
             elif course is not None:
-                moves = [[action for action in of_rank if action.move.kind != "L"] for of_rank in ring.actions]
+                moves = [[action for action in of_rank if action.op.kind != "L"] for of_rank in ring.actions]
                 plots.pipelines({args.schedule: moves}, args.out / "timeline.png")
             print("pictures:", ", ".join(map(str, sorted(args.out.glob("*.png")))))
             check(here, recipe, ring, single)

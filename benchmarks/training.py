@@ -24,18 +24,31 @@ from benchmarks.corpus import Corpus
 from benchmarks.measure import peak_bytes
 from benchmarks.session import Session
 from benchmarks.traffic import Traffic
-from ringattn.attention.request import Masks
 from ringattn.attention.sharding import IGNORED_LABEL
-from ringattn.parallel.bubble import Action
-from ringattn.parallel.clip import clip_gradients
-from ringattn.parallel.context import attend_over, share_of
-from ringattn.parallel.course import KINDS, Course, plan_course
-from ringattn.parallel.decoder import Attend, Decoder, DecoderConfig
-from ringattn.parallel.expert import mixture
-from ringattn.parallel.loss import count_valid, cross_entropy, sum_over_tokens
-from ringattn.parallel.mesh import axis_size, batch_place, context_mesh
-from ringattn.parallel.parallelize import parallelize
-from ringattn.parallel.pipeline import MicroBatch, Pipeline, cut_stages
+from ringattn.parallel import (
+    Decoder,
+    DecoderConfig,
+    MicroBatch,
+    Pipeline,
+    PipelineSchedule,
+    TimedOp,
+    all_reduce_loss,
+    axis_size,
+    clip_gradients,
+    context_mesh,
+    count_valid,
+    cross_entropy,
+    cut_stages,
+    data_parallel_rank,
+    local_batch,
+    make_cp_attention,
+    make_moe,
+    parallelize,
+    plan_pipeline,
+)
+from ringattn.parallel.decoder import AttentionFn
+from ringattn.parallel.pipeline_schedule import SCHEDULES
+from ringattn.types import Masks
 
 LAYOUTS = {"zigzag": ringattn.zigzag, "contiguous": ringattn.contiguous, "striped": ringattn.striped}
 MAX_NORM = 1.0
@@ -73,17 +86,17 @@ class Recipe:
     def model(self, device: torch.device) -> Decoder:
         """Returns the decoder, with the same weights everywhere."""
         torch.manual_seed(0)
-        experts = partial(mixture, num_micro_batches=self.micro_batches)
-        return Decoder(self.config, moe=None if self.config.moe is None else experts).to(device, self.dtype)
+        experts = partial(make_moe, num_micro_batches=self.micro_batches)
+        return Decoder(self.config, moe_factory=None if self.config.moe is None else experts).to(device, self.dtype)
 
-    def course(self, mesh: DeviceMesh) -> Course | None:
+    def course(self, mesh: DeviceMesh) -> PipelineSchedule | None:
         """Returns how layers and micro-batches go through the stages of a mesh; None without stages."""
         stages = axis_size(mesh, "pp")
         if stages == 1:
             return None
-        if self.compiled and KINDS[self.schedule].in_parts:
+        if self.compiled and SCHEDULES[self.schedule].split_backward:
             raise SystemExit(f"--compile: {self.schedule} computes gradients of weights by themselves; take 1f1b")
-        return plan_course(self.schedule, self.config.num_layers, stages, self.micro_batches)
+        return plan_pipeline(self.schedule, self.config.num_layers, stages, self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ class Run:
     peak_mib: list[float]  # of a step, beyond that
     sent: dict[str, dict[str, list[int]]]  # by axis and operation
     bubbles: list[float]
-    actions: list[list[Action]]  # of the last step
+    actions: list[list[TimedOp]]  # of the last step
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ class _Trainee:
     gradients: Callable[[Batch], Tensor]  # forward and backward; gives the loss
     clip: Callable[[list[nn.Parameter]], Tensor]  # gives the norm
     ready: Callable[[], None]  # waits for the other ranks
-    actions: Callable[[], list[Action]]  # of the stages here, in the last step
+    actions: Callable[[], list[TimedOp]]  # of the stages here, in the last step
     traffic: Traffic | None
 
 
@@ -124,9 +137,9 @@ class _Target:
 def train_together(here: Session, recipe: Recipe, mesh: DeviceMesh, tick: Callable[[], None]) -> Run:
     """Trains over all ranks of a mesh; returns what all of them showed. All ranks call it together."""
     layout = LAYOUTS[recipe.layout](recipe.corpus.context, context_mesh(mesh).size())
-    attend = attend_over(mesh, layout, backend=recipe.backend)
+    attend = make_cp_attention(mesh, layout, backend=recipe.backend)
     order = _order(recipe, mesh)
-    batches = [share_of(_picked(batch, order), mesh, layout) for batch in recipe.corpus.batches(here.device)]
+    batches = [local_batch(_picked(batch, order), mesh, layout) for batch in recipe.corpus.batches(here.device)]
 
     def loss(logits: Tensor, target: _Target) -> Tensor:
         return cross_entropy(logits, target.labels, target.num_valid, mesh)
@@ -135,13 +148,13 @@ def train_together(here: Session, recipe: Recipe, mesh: DeviceMesh, tick: Callab
 
     def gradients(share: Batch) -> Tensor:
         num_valid = count_valid(share["shift_labels"], mesh)
-        return sum_over_tokens(backward(_micro_batches(share, recipe.micro_batches, num_valid, attend)), mesh)
+        return all_reduce_loss(backward(_micro_batches(share, recipe.micro_batches, num_valid, attend)), mesh)
 
     clip = partial(clip_gradients, mesh=mesh, max_norm=MAX_NORM)
     run, taken = _train(
         here, recipe, _Trainee(stages, gradients, clip, dist.barrier, actions, Traffic(mesh)), batches, tick
     )
-    everyone: list[tuple[Run, list[list[Action]]]] = [(run, taken)] * here.world_size
+    everyone: list[tuple[Run, list[list[TimedOp]]]] = [(run, taken)] * here.world_size
     dist.all_gather_object(everyone, (run, taken))
     return _merged(recipe, [each for each, _ in everyone], [steps for _, steps in everyone])
 
@@ -160,7 +173,7 @@ def train_alone(here: Session, recipe: Recipe, tick: Callable[[], None]) -> Run:
             *(x.chunk(recipe.micro_batches) for x in (batch["input_ids"], batch["position_ids"], labels)), strict=True
         ):
             logits = model(
-                tokens, positions=positions, mask=None, attend=_plain_attend(recipe.corpus.allowed(positions))
+                tokens, positions=positions, mask=None, attention_fn=_plain_attend(recipe.corpus.allowed(positions))
             )
             wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             share = F.cross_entropy(wide, targets.flatten(), reduction="sum", ignore_index=IGNORED_LABEL) / num_valid
@@ -193,7 +206,7 @@ def allowed_difference(here: Session, recipe: Recipe, alone: Run) -> float:
 
 def _train(
     here: Session, recipe: Recipe, trainee: _Trainee, batches: list[dict[str, Any]], tick: Callable[[], None]
-) -> tuple[Run, list[list[Action]]]:
+) -> tuple[Run, list[list[TimedOp]]]:
     """Trains; returns what this process showed, and what its stages did in each step."""
     owned = [parameter for module in trainee.modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(owned, lr=recipe.lr, foreach=False)  # weights lie on several meshes
@@ -232,7 +245,7 @@ def _train(
 
 def _stages(
     here: Session, recipe: Recipe, mesh: DeviceMesh, loss: Callable[[Tensor, _Target], Tensor]
-) -> tuple[list[Decoder], Callable[[list[MicroBatch]], Tensor], Callable[[], list[Action]]]:
+) -> tuple[list[Decoder], Callable[[list[MicroBatch]], Tensor], Callable[[], list[TimedOp]]]:
     """The stages of this rank; what runs micro-batches forward and backward through them; and when they computed."""
     course, model = recipe.course(mesh), recipe.model(here.device)
     stages = [model] if course is None else cut_stages(model, course, mesh["pp"].get_local_rank())
@@ -245,10 +258,10 @@ def _stages(
             part.compile()
     if course is not None:
         pipeline = Pipeline(
-            stages, course, mesh["pp"], loss=loss, dim=recipe.config.dim, dtype=recipe.dtype,
-            row_shards=axis_size(mesh, "tp"),
+            stages, course, mesh["pp"], loss_fn=loss, dim=recipe.config.dim, dtype=recipe.dtype,
+            tp_size=axis_size(mesh, "tp"),
         )  # fmt: skip
-        return stages, pipeline.step, pipeline.actions
+        return stages, pipeline.step, pipeline.timeline
 
     def one_after_the_other(parts: list[MicroBatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=here.device)
@@ -265,7 +278,7 @@ def _stages(
 def _order(recipe: Recipe, mesh: DeviceMesh) -> list[int]:
     """The order in which sequences are dealt: what all ranks have in a micro-batch is one part of the whole batch."""
     count, parts = recipe.corpus.sequences, recipe.micro_batches
-    shares = batch_place(mesh)[1]
+    shares = data_parallel_rank(mesh)[1]
     if count % (parts * shares):
         raise SystemExit(f"--sequences {count}: must be a multiple of {parts} micro-batches x {shares} shares")
     found: list[int] = torch.arange(count).view(parts, shares, -1).transpose(0, 1).flatten().tolist()
@@ -283,21 +296,21 @@ def _picked(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     return {name: pick(value) for name, value in batch.items()}
 
 
-def _micro_batches(share: Batch, count: int, num_valid: Tensor, attend: Attend) -> list[MicroBatch]:
+def _micro_batches(share: Batch, count: int, num_valid: Tensor, attend: AttentionFn) -> list[MicroBatch]:
     """Cuts this rank's share of a batch."""
     each = share["input_ids"].shape[0] // count
     parts = [_picked(share, range(index * each, (index + 1) * each)) for index in range(count)]
     return [
         MicroBatch(
             part["input_ids"],
-            {"positions": part["position_ids"], "mask": part["mask"], "attend": attend},
+            {"positions": part["position_ids"], "mask": part["mask"], "attention_fn": attend},
             _Target(part["shift_labels"], num_valid),
         )
         for part in parts
     ]
 
 
-def _plain_attend(allowed: Tensor | None) -> Attend:
+def _plain_attend(allowed: Tensor | None) -> AttentionFn:
     """Torch's own attention, under a mask that is told in full; None is causal."""
     bias = None if allowed is None else allowed[:, None]
 
@@ -310,7 +323,7 @@ def _plain_attend(allowed: Tensor | None) -> Attend:
     return attend
 
 
-def _merged(recipe: Recipe, runs: list[Run], taken: list[list[list[Action]]]) -> Run:
+def _merged(recipe: Recipe, runs: list[Run], taken: list[list[list[TimedOp]]]) -> Run:
     """What all ranks showed, as one run; the slowest rank's time is that of a step."""
     seconds = [max(of_ranks) for of_ranks in zip(*(run.seconds for run in runs), strict=True)]
     sent: dict[str, dict[str, list[int]]] = {}

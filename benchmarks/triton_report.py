@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.measure import Lines
-from ringattn.kernels.triton.backward import dkdv_kernel, dq_kernel
+from ringattn.kernels.triton.args import QueryArgs, ScoreArgs, StridedRows, WorkArgs
+from ringattn.kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
 from ringattn.kernels.triton.configs import PASSES, TARGETS, Config, Pass, config, described, padded
-from ringattn.kernels.triton.forward import forward_kernel
-from ringattn.kernels.triton.values import Queries, Rows, Scores, Work
+from ringattn.kernels.triton.forward_kernel import forward_kernel
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 # How triton names the dtypes of inputs, and bytes per element.
@@ -82,11 +82,13 @@ def compiled(build: Build, chosen: Config | None = None, size: str | int = "i32"
     `size` and `stride` are the numbers that a launch takes beside tensors; see source.
     """
     kernel, chosen = KERNELS[build.which], chosen or build.config
-    q, k, v, dout, gradient = (Rows(f"*{dtype}:16", stride, stride, stride) for dtype in (*[build.dtype] * 4, "fp32"))
+    q, k, v, dout, gradient = (
+        StridedRows(f"*{dtype}:16", stride, stride, stride) for dtype in (*[build.dtype] * 4, "fp32")
+    )
     # Rows of lse and delta are next to each other, which triton makes a constant.
-    entries = Rows("*fp32:16", stride, 1, stride)
-    work = Work("*i32:16", "*i32:16", size, size, size, size)
-    scores = Scores("fp32" if build.capped else None, "fp32", "fp32")
+    entries = StridedRows("*fp32:16", stride, 1, stride)
+    work = WorkArgs("*i32:16", "*i32:16", size, size, size, size)
+    scores = ScoreArgs("fp32" if build.capped else None, "fp32", "fp32")
     constants = (build.dim, build.v_dim, chosen.block_m, chosen.block_n, chosen.edge_step)
     steps = chosen.block_m if build.which == "dkdv" else chosen.block_n
     by_dim, by_v_dim = (
@@ -95,7 +97,7 @@ def compiled(build: Build, chosen: Config | None = None, size: str | int = "i32"
         else None
         for dim in (build.dim, build.v_dim)
     )
-    queries = Queries(q, dout, entries, entries)
+    queries = QueryArgs(q, dout, entries, entries)
     arguments: dict[Pass, tuple[Any, ...]] = {
         "forward": (q, k, v, by_dim, by_v_dim, gradient, entries, work, scores),
         "dq": (queries, k, v, by_dim, by_v_dim, gradient, work, scores),

@@ -10,18 +10,20 @@ from ringattn.attention.api import (
     ulysses_attention,
     ulysses_attention_with_lse,
 )
-from ringattn.attention.context_parallel import (
+from ringattn.attention.auto_attention import (
     context_parallel_attention,
     context_parallel_attention_with_lse,
     explain,
 )
-from ringattn.attention.models import measure_compute, measure_link
+from ringattn.attention.calibration import measure_compute, measure_link
 from ringattn.attention.sharding import shard, shard_batch, unshard
 from ringattn.cache.decode import decode_attention, decode_attention_by_heads
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.prefill import prefill_attention
 from ringattn.cache.resharding import reshard
 from ringattn.cache.snapshot import load_cache, save_cache
+from ringattn.cost.cost_model import Compute, CostModel, Link
+from ringattn.cost.select_exchange import Choice
 from ringattn.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -36,8 +38,6 @@ from ringattn.errors import (
     SnapshotError,
 )
 from ringattn.geometry.balance import balanced
-from ringattn.geometry.choice import Choice
-from ringattn.geometry.cost import Compute, CostModel, Link
 from ringattn.geometry.layout import Layout, contiguous, striped, zigzag
 from ringattn.geometry.masks import Mask, causal, chunked, documents, full, key_range, prefix_lm, sliding_window
 

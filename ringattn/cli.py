@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.kernels import BACKENDS, Call, Spec, refusals
+from ringattn.kernels import BACKENDS, ProblemSpec, refusals
 from ringattn.kernels.paged import PAGED_BACKENDS
+from ringattn.score import Score
 
 
 def info() -> str:
@@ -69,7 +70,7 @@ def _exchanges() -> list[str]:
     return [name for name, available in found.items() if available]
 
 
-def which(call: Call) -> tuple[str, bool]:
+def which(call: ProblemSpec) -> tuple[str, bool]:
     """Returns what each backend says to a call, in order, and whether any of them runs it."""
     reasons = {name: refusals(name, call) for name in BACKENDS}
     chosen = next((name for name, why in reasons.items() if not why), None)
@@ -81,7 +82,7 @@ def which(call: Call) -> tuple[str, bool]:
     return "\n".join([f"{answer}:", *lines]), chosen is not None
 
 
-def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Call:
+def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ProblemSpec:
     """Returns the call that the flags describe; those left out are as in attention with as many heads all over."""
     head_dim, heads = args.head_dim, args.heads
     kv_heads = heads if args.kv_heads is None else args.kv_heads
@@ -90,9 +91,9 @@ def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Call:
         parser.error(f"--heads {heads}: must be a multiple of --kv-heads {kv_heads}")
     if args.softcap is not None and not args.softcap > 0:
         parser.error(f"--softcap {args.softcap}: must be above 0")
-    spec = Spec(head_dim**-0.5, args.softcap)
+    score = Score(head_dim**-0.5, args.softcap)
     dtype = getattr(torch, args.dtype)
-    return Call(args.device, dtype, heads, kv_heads, head_dim, v_head_dim, not args.forward_only, spec)
+    return ProblemSpec(args.device, dtype, heads, kv_heads, head_dim, v_head_dim, not args.forward_only, score)
 
 
 def _positive(text: str) -> int:

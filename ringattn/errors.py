@@ -18,6 +18,8 @@ what one rank finds wrong with its own arguments, the others raise too, naming t
 
 from __future__ import annotations
 
+import numpy as np
+
 
 class RingAttnError(Exception):
     """The root of everything that this package raises on purpose."""
@@ -61,3 +63,19 @@ class SnapshotError(RingAttnError, ValueError):
 
 class CheckpointError(RingAttnError, ValueError):
     """A checkpoint does not fit what is to be trained on, or stands where another was to be saved."""
+
+
+def check_integer(name: str, value: object, minimum: int, error: type[ArgumentError] = ArgumentError) -> int:
+    """Returns `value` as an int if it is an integer of `minimum` or more; numpy integers count, bools do not.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the caller passed.
+        minimum: the smallest value that is allowed.
+        error: what is raised.
+    Raises:
+        ArgumentError: or `error`, when it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise error(f"{name}={value!r:.100}: must be an integer of {minimum} or more")
+    return int(value)

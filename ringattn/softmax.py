@@ -22,47 +22,44 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def empty_state(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
-    """Returns the state of queries that have attended to nothing.
+class State(NamedTuple):
+    """The running result of some queries: attention over the keys that they have attended to so far.
+
+    Args:
+        out: (B, S, H, Dv), the weighted mean of the values, in the accumulation dtype.
+        lse: (B, H, S), the log-sum-exp of the scores, natural log, in the same dtype. A row that has attended to
+            nothing is (0, -inf).
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    def of_heads(self, heads: range) -> State:
+        """Returns views of some consecutive query heads."""
+        run = slice(heads.start, heads.stop)
+        return State(self.out[:, :, run], self.lse[:, run])
+
+
+def empty_state(q: Tensor, v_dim: int, out: Tensor | None = None, lse: Tensor | None = None) -> State:
+    """Returns the state of queries that have attended to nothing: out is 0, lse is -inf.
 
     Args:
         q: (B, S, H, D), any floating dtype.
         v_dim: Dv, the values' head dim.
-    Returns:
-        out, zeros (B, S, H, Dv), and lse, -inf (B, H, S), both in the accumulation dtype.
+        out: memory for the state, (B, S, H, Dv) in the accumulation dtype, overwritten; None allocates it.
+        lse: the same, (B, H, S).
     """
     batch, rows, heads, _ = q.shape
     dtype = accumulation_dtype(q.dtype)
-    out = torch.zeros(batch, rows, heads, v_dim, dtype=dtype, device=q.device)
-    lse = torch.full((batch, heads, rows), -torch.inf, dtype=dtype, device=q.device)
-    return out, lse
-
-
-class Attending(NamedTuple):
-    """Queries q (B, S, H, D), and the state (out, lse) of what they have attended to so far."""
-
-    q: Tensor
-    out: Tensor
-    lse: Tensor
-
-    @classmethod
-    def to_nothing(cls, q: Tensor, v_dim: int, out: Tensor | None = None, lse: Tensor | None = None) -> Attending:
-        """Returns queries that have attended to nothing, as `empty_state`.
-
-        Args:
-            q: (B, S, H, D), any floating dtype.
-            v_dim: Dv, the values' head dim.
-            out: where the state is to be, (B, S, H, Dv) in the accumulation dtype; None is memory of its own.
-            lse: the same, (B, H, S).
-        """
-        if out is None or lse is None:
-            empty_out, empty_lse = empty_state(q, v_dim)
-        return cls(q, empty_out if out is None else out.zero_(), empty_lse if lse is None else lse.fill_(-torch.inf))
-
-    def of(self, heads: range) -> Attending:
-        """Returns some of the heads."""
-        run = slice(heads.start, heads.stop)
-        return Attending(self.q[:, :, run], self.out[:, :, run], self.lse[:, run])
+    if out is None:
+        out = torch.zeros(batch, rows, heads, v_dim, dtype=dtype, device=q.device)
+    else:
+        out.zero_()
+    if lse is None:
+        lse = torch.full((batch, heads, rows), -torch.inf, dtype=dtype, device=q.device)
+    else:
+        lse.fill_(-torch.inf)
+    return State(out, lse)
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -81,7 +78,7 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def merged(outs: Tensor, lses: Tensor, *, first: int = 0, sink: Tensor | None = None) -> Tensor:
+def merge_parts(outs: Tensor, lses: Tensor, *, first: int = 0, sink: Tensor | None = None) -> Tensor:
     """Returns the output over all keys, from those over disjoint parts of them; always summed up in the same order.
 
     Args:

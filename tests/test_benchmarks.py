@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks import bubble
 from benchmarks.session import Session
-from ringattn.parallel.course import plan_course
+from ringattn.parallel import plan_pipeline
 from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
 
@@ -115,7 +115,7 @@ def test_choice(tmp_path: Path) -> None:
 
 def waited(group: dist.ProcessGroup) -> dict[str, Any]:
     here = Session(group.rank(), group.size(), torch.device("cpu"))
-    course = plan_course("zbv-zero-bubble", 8, group.size(), 7)
+    course = plan_pipeline("zbv-zero-bubble", 8, group.size(), 7)
     record, actions = bubble.measure(here, course, unit_s=2e-3, rounds=1)
     assert [len(moves) for moves in actions] == [2 * 3 * 7] * 4
     return record

@@ -12,9 +12,10 @@ import torch
 import ringattn
 import ringattn.kernels as kernels
 from ringattn import cli
-from ringattn.kernels import BACKENDS, Call, Spec, select
+from ringattn.kernels import BACKENDS, ProblemSpec, select
 from ringattn.kernels.native import instruction_sets
 from ringattn.kernels.paged import PAGED_BACKENDS
+from ringattn.score import Score
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Unavailable:
     def available(self) -> list[str]:
         return ["no such device", "too old a driver"]
 
-    def unsupported(self, call: Call) -> list[str]:
+    def unsupported(self, call: ProblemSpec) -> list[str]:
         return ["not asked, as it cannot run at all"]
 
 
@@ -105,7 +106,7 @@ def which(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
 def test_which_agrees_with_select(dtype: str, softcap: float | None, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--device", "cpu", "--dtype", dtype, "--head-dim", "64", "--heads", "6", "--kv-heads", "2"]
     status, told = which(capsys, *flags, *(["--softcap", str(softcap)] if softcap else []))
-    call = Call("cpu", getattr(torch, dtype), 6, 2, 64, 64, True, Spec(0.125, softcap))
+    call = ProblemSpec("cpu", getattr(torch, dtype), 6, 2, 64, 64, True, Score(0.125, softcap))
     chosen = select(None, call).name
     assert status == 0
     assert told.startswith(f"backend=None takes '{chosen}':\n")

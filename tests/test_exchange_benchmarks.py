@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks import exchanges, network
 from benchmarks.namespaces import PREFIX, Link, Network
 from benchmarks.wire import watched
-from ringattn.comm.group import team_of
+from ringattn.comm.topology import rank_mesh
 from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
 from tests.test_benchmarks import PNG, ROOT, lines
@@ -53,7 +53,7 @@ def seconds_of_parts(group: dist.ProcessGroup) -> dict[str, float]:
     """How long the parts of a ring take whose kernels pretend to need a fifth of a second."""
     case = exchanges.Case("contiguous", "full", "fwd", "ring", 64, 1, 1, 8, "float32")
     flop = 4 * 8 * (64 // group.size()) * 64
-    bench = exchanges.Bench(case, team_of(group), torch.device("cpu"), gflops=flop / 0.2 / 1e9)
+    bench = exchanges.Bench(case, rank_mesh(group), torch.device("cpu"), gflops=flop / 0.2 / 1e9)
     seconds = {}
     for part, once in bench.parts.items():
         with watched() as sent:

@@ -35,8 +35,9 @@ from benchmarks.kernel_cases import (
 from benchmarks.kernel_rivals import FLASH_ATTN, dense_mask, square
 from benchmarks.measure import Contender, OneDevice, race
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, Keys, Queries, State
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.score import Score
 from tests.geometry.brute import tile_counts
 from tests.test_benchmarks import PNG, ROOT, lines
 
@@ -201,13 +202,13 @@ def test_who_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch
     class Forgetful(ReferenceKernel):
         name = "forgetful"
 
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-            super().forward(q, k, v, Tiles(tiles.table[1:]), spec, out, lse)
+        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+            super().forward(queries, keys, Tiles(tiles.table[1:]), score, state)
 
     class Broken(ReferenceKernel):
         name = "broken"
 
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
             raise KeyError("no such\nthing")
 
     for kernel in (Forgetful(), Broken()):
@@ -312,8 +313,8 @@ def test_simulated_ring_computes_what_the_dense_call_does(backward: bool) -> Non
     for one in steps:
         for _, tiles in one:
             single = simulated_ring.single_key(tiles)
-            assert single.frame.q == tiles.frame.q
-            assert single.area() == tiles.frame.q.stop - tiles.frame.q.start
+            assert single.bounding_box.q == tiles.bounding_box.q
+            assert single.area() == tiles.bounding_box.q.stop - tiles.bounding_box.q.start
 
 
 @pytest.mark.usefixtures("_hasty")

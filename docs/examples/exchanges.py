@@ -13,8 +13,8 @@ from ringattn import (
     sliding_window,
     ulysses_attention,
 )
-from ringattn.geometry.exchanges import Gather, Ring, build_plan
-from ringattn.geometry.sizes import Sizes
+from ringattn.plan.exchanges import Gather, Ring, build_plan
+from ringattn.plan.payload import AttentionShape
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -33,7 +33,7 @@ for other in (gather, ulysses, hybrid):
     torch.testing.assert_close(other, ring)
 
 # The window reaches 99 rows back. A ring sends whole shards, a gather those rows only.
-sizes = Sizes(batch=1, heads=6, kv_heads=3, head_dim=32, v_head_dim=32, itemsize=4, sum_itemsize=4)
+sizes = AttentionShape(batch=1, heads=6, kv_heads=3, head_dim=32, v_head_dim=32, itemsize=4, sum_itemsize=4)
 sent = {
     exchange.name: build_plan(exchange, (mask,), layout, layout, 0).forward.bytes_sent(sizes)
     for exchange in (Ring(), Gather())

@@ -1,8 +1,8 @@
 """Layouts and plans are plain data: they can be looked at without any process group."""
 
 from ringattn import balanced, causal, contiguous, documents, sliding_window, striped, zigzag
-from ringattn.geometry.exchanges import Gather, Ring, build_plan
-from ringattn.geometry.sizes import Payload
+from ringattn.plan.exchanges import Gather, Ring, build_plan
+from ringattn.plan.payload import Payload
 
 assert contiguous(12, 2).ranges(1) == (range(6, 12),)
 assert zigzag(12, 2).ranges(0) == (range(0, 3), range(9, 12))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.attention.attend import attend
-from ringattn.attention.request import Masks, Request
+from ringattn.attention.dispatch import dispatch
+from ringattn.attention.validate import AttentionCall
 from ringattn.geometry.layout import Layout
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group, Masks
 
 
 def ring_attention(
@@ -63,8 +61,8 @@ def ring_attention(
         theirs.
     Source: Liu et al. 2023, arXiv:2310.01889; the ring of rings Gu et al. 2024, arXiv:2406.18485.
     """
-    request = Request("ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend)
-    return attend(request, group)[0]
+    request = AttentionCall("ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend)
+    return dispatch(request, group)[0]
 
 
 def ring_attention_with_lse(
@@ -89,10 +87,10 @@ def ring_attention_with_lse(
         out, (B, S_local, H, Dv) in q.dtype, and lse, (B, H, S_local), natural log, fp32 (float64 for float64);
         lse takes in the sink, and is -inf for rows that attend to nothing.
     """
-    request = Request(
+    request = AttentionCall(
         "ring_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, returns_lse=True
     )
-    return attend(request, group)
+    return dispatch(request, group)
 
 
 def gather_attention(
@@ -127,8 +125,8 @@ def gather_attention(
         those rows back in the accumulation dtype; or the like for queries, where that is fewer bytes.
     Source: the all-gather of Llama 3, Dubey et al. 2024, arXiv:2407.21783, less what is not needed.
     """
-    request = Request("gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return attend(request, group)[0]
+    request = AttentionCall("gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
+    return dispatch(request, group)[0]
 
 
 def gather_attention_with_lse(
@@ -153,10 +151,10 @@ def gather_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    request = Request(
+    request = AttentionCall(
         "gather_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
     )
-    return attend(request, group)
+    return dispatch(request, group)
 
 
 def ulysses_attention(
@@ -191,8 +189,10 @@ def ulysses_attention(
         of replicated kv heads in the accumulation dtype).
     Source: Jacobs et al. 2023, arXiv:2309.14509.
     """
-    request = Request("ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return attend(request, group)[0]
+    request = AttentionCall(
+        "ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages
+    )
+    return dispatch(request, group)[0]
 
 
 def ulysses_attention_with_lse(
@@ -217,10 +217,10 @@ def ulysses_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    request = Request(
+    request = AttentionCall(
         "ulysses_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
     )
-    return attend(request, group)
+    return dispatch(request, group)
 
 
 def hybrid_attention(
@@ -254,8 +254,8 @@ def hybrid_attention(
     Communication: that of `ulysses_attention` along the one axis, and that of `ring_attention` along the other.
     Source: Fang and Zhao 2024, arXiv:2405.07719.
     """
-    request = Request("hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
-    return attend(request, mesh)[0]
+    request = AttentionCall("hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages)
+    return dispatch(request, mesh)[0]
 
 
 def hybrid_attention_with_lse(
@@ -280,7 +280,7 @@ def hybrid_attention_with_lse(
     Returns:
         out and lse, as in `ring_attention_with_lse`.
     """
-    request = Request(
+    request = AttentionCall(
         "hybrid_attention", q, k, v, mask, layout, kv_layout, scale, softcap, sink, backend, stages, returns_lse=True
     )
-    return attend(request, mesh)
+    return dispatch(request, mesh)

@@ -8,27 +8,35 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.profiler import record_function
 
-from ringattn.attention.blocks import Blocks
-from ringattn.attention.parts import Parts
-from ringattn.attention.sides import Keys, Places, Queries, Side, side_of
-from ringattn.comm.group import Team
-from ringattn.geometry.heads import HeadRun
-from ringattn.geometry.plan import Payload, Plan, Program, Visit
-from ringattn.geometry.sizes import Sizes
-from ringattn.geometry.spread import Spread
-from ringattn.kernels import BlockKernel, Spec
-from ringattn.softmax import Attending, add_sink_
+from ringattn.attention.backward_modes import (
+    BackwardMode,
+    GradBuffers,
+    KeyGradients,
+    backward_mode,
+    pack_keys,
+    unpack_keys,
+)
+from ringattn.attention.block_buffers import BlockBuffers
+from ringattn.attention.chunked_rows import ChunkedRows
+from ringattn.comm.topology import RankMesh
+from ringattn.kernels import BackwardQueries, BlockKernel, Keys, Queries, State
+from ringattn.plan.head_parallel import HeadSharding
+from ringattn.plan.head_shards import HeadSlice
+from ringattn.plan.payload import AttentionShape
+from ringattn.plan.plan import ComputeTiles, Payload, Plan, Program
+from ringattn.score import Score
+from ringattn.softmax import add_sink_
 
 
 @dataclass(frozen=True)
-class Job:
+class ExecutionPlan:
     """Everything about a call but its tensors: decided once per signature, the plan being this rank's own."""
 
     plan: Plan
-    spread: Spread | None  # how heads are spread first, if they are: the plan is then one for what comes of it
+    spread: HeadSharding | None  # how heads are spread first, if they are: the plan is then one for what comes of it
     kernel: BlockKernel
-    spec: Spec
-    head_runs: tuple[HeadRun, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
+    score: Score  # resolved, without tensors: what the kernel takes
+    head_runs: tuple[HeadSlice, ...]  # the heads, as kernels take them: one run but for uneven shares of grouped ones
     returns_lse: bool  # whether the caller can see lse, so that gradients of it may come on any rank
     wanted: tuple[bool, bool]  # whether gradients of (q, k or v) are, so that they must travel
 
@@ -43,7 +51,7 @@ class Job:
         """Whether the gradients of what travels in the backward are wanted."""
         return self.wanted[0 if self.plan.backward.carried is Payload.Q else 1]
 
-    def bytes_sent(self, sizes: Sizes) -> tuple[int, int]:
+    def bytes_sent(self, sizes: AttentionShape) -> tuple[int, int]:
         """Returns the bytes that this rank sends in (forward, backward).
 
         Args:
@@ -62,28 +70,40 @@ class Job:
         return forward, backward if any(self.wanted) else 0
 
 
-def run_forward(job: Job, team: Team, parts: Sequence[Attending], keys: Sequence[Keys], sink: Tensor | None) -> None:
+def run_forward(
+    job: ExecutionPlan,
+    team: RankMesh,
+    queries: Sequence[Queries],
+    keys: Sequence[Keys],
+    states: Sequence[State],
+    sink: Tensor | None,
+) -> None:
     """Lets this rank's queries attend to all keys and the sink, each in the plan's parts: updates their states."""
     program = job.plan.forward
-    blocks = Blocks(program, team, job.plan.rank, Parts([part.turned() for part in keys]))
+    blocks = BlockBuffers(program, team, job.plan.rank, ChunkedRows([pack_keys(part) for part in keys]))
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
-            came = Keys(*blocks.carried(visit.piece)).turned()
+            block = unpack_keys(blocks.carried(visit.piece))
             with record_function(f"ringattn: attend to block {visit.piece.block}"):
                 for run in job.head_runs:
-                    q, out, lse = parts[visit.part].of(run.heads)
-                    job.kernel.forward(q, *came.of(run.kv_heads), visit.tiles, job.spec, out, lse)
+                    job.kernel.forward(
+                        queries[visit.part].of_heads(run.heads),
+                        block.of_heads(run.kv_heads),
+                        visit.tiles,
+                        job.score.of_heads(run.heads),
+                        states[visit.part].of_heads(run.heads),
+                    )
         blocks.end(step)
     blocks.finish()
     if sink is not None:
-        for part in parts:
-            add_sink_(part.out, part.lse, sink)
+        for state in states:
+            add_sink_(*state, sink)
 
 
 def run_backward(
-    job: Job, team: Team, queries: Sequence[Queries], keys: Sequence[Keys], places: Places
-) -> tuple[Sequence[Tensor], Sequence[Keys]]:
+    job: ExecutionPlan, team: RankMesh, queries: Sequence[BackwardQueries], keys: Sequence[Keys], places: GradBuffers
+) -> tuple[Sequence[Tensor], Sequence[KeyGradients]]:
     """Returns the dq of each part, and the dk, dv, in the accumulation dtype, every rank's share of them summed up.
 
     Args:
@@ -94,8 +114,8 @@ def run_backward(
         places: where the gradients of each part are to be.
     """
     program = job.backward
-    side = side_of(program.carried, queries, keys, places)
-    blocks = Blocks(program, team, job.plan.rank, side.own(), side.sums(), side.places())
+    side = backward_mode(program.carried, queries, keys, places)
+    blocks = BlockBuffers(program, team, job.plan.rank, side.own(), side.sums(), side.places())
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
@@ -109,10 +129,10 @@ def run_backward(
     return side.gradients(home)
 
 
-def _add_gradients(job: Job, blocks: Blocks, side: Side, visit: Visit) -> None:
+def _add_gradients(job: ExecutionPlan, blocks: BlockBuffers, side: BackwardMode, visit: ComputeTiles) -> None:
     """Computes a visit's gradients: those that stay in place, the others into the sum that travels with the piece."""
     came, sums = blocks.carried(visit.piece), blocks.sums(visit.piece)
     for run in job.head_runs:
-        (q, dout, lse, delta), keys = side.inputs(came, visit.part, run)
-        dq, (dk, dv) = side.outputs(sums, visit.part, run)
-        job.kernel.backward(dout, q, *keys, lse, delta, visit.tiles, job.spec, dq, dk, dv)
+        queries, keys = side.inputs(came, visit.part, run)
+        gradients = side.outputs(sums, visit.part, run)
+        job.kernel.backward(queries, keys, visit.tiles, job.score.of_heads(run.heads), gradients)

@@ -18,33 +18,36 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from ringattn.attention import function
-from ringattn.attention.choosing import settled
-from ringattn.attention.executor import Job
-from ringattn.attention.ordering import keep_order
-from ringattn.attention.request import Asked, Masks, Request, check_number, prepare, team_for
-from ringattn.comm.group import agreed, named, recalled, team_named
+from ringattn.attention import autograd
+from ringattn.attention.auto_exchange import with_exchange
+from ringattn.attention.executor import ExecutionPlan
+from ringattn.attention.inductor_order import keep_order
+from ringattn.attention.validate import AttentionCall, ExchangePreference, mesh_for, plan_call
+from ringattn.comm.agreement import agree, recall
+from ringattn.comm.topology import mesh_from_name, mesh_name
+from ringattn.cost.cost_model import CostModel, parse_cost_model
 from ringattn.errors import ArgumentError, ArgumentTypeError
-from ringattn.geometry.cost import CostModel, model_of
-from ringattn.geometry.layout import Layout, contiguous, layout_of, striped, zigzag
-from ringattn.geometry.masks import Mask, mask_of
+from ringattn.geometry.layout import Layout, contiguous, parse_layout, striped, zigzag
+from ringattn.geometry.masks import Mask, parse_mask
+from ringattn.score import check_number
 from ringattn.softmax import accumulation_dtype
+from ringattn.types import Masks
 
 
-def attend(request: Request, group: object) -> tuple[Tensor, Tensor]:
+def traced_attention(request: AttentionCall, group: object) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of a call in a graph that is being made."""
     scale = None if request.scale is None else check_number("scale", request.scale)
     softcap = None if request.softcap is None else check_number("softcap", request.softcap)
     if isinstance(request.stages, bool):
         raise ArgumentError(f"stages={request.stages!r}: must be an integer of 1 or more")
-    call = _written(request, _team_text(request.operation, group))
+    call = _serialize(request, _team_text(request.operation, group))
     if request.asked is not None:
         _check_asked(request.asked)
     found: tuple[Tensor, Tensor] = attention(*request.tensors, call, scale, softcap, request.stages)
     return found
 
 
-def _check_asked(asked: Asked) -> None:
+def _check_asked(asked: ExchangePreference) -> None:
     if not isinstance(asked.exchange, str):
         raise ArgumentError(f"exchange={asked.exchange!r}: must be the name of one, or 'auto'")
     if asked.model is not None and not isinstance(asked.model, CostModel):
@@ -54,7 +57,7 @@ def _check_asked(asked: Asked) -> None:
 # ---- a call as a text
 
 
-class _Call(NamedTuple):
+class _ParsedCall(NamedTuple):
     """All of a call but its tensors and numbers."""
 
     operation: str
@@ -62,13 +65,13 @@ class _Call(NamedTuple):
     gradients: tuple[bool, ...]
     team: str
     backend: str | None
-    asked: Asked | None
+    asked: ExchangePreference | None
     layout: Layout | None
     kv_layout: Layout | None
     mask: Masks
 
 
-def _written(request: Request, team: str) -> str:
+def _serialize(request: AttentionCall, team: str) -> str:
     """Returns the text of a call. Traced, so that graphs are told apart by what it reads, and by nothing else."""
     mask, backend = request.mask, request.backend
     if backend is not None and not isinstance(backend, str):
@@ -91,22 +94,22 @@ def _written(request: Request, team: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _read(text: str) -> _Call:
+def _parse(text: str) -> _ParsedCall:
     operation, lse, gradients, team, backend, asked, layout, kv_layout, *masks = text.split("\n")
     exchange, _, model = asked.partition("\t")
     mask: Masks = None
     if masks:
-        rows = [mask_of(row) for row in masks[1:]]
+        rows = [parse_mask(row) for row in masks[1:]]
         mask = rows[0] if masks[0] == "all" else rows
-    return _Call(
+    return _ParsedCall(
         operation,
         bool(lse),
         tuple(wanted == "1" for wanted in gradients),
         team,
         literal_eval(backend),
-        Asked(literal_eval(exchange), model_of(model) if model else None) if asked else None,
-        layout_of(layout) if layout else None,
-        layout_of(kv_layout) if kv_layout else None,
+        ExchangePreference(literal_eval(exchange), parse_cost_model(model) if model else None) if asked else None,
+        parse_layout(layout) if layout else None,
+        parse_layout(kv_layout) if kv_layout else None,
         mask,
     )
 
@@ -114,7 +117,7 @@ def _read(text: str) -> _Call:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _team_text(operation: str, group: object) -> str:
     # While a graph is made, torch shows some objects through a stand-in.
-    return named(team_for(operation, getattr(group, "real_obj", group)))
+    return mesh_name(mesh_for(operation, getattr(group, "real_obj", group)))
 
 
 # So that they can be called in a compiled function: numbers to a value, and nothing to trace.
@@ -122,17 +125,17 @@ for _constructor in (contiguous, striped, zigzag):
     torch.compiler.assume_constant_result(_constructor.__wrapped__)  # type: ignore[no-untyped-call]
 
 
-def _request(
+def _rebuild_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sink: Tensor | None,
-    call: _Call,
+    call: _ParsedCall,
     scale: float | None,
     softcap: float | None,
     stages: int | None,
-) -> Request:
-    return Request(
+) -> AttentionCall:
+    return AttentionCall(
         call.operation, q, k, v, call.mask, call.layout, call.kv_layout, scale, softcap, sink, call.backend, stages,
         call.returns_lse, call.gradients, call.asked,
     )  # fmt: skip
@@ -153,11 +156,11 @@ def attention(
     stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a call forward: (out, lse), as in api.ring_attention_with_lse."""
-    request = _request(q, k, v, sink, _read(call), scale, softcap, stages)
-    team = team_named(_read(call).team)
-    request = settled(request, team)
-    job = agreed(team, request.signature(), lambda: prepare(request, team))
-    return function.forward(job, team, q, k, v, sink)
+    request = _rebuild_call(q, k, v, sink, _parse(call), scale, softcap, stages)
+    team = mesh_from_name(_parse(call).team)
+    request = with_exchange(request, team)
+    job = agree(team, request.signature(), lambda: plan_call(request, team))
+    return autograd.forward(job, team, q, k, v, sink)
 
 
 @attention.register_fake
@@ -171,7 +174,7 @@ def _(
     softcap: float | None,
     stages: int | None,
 ) -> tuple[Tensor, Tensor]:
-    _read(call)  # a mask that cannot be read again is refused before anything runs
+    _parse(call)  # a mask that cannot be read again is refused before anything runs
     keep_order(*_OPERATORS)
     # Slices, so that tensors of wrong shapes get as far as the checks that all ranks make together.
     out = q.new_empty((*q.shape[:3], *v.shape[3:]))
@@ -195,16 +198,16 @@ def attention_backward(
     stages: int | None,
 ) -> list[Tensor]:
     """Runs a call backward: the gradients of those of q, k, v, sink that require them."""
-    request = _request(q, k, v, sink, _read(call), scale, softcap, stages)
-    team = team_named(_read(call).team)
-    request = settled(request, team, recalled)
-    job: Job = recalled(team, request.signature(), lambda: prepare(request, team))
-    saved = function.Saved(q, k, v, sink, out, lse)
-    found = function.backward(job, team, saved, dout, dlse, request.require_gradients())
-    return [_alone(x) for x in found if x is not None]
+    request = _rebuild_call(q, k, v, sink, _parse(call), scale, softcap, stages)
+    team = mesh_from_name(_parse(call).team)
+    request = with_exchange(request, team, recall)
+    job: ExecutionPlan = recall(team, request.signature(), lambda: plan_call(request, team))
+    saved = autograd.SavedForward(q, k, v, sink, out, lse)
+    found = autograd.backward(job, team, saved, dout, dlse, request.require_gradients())
+    return [_own_storage(x) for x in found if x is not None]
 
 
-def _alone(x: Tensor) -> Tensor:
+def _own_storage(x: Tensor) -> Tensor:
     """Returns the tensor in memory of its own: what an operator returns must not overlap."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
@@ -224,7 +227,7 @@ def _(
     softcap: float | None,
     stages: int | None,
 ) -> list[Tensor]:
-    wanted = _read(call).gradients
+    wanted = _parse(call).gradients
     return [x.new_empty(x.shape) for x, wants in zip((q, k, v, sink), wanted, strict=True) if wants and x is not None]
 
 
@@ -236,7 +239,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     found = iter(attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call))
-    gradients = [next(found) if wanted else None for wanted in _read(ctx.call[0]).gradients]
+    gradients = [next(found) if wanted else None for wanted in _parse(ctx.call[0]).gradients]
     return (*gradients, None, None, None, None)
 
 

@@ -7,16 +7,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.comm.gather import gather_everywhere
-from ringattn.comm.group import Team, agreed, team_of
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh, rank_mesh
+from ringattn.comm.uneven_all_gather import all_gather_mesh_rows
 from ringattn.errors import ArgumentError, ArgumentTypeError, LayoutError
 from ringattn.geometry.layout import Layout, check_layout
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group
 
 IGNORED_LABEL = -100
 
@@ -37,7 +35,7 @@ def shard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tenso
         ArgumentError: when an argument has another type or `dim` does not exist.
     Communication: none.
     """
-    team = team_of(group)
+    team = rank_mesh(group)
     _check(x, layout, team, dim)
     length = x.shape[dim]
     if length != layout.seq_len:
@@ -65,7 +63,7 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
         DisagreementError: when the ranks' other dims, dtypes or layouts differ. All of them on every rank.
     Communication: each rank sends its rows to each other rank.
     """
-    team = team_of(group)
+    team = rank_mesh(group)
 
     def prepare() -> tuple[Mapping[str, str], None]:
         _check(x, layout, team, dim)
@@ -79,7 +77,7 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
         return {**told, "layout": f"{layout} #{layout.digest}"}, None
 
     key = ("unshard", x.shape, x.dtype, layout, dim) if isinstance(x, Tensor) and _hashable(layout, dim) else None
-    agreed(team, key, prepare)
+    agree(team, key, prepare)
     return cast(Tensor, _Unshard.apply(x, layout, team, dim))  # type: ignore[no-untyped-call]
 
 
@@ -101,7 +99,7 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
         LayoutError: when the layout is for another number of ranks.
     Communication: none.
     """
-    team = team_of(group)
+    team = rank_mesh(group)
     layout = check_layout(layout, "layout", team.size)
     if not isinstance(batch, Mapping):
         raise ArgumentTypeError(f"batch={batch!r:.100}: must be a mapping of names to tensors")
@@ -137,7 +135,7 @@ def _check_sequence(name: str, x: object, layout: Layout) -> None:
         )
 
 
-def _check(x: Tensor, layout: Layout, team: Team, dim: int) -> None:
+def _check(x: Tensor, layout: Layout, team: RankMesh, dim: int) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"x={x!r:.100}: must be a tensor, not {type(x).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
@@ -165,10 +163,10 @@ def _take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, team: Team, dim: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: Layout, team: RankMesh, dim: int) -> Tensor:
         ctx.layout, ctx.rank, ctx.dim = layout, team.rank, dim
         counts = [layout.num_tokens(rank) for rank in range(layout.world_size)]
-        rows = gather_everywhere(x.movedim(dim, 0).contiguous(), counts, team)
+        rows = all_gather_mesh_rows(x.movedim(dim, 0).contiguous(), counts, team)
         order = np.concatenate([layout.positions(rank) for rank in range(layout.world_size)])
         whole = torch.empty_like(rows)
         whole[torch.as_tensor(order, device=x.device)] = rows

@@ -15,18 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.cache.agreement import Agreement, mark_field
+from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_key, prepare_call
+from ringattn.cache.call_marks import MarkCheck, mark_field
 from ringattn.cache.kv_cache import DistributedKVCache
-from ringattn.cache.pages import Extension
-from ringattn.cache.request import CacheCall, Options, hashed, prepared
-from ringattn.comm.collectives import Meeting, dealing, gathering, room_for
+from ringattn.cache.pages import SlotAllocation
+from ringattn.comm.collectives import PersistentCollective, all_gather, all_to_all, buffer_bytes_for
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
 from ringattn.geometry.masks import Mask, causal
-from ringattn.geometry.sight import sight_of
-from ringattn.kernels import Spec
-from ringattn.kernels.paged import PagedKernel, Sight, select_paged
+from ringattn.geometry.visible_keys import visible_key_ranges
+from ringattn.kernels import Queries, State
+from ringattn.kernels.paged import PagedKernel, Pools, VisibleKeys, select_paged
+from ringattn.score import Score
 from ringattn.softmax import accumulation_dtype
 
 
@@ -37,7 +38,7 @@ def decode_attention(
     v: Tensor,
     cache: DistributedKVCache,
     layer: int,
-    extension: Extension,
+    extension: SlotAllocation,
     *,
     mask: Mask | None = None,
     scale: float | None = None,
@@ -80,12 +81,12 @@ def decode_attention(
     Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
         arXiv:2408.04093, in one message instead of three.
     """
-    options = Options("decode_attention", mask, scale, softcap, backend)
+    options = CacheOptions("decode_attention", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
-    kernel, spec = _prepared(call)
-    meeting = _meeting(call, meeting_for_all)
-    _attend(call, kernel, spec, meeting)
-    return _merged(meeting, cache.agreement, kernel, sink).to(q.dtype)
+    kernel, score = _prepare(call)
+    meeting = _collective(call, gather_results)
+    _attend(call, kernel, score, meeting)
+    return _merge(meeting, cache.agreement, kernel, sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def decode_attention_by_heads(
     v: Tensor,
     cache: DistributedKVCache,
     layer: int,
-    extension: Extension,
+    extension: SlotAllocation,
     *,
     mask: Mask | None = None,
     scale: float | None = None,
@@ -111,33 +112,37 @@ def decode_attention_by_heads(
         (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
     Communication: one all-to-all, as above; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
     """
-    options = Options("decode_attention_by_heads", mask, scale, softcap, backend)
+    options = CacheOptions("decode_attention_by_heads", mask, scale, softcap, backend)
     call = CacheCall(q, k, v, sink, cache, layer, extension, options)
-    kernel, spec = _prepared(call)
-    meeting = _meeting(call, meeting_by_heads)
-    _attend(call, kernel, spec, meeting)
+    kernel, score = _prepare(call)
+    meeting = _collective(call, exchange_results_by_head)
+    _attend(call, kernel, score, meeting)
     own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
-    return _merged(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
+    return _merge(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
 
 
-def meeting_for_all(fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device) -> Meeting:
+def gather_results(
+    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+) -> PersistentCollective:
     """Returns where partial results of all heads are merged on every rank.
 
     Args:
-        fields: from `fields_of`.
-        room: from `room_for`.
+        fields: from `result_fields`.
+        room: from `buffer_bytes_for`.
         group: of the ranks.
         device: of the tensors.
     """
-    return gathering(fields, room, group, device)
+    return all_gather(fields, room, group, device)
 
 
-def meeting_by_heads(fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device) -> Meeting:
-    """Returns where partial results are merged for each rank's heads; see `meeting_for_all`."""
+def exchange_results_by_head(
+    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+) -> PersistentCollective:
+    """Returns where partial results are merged for each rank's heads; see `gather_results`."""
     local = Packet.empty(fields, device).tensors
     mark, out, lse = local
     parts = [_heads_of(rank, out.shape[2], group.size()) for rank in range(group.size())]
-    return dealing(local, [(mark, out[:, :, part], lse[:, part]) for part in parts], room, group, device)
+    return all_to_all(local, [(mark, out[:, :, part], lse[:, part]) for part in parts], room, group, device)
 
 
 def _heads_of(rank: int, heads: int, size: int) -> slice:
@@ -146,7 +151,7 @@ def _heads_of(rank: int, heads: int, size: int) -> slice:
 
 
 @lru_cache(maxsize=64)
-def fields_of(rows: torch.Size, v_head_dim: int, dtype: torch.dtype) -> tuple[Field, Field, Field]:
+def result_fields(rows: torch.Size, v_head_dim: int, dtype: torch.dtype) -> tuple[Field, Field, Field]:
     """What a rank tells another: a mark of what was asked for, an output and a log-sum-exp for each row.
 
     Args:
@@ -158,16 +163,16 @@ def fields_of(rows: torch.Size, v_head_dim: int, dtype: torch.dtype) -> tuple[Fi
     return mark_field(dtype), Field((batch, tokens, heads, v_head_dim), dtype), Field((batch, heads, tokens), dtype)
 
 
-def _meeting(call: CacheCall, make: Callable[..., Meeting]) -> Meeting:
+def _collective(call: CacheCall, make: Callable[..., PersistentCollective]) -> PersistentCollective:
     """Returns the meeting of a call: in steps that are alike, the same for all layers."""
     q, cache, group = call.q, call.cache, call.cache.team.axes[0].group
-    fields = fields_of(q.shape[:3], cache.form.v_head_dim, accumulation_dtype(q.dtype))
-    room = room_for(fields, group)
+    fields = result_fields(q.shape[:3], cache.form.v_head_dim, accumulation_dtype(q.dtype))
+    room = buffer_bytes_for(fields, group)
     key = call.options.operation, q.shape, q.device, room
     return cache.meeting(key, lambda: make(fields, room, group, q.device))
 
 
-def _merged(meeting: Meeting, agreement: Agreement, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
+def _merge(meeting: PersistentCollective, agreement: MarkCheck, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
     """Merges what all ranks have found, if they were asked for the same."""
     meeting.hold()
     marks, outs, lses = meeting.parts
@@ -176,7 +181,7 @@ def _merged(meeting: Meeting, agreement: Agreement, kernel: PagedKernel, sink: T
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _mark(
+def _call_mark(
     layer: int, sequences: tuple[int, ...], rows: torch.Size, mask: str | None, options: tuple[object, ...]
 ) -> int:
     """Returns 32 bits that tell apart calls: the same for a layer in every step."""
@@ -184,7 +189,7 @@ def _mark(
     return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
 
 
-def _attend(call: CacheCall, kernel: PagedKernel, spec: Spec, meeting: Meeting) -> None:
+def _attend(call: CacheCall, kernel: PagedKernel, score: Score, meeting: PersistentCollective) -> None:
     """Attends to what this rank holds, and writes down what it was asked for: before and now."""
     q, cache, extension, options = call.q, call.cache, call.extension, call.options
     mark, out, lse = meeting.local
@@ -192,24 +197,25 @@ def _attend(call: CacheCall, kernel: PagedKernel, spec: Spec, meeting: Meeting) 
     lse.fill_(-torch.inf)
     digest = None if options.mask is None else options.mask.digest
     rest = (options.operation, options.scale, options.softcap)
-    now = _mark(call.layer, extension.sequences, q.shape[:3], digest, rest)
+    now = _call_mark(call.layer, extension.sequences, q.shape[:3], digest, rest)
     cache.agreement.tell(mark.view(torch.int32), cache.pages.short_digest, now)
     tables = cache.page_tables(extension)
-    sight = _sight(extension.starts, extension.num_tokens, options.mask, q.device)
+    visible = _visible(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
-        kernel.forward(q, *cache.pools(call.layer), tables, sight, spec, out, lse)
+        pools = Pools(*cache.pools(call.layer))
+        kernel.forward(Queries(q), pools, tables, visible, score, State(out, lse))
 
 
 @lru_cache(maxsize=64)
-def _sight(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device: torch.device) -> Sight:
+def _visible(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device: torch.device) -> VisibleKeys:
     """What the new tokens see: the same in every layer."""
     mask = causal() if mask is None else mask
-    rows = np.stack([sight_of(mask, start, start + num_tokens) for start in starts])
+    rows = np.stack([visible_key_ranges(mask, start, start + num_tokens) for start in starts])
     first, stop = (torch.from_numpy(rows[:, :, column].astype(np.int32)).to(device) for column in (0, 1))
-    return Sight(first, stop)
+    return VisibleKeys(first, stop)
 
 
-def _prepared(call: CacheCall) -> tuple[PagedKernel, Spec]:
+def _prepare(call: CacheCall) -> tuple[PagedKernel, Score]:
     """Checks a call, writes the new keys and values, and returns what runs it."""
     q, k, v, sink, cache, layer, extension, options = call
 
@@ -224,9 +230,9 @@ def _prepared(call: CacheCall) -> tuple[PagedKernel, Spec]:
         return {"q": str(tuple(q.shape)), "the kernel": kernel.name}
 
     tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
-    key = hashed((options, tensors, cache.form, getattr(extension, "layout", None)))
-    found = prepared(call, key=key, check=check, select=select_paged, alike=alike)
+    key = hashable_key((options, tensors, cache.form, getattr(extension, "layout", None)))
+    found = prepare_call(call, key=key, check=check, select=select_paged, alike=alike)
     # A mask that does not fit raises before anything is written.
-    _sight(extension.starts, extension.num_tokens, options.mask, q.device)
+    _visible(extension.starts, extension.num_tokens, options.mask, q.device)
     cache.write(layer, extension, k, v)
     return found

@@ -7,26 +7,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.cache.agreement import agreement_on
-from ringattn.cache.pages import Extension, Pages, check_count
-from ringattn.cache.prefixes import Match, Prefixes
-from ringattn.comm.collectives import Meeting
-from ringattn.comm.group import Team, agreed, resolve, team_of
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.cache.call_marks import mark_check_on
+from ringattn.cache.pages import PagePools, SlotAllocation
+from ringattn.cache.prefix_cache import PrefixIndex, PrefixMatch
+from ringattn.comm.agreement import agree
+from ringattn.comm.collectives import PersistentCollective
+from ringattn.comm.topology import RankMesh, rank_mesh, resolve_group
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 from ringattn.geometry.layout import Layout, check_layout
 from ringattn.kernels.paged import PageTables
-
-Group = dist.ProcessGroup | DeviceMesh | None
+from ringattn.types import Group
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Form:
+class CacheSpec:
     """What keys and values look like: the same on every rank, and for as long as a cache lives."""
 
     num_layers: int
@@ -39,7 +37,7 @@ class Form:
     def check(self) -> None:
         """Raises ArgumentError if something is not allowed."""
         for name in ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "page_size"):
-            check_count(name, getattr(self, name), least=1)
+            check_integer(name, getattr(self, name), 1)
         if self.dtype not in _DTYPES:
             raise ArgumentError(f"dtype={self.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
 
@@ -90,31 +88,31 @@ class DistributedKVCache:
         group: Group = None,
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        form = Form(num_layers, num_kv_heads, head_dim, v_head_dim, page_size, dtype)
-        team = team_of(resolve(group))
+        form = CacheSpec(num_layers, num_kv_heads, head_dim, v_head_dim, page_size, dtype)
+        team = rank_mesh(resolve_group(group))
 
-        def prepare() -> tuple[Mapping[str, str], Pages]:
+        def prepare() -> tuple[Mapping[str, str], PagePools]:
             form.check()
-            return {"the cache": f"{form}, num_pages={num_pages}"}, Pages(team.size, num_pages, page_size)
+            return {"the cache": f"{form}, num_pages={num_pages}"}, PagePools(team.size, num_pages, page_size)
 
-        pages = agreed(team, None, prepare)
+        pages = agree(team, None, prepare)
         self._set_up(form, pages, team, torch.device(device))
 
     @classmethod
-    def of(cls, form: Form, pages: Pages, team: Team, device: torch.device) -> DistributedKVCache:
+    def of(cls, form: CacheSpec, pages: PagePools, team: RankMesh, device: torch.device) -> DistributedKVCache:
         """Returns a cache of these tables, whose pages are still to be filled in."""
         made = cls.__new__(cls)
         made._set_up(form, pages, team, device)
         return made
 
-    def _set_up(self, form: Form, pages: Pages, team: Team, device: torch.device) -> None:
+    def _set_up(self, form: CacheSpec, pages: PagePools, team: RankMesh, device: torch.device) -> None:
         self.form, self.pages, self.team, self.device = form, pages, team, device
-        self._prefixes = Prefixes(form.page_size)
-        self._tables: tuple[Extension, PageTables] | None = None
-        self._layout: tuple[Extension, Layout] | None = None
-        self._places: tuple[Extension, tuple[Tensor, ...]] | None = None
-        self.agreement = agreement_on(device)
-        self._meeting: tuple[Hashable, Meeting] | None = None
+        self._prefixes = PrefixIndex(form.page_size)
+        self._tables: tuple[SlotAllocation, PageTables] | None = None
+        self._layout: tuple[SlotAllocation, Layout] | None = None
+        self._places: tuple[SlotAllocation, tuple[Tensor, ...]] | None = None
+        self.agreement = mark_check_on(device)
+        self._meeting: tuple[Hashable, PersistentCollective] | None = None
         shapes = form.shapes(pages.num_pages)
         self._layers = [
             tuple(torch.empty(shape, dtype=form.dtype, device=device) for shape in shapes)
@@ -139,7 +137,7 @@ class DistributedKVCache:
         """Returns a new sequence, which has no tokens."""
         return self.pages.new()
 
-    def extend(self, sequences: Sequence[int], tokens: int | Layout = 1) -> Extension:
+    def extend(self, sequences: Sequence[int], tokens: int | Layout = 1) -> SlotAllocation:
         """Finds places for new tokens of each sequence; for all of them, or for none.
 
         Args:
@@ -167,7 +165,7 @@ class DistributedKVCache:
                         pool[new] = pool[old]
         return extension
 
-    def write(self, layer: int, extension: Extension, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, extension: SlotAllocation, k: Tensor, v: Tensor) -> None:
         """Puts the new tokens' keys and values in their places; each rank keeps its own.
 
         `decode_attention` and `prefill_attention` do this themselves.
@@ -236,7 +234,7 @@ class DistributedKVCache:
             )
         self._prefixes.record(sequence, tokens)
 
-    def start(self, tokens: Sequence[int]) -> Match:
+    def start(self, tokens: Sequence[int]) -> PrefixMatch:
         """Returns a new sequence, which shares the longest beginning that a remembered one has in common with `tokens`.
 
         Args:
@@ -248,10 +246,10 @@ class DistributedKVCache:
         self.agreement.settle()
         found = self._prefixes.longest(tokens[: max(len(tokens) - 1, 0)])
         if found is None:
-            return Match(self.new(), 0)
+            return PrefixMatch(self.new(), 0)
         sequence = self.fork(found.sequence)
         self.pages.truncate(sequence, found.num_tokens)
-        return Match(sequence, found.num_tokens)
+        return PrefixMatch(sequence, found.num_tokens)
 
     def note(self, what: str) -> None:
         """Takes down something else that all ranks must have in common, such as the tokens themselves.
@@ -278,7 +276,7 @@ class DistributedKVCache:
         k, v = self._layers[layer]
         return k, v
 
-    def page_tables(self, extension: Extension) -> PageTables:
+    def page_tables(self, extension: SlotAllocation) -> PageTables:
         """Returns where this rank keeps the tokens of an extension's sequences; made once for all layers."""
         if self._tables is None or self._tables[0] is not extension:
             held = [self.pages.table(sequence, self.team.rank) for sequence in extension.sequences]
@@ -289,7 +287,7 @@ class DistributedKVCache:
             self._tables = extension, made
         return self._tables[1]
 
-    def _own_places(self, extension: Extension) -> tuple[Tensor, ...]:
+    def _own_places(self, extension: SlotAllocation) -> tuple[Tensor, ...]:
         """Returns which new rows this rank keeps, and the page and slot of each; made once for all layers."""
         if self._places is None or self._places[0] is not extension:
             rank, size = self.team.rank, self.form.page_size
@@ -297,13 +295,13 @@ class DistributedKVCache:
             self._places = extension, tuple(torch.as_tensor(x, device=self.device) for x in found)
         return self._places[1]
 
-    def meeting(self, key: Hashable, make: Callable[[], Meeting]) -> Meeting:
+    def meeting(self, key: Hashable, make: Callable[[], PersistentCollective]) -> PersistentCollective:
         """Returns the last meeting if it was made under this key, or makes one: the same for all layers and steps."""
         if self._meeting is None or self._meeting[0] != key:
             self._meeting = key, make()
         return self._meeting[1]
 
-    def key_layout(self, extension: Extension) -> Layout:
+    def key_layout(self, extension: SlotAllocation) -> Layout:
         """Returns who holds which keys of an extension's one sequence; made once for all layers."""
         if self._layout is None or self._layout[0] is not extension:
             self._layout = extension, self.pages.layout(extension.sequences[0])
@@ -316,11 +314,11 @@ class DistributedKVCache:
         k, v = (pool[where // size, where % size][None] for pool in self.pools(layer))
         return k, v
 
-    def check(self, layer: int, extension: Extension) -> None:
+    def check(self, layer: int, extension: SlotAllocation) -> None:
         """Raises ArgumentError unless there is such a layer and nothing came after the extension."""
-        if check_count("layer", layer, least=0) >= self.form.num_layers:
+        if check_integer("layer", layer, 0) >= self.form.num_layers:
             raise ArgumentError(f"layer={layer}: the cache has layers 0 to {self.form.num_layers - 1}")
-        if not isinstance(extension, Extension):
+        if not isinstance(extension, SlotAllocation):
             raise ArgumentTypeError(f"extension={extension!r:.100}: must be what cache.extend returned")
         if not self.pages.is_last(extension):
             raise ArgumentError(
@@ -328,7 +326,7 @@ class DistributedKVCache:
                 "last cache.extend returned"
             )
 
-    def check_new(self, name: str, x: Tensor, extension: Extension, dim: int) -> None:
+    def check_new(self, name: str, x: Tensor, extension: SlotAllocation, dim: int) -> None:
         """Raises ArgumentError unless `x` has the keys or values of the tokens that this rank computes."""
         layout = extension.layout
         tokens = extension.num_tokens if layout is None else layout.num_tokens(self.team.rank)
@@ -343,4 +341,4 @@ class DistributedKVCache:
             "what is asked of the cache": what if layout is None else f"{what} by {layout} #{layout.digest}",
             "what was asked of the cache so far": f"#{self.pages.digest:x}",
         }
-        agreed(self.team, None, lambda: (told, None))
+        agree(self.team, None, lambda: (told, None))

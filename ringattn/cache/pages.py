@@ -20,14 +20,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.cache.placement import Budget, joined
-from ringattn.cache.tables import NOTHING, Chain, Positions, Table, table_of
-from ringattn.errors import ArgumentError, OutOfPagesError, SequenceError
-from ringattn.geometry.layout import Ints, Layout, check_layout
+from ringattn.cache.page_tables import EMPTY_SLOT, Positions, RankTable, SequenceState, make_table
+from ringattn.cache.placement import PlacementPlanner, concatenate
+from ringattn.errors import ArgumentError, OutOfPagesError, SequenceError, check_integer
+from ringattn.geometry.layout import Layout, check_layout
+from ringattn.types import Ints
 
 
 @dataclass(frozen=True, eq=False)
-class Extension:
+class SlotAllocation:
     """New tokens of one or more sequences, which have their places but no keys and values yet.
 
     Args:
@@ -52,7 +53,7 @@ class Extension:
 
 
 @dataclass(frozen=True)
-class Move:
+class PageMove:
     """A page that goes from one pool to another."""
 
     from_rank: int
@@ -61,7 +62,7 @@ class Move:
     to_page: int
 
 
-class Pages:
+class PagePools:
     """The pools of all ranks, and the tables of all sequences.
 
     Args:
@@ -72,12 +73,12 @@ class Pages:
 
     def __init__(self, world_size: int, num_pages: int, page_size: int) -> None:
         for name, value in (("world_size", world_size), ("num_pages", num_pages), ("page_size", page_size)):
-            check_count(name, value, least=1)
+            check_integer(name, value, 1)
         self.world_size, self.num_pages, self.page_size = world_size, num_pages, page_size
         # Low pages are taken first, so that a pool that is never full is never touched at its end.
         self._free = [list(range(num_pages - 1, -1, -1)) for _ in range(world_size)]
         self._users = [[0] * num_pages for _ in range(world_size)]
-        self._chains: dict[int, Chain] = {}
+        self._chains: dict[int, SequenceState] = {}
         self._next = 0
         self._digest = b""
 
@@ -108,7 +109,7 @@ class Pages:
         """Returns the position of the next token: how many there have been, those evicted included."""
         return self._chain(sequence).length
 
-    def table(self, sequence: int, rank: int) -> Table:
+    def table(self, sequence: int, rank: int) -> RankTable:
         """Returns what a rank holds of a sequence; to look at."""
         return self._chain(sequence).tables[rank]
 
@@ -118,7 +119,7 @@ class Pages:
 
     def layout(self, sequence: int) -> Layout:
         """Returns who holds which positions, the local rows of each rank in ascending order."""
-        ranges = tuple(_runs(table.held()[0]) for table in self._chain(sequence).tables)
+        ranges = tuple(_ranges_of(table.held()[0]) for table in self._chain(sequence).tables)
         length = self.length(sequence)
         return Layout(length, ranges, f"sequence {sequence} of {length}", whole=False)
 
@@ -126,10 +127,10 @@ class Pages:
         """Returns a new sequence, which has no tokens."""
         self._note("new")
         sequence, self._next = self._next, self._next + 1
-        self._chains[sequence] = Chain([Table(self.page_size) for _ in range(self.world_size)])
+        self._chains[sequence] = SequenceState([RankTable(self.page_size) for _ in range(self.world_size)])
         return sequence
 
-    def extend(self, sequences: Sequence[int], tokens: int | Layout) -> Extension:
+    def extend(self, sequences: Sequence[int], tokens: int | Layout) -> SlotAllocation:
         """Finds places for new tokens of every sequence; all of them, or none.
 
         Args:
@@ -147,10 +148,10 @@ class Pages:
             layout = check_layout(tokens, "tokens", self.world_size)
             num_tokens = layout.seq_len
         else:
-            num_tokens = check_count("tokens", tokens, least=0)
+            num_tokens = check_integer("tokens", tokens, 0)
         if max(chain.length for chain in chains) + num_tokens >= 1 << 31:
             raise ArgumentError(f"tokens={tokens}: positions must stay below {1 << 31:,}")
-        budget = Budget(self)
+        budget = PlacementPlanner(self)
         shares = [budget.dealt(chain, num_tokens) if layout is None else budget.laid(chain, layout) for chain in chains]
         self._note("extend", tuple(sequences), num_tokens if layout is None else layout.digest)
         return self._place(tuple(sequences), chains, num_tokens, layout, shares, budget.ends)
@@ -164,7 +165,7 @@ class Pages:
             for page in table.pages:
                 self._users[rank][page] += 1
         forked, self._next = self._next, self._next + 1
-        self._chains[forked] = Chain([table.copy() for table in chain.tables], chain.length, chain.at)
+        self._chains[forked] = SequenceState([table.copy() for table in chain.tables], chain.length, chain.at)
         return forked
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -174,7 +175,7 @@ class Pages:
             SequenceError: when there are not as many.
         """
         chain = self._chain(sequence)
-        if check_count("length", length, least=0) > chain.length:
+        if check_integer("length", length, 0) > chain.length:
             raise SequenceError(f"length={length}: sequence {sequence} has only {chain.length} tokens")
         self._note("truncate", sequence, length)
         self._drop(chain, length, chain.length)
@@ -183,8 +184,8 @@ class Pages:
     def evict(self, sequence: int, sinks: int, window: int) -> None:
         """Forgets all tokens but the first `sinks` and the last `window`."""
         chain = self._chain(sequence)
-        check_count("sinks", sinks, least=0)
-        check_count("window", window, least=0)
+        check_integer("sinks", sinks, 0)
+        check_integer("window", window, 0)
         self._note("evict", sequence, sinks, window)
         self._drop(chain, sinks, chain.length - window)
 
@@ -200,14 +201,14 @@ class Pages:
         """Takes down something else that all ranks must have in common; it goes into the digest."""
         self._note("note", what)
 
-    def is_last(self, extension: Extension) -> bool:
+    def is_last(self, extension: SlotAllocation) -> bool:
         """Returns whether nothing has happened to the sequences of an extension since."""
         return all(
             sequence in self._chains and self._chains[sequence].version == version
             for sequence, version in zip(extension.sequences, extension.versions, strict=True)
         )
 
-    def resharded(self, world_size: int, num_pages: int) -> tuple[Pages, tuple[Move, ...]]:
+    def resharded(self, world_size: int, num_pages: int) -> tuple[PagePools, tuple[PageMove, ...]]:
         """Returns the same sequences over other ranks, and where each page in use goes.
 
         The pages of a sequence are dealt in turn, in the order of their first positions. What shares a page goes on
@@ -216,11 +217,11 @@ class Pages:
         Raises:
             OutOfPagesError: when they do not fit.
         """
-        made = Pages(world_size, num_pages, self.page_size)
+        made = PagePools(world_size, num_pages, self.page_size)
         used = sum(self.num_pages - len(free) for free in self._free)
         if used > world_size * num_pages:
             raise OutOfPagesError(f"num_pages={num_pages}: {used} pages are in use, for {world_size} ranks")
-        moves: dict[tuple[int, int], Move] = {}
+        moves: dict[tuple[int, int], PageMove] = {}
         turn = 0
         for sequence, chain in self._chains.items():
             held = [
@@ -234,20 +235,20 @@ class Pages:
                     while not made._free[turn % world_size]:
                         turn += 1
                     to = turn % world_size
-                    moves[rank, page] = Move(rank, page, to, made._free[to].pop())
+                    moves[rank, page] = PageMove(rank, page, to, made._free[to].pop())
                     turn += 1
                 move = moves[rank, page]
                 made._users[move.to_rank][move.to_page] += 1
                 parts[move.to_rank].append((move.to_page, slots))
-            made._chains[sequence] = Chain([table_of(self.page_size, part) for part in parts], chain.length)
+            made._chains[sequence] = SequenceState([make_table(self.page_size, part) for part in parts], chain.length)
         made._next, made._digest = self._next, self._digest
         made._note("reshard", world_size, num_pages)
         return made, tuple(moves.values())
 
-    def adopt(self, next_sequence: int, sequences: dict[int, tuple[int, list[Table]]]) -> None:
+    def adopt(self, next_sequence: int, sequences: dict[int, tuple[int, list[RankTable]]]) -> None:
         """Takes in sequences as they once were, (length, table of each rank), into pools that are empty."""
         for sequence, (length, tables) in sequences.items():
-            self._chains[sequence] = Chain(tables, length)
+            self._chains[sequence] = SequenceState(tables, length)
             for rank, table in enumerate(tables):
                 for page in table.pages:
                     self._users[rank][page] += 1
@@ -260,7 +261,7 @@ class Pages:
         """What the next new sequence will be called."""
         return self._next
 
-    def _chain(self, sequence: int) -> Chain:
+    def _chain(self, sequence: int) -> SequenceState:
         if not isinstance(sequence, int) or sequence not in self._chains:
             raise SequenceError(f"sequence={sequence!r}: there is none of this name in the cache")
         return self._chains[sequence]
@@ -268,12 +269,12 @@ class Pages:
     def _place(
         self,
         sequences: tuple[int, ...],
-        chains: list[Chain],
+        chains: list[SequenceState],
         num_tokens: int,
         layout: Layout | None,
         shares: list[list[Ints]],
         ends: list[int | None],
-    ) -> Extension:
+    ) -> SlotAllocation:
         """Takes slots for each rank's share of the new tokens, for which there is room."""
         rows: list[list[Ints]] = [[] for _ in range(self.world_size)]
         places: list[list[Ints]] = [[] for _ in range(self.world_size)]
@@ -293,10 +294,10 @@ class Pages:
             chain.at = end
             chain.version += 1
         versions = tuple(chain.version for chain in chains)
-        kept, where = tuple(map(joined, rows)), tuple(map(joined, places))
-        return Extension(sequences, starts, num_tokens, layout, kept, where, tuple(copies), versions)
+        kept, where = tuple(map(concatenate, rows)), tuple(map(concatenate, places))
+        return SlotAllocation(sequences, starts, num_tokens, layout, kept, where, tuple(copies), versions)
 
-    def _make_room(self, rank: int, table: Table, count: int) -> list[tuple[int, int, int]]:
+    def _make_room(self, rank: int, table: RankTable, count: int) -> list[tuple[int, int, int]]:
         """Sees to it that a table can take `count` tokens; returns the page that has to be copied, if one has."""
         copies = []
         if table.room and self._users[rank][table.pages[-1]] > 1:
@@ -319,7 +320,7 @@ class Pages:
             if not self._users[rank][page]:
                 self._free[rank].append(page)
 
-    def _drop(self, chain: Chain, first: int, stop: int) -> None:
+    def _drop(self, chain: SequenceState, first: int, stop: int) -> None:
         chain.version += 1
         if first < stop:
             for rank, table in enumerate(chain.tables):
@@ -329,18 +330,11 @@ class Pages:
         self._digest = hashlib.blake2b(self._digest + repr(what).encode(), digest_size=8).digest()
 
 
-def check_count(name: str, value: object, *, least: int) -> int:
-    """Returns `value` if it is an integer of `least` or more; raises ArgumentError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r:.100}: must be an integer of {least} or more")
-    return value
-
-
 def _first_position(slots: Positions) -> int:
-    return int(slots[slots != NOTHING].min())
+    return int(slots[slots != EMPTY_SLOT].min())
 
 
-def _runs(positions: Ints) -> tuple[range, ...]:
+def _ranges_of(positions: Ints) -> tuple[range, ...]:
     """Returns ascending positions as ranges."""
     if not len(positions):
         return ()

@@ -6,12 +6,13 @@ from typing import Protocol
 
 import numpy as np
 
-from ringattn.cache.tables import Chain, Table
+from ringattn.cache.page_tables import RankTable, SequenceState
 from ringattn.errors import OutOfPagesError
-from ringattn.geometry.layout import Ints, Layout
+from ringattn.geometry.layout import Layout
+from ringattn.types import Ints
 
 
-class Pools(Protocol):
+class PoolView(Protocol):
     """What placement asks of the pools."""
 
     world_size: int
@@ -22,17 +23,17 @@ class Pools(Protocol):
     def num_users(self, rank: int, page: int) -> int: ...
 
 
-class Budget:
+class PlacementPlanner:
     """What is left of the pools while it is decided where tokens go; nothing is taken yet."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: PoolView) -> None:
         self._page_size = pools.page_size
         self._left = [pools.num_free(rank) for rank in range(pools.world_size)]
         self._pools = pools
         self.ends: list[int | None] = []  # of each sequence: the rank that its last token goes to
         self._copied: dict[tuple[int, int], int] = {}  # how many users of a page will have copied it
 
-    def laid(self, chain: Chain, layout: Layout) -> list[Ints]:
+    def laid(self, chain: SequenceState, layout: Layout) -> list[Ints]:
         """Returns each rank's share of new tokens: what it computes."""
         self.ends.append(None)
         for rank, table in enumerate(chain.tables):
@@ -47,7 +48,7 @@ class Budget:
             self._spend(rank, table, needed, count)
         return [layout.positions(rank) for rank in range(layout.world_size)]
 
-    def dealt(self, chain: Chain, num_tokens: int) -> list[Ints]:
+    def dealt(self, chain: SequenceState, num_tokens: int) -> list[Ints]:
         """Returns each rank's share of new tokens: a page at a time to the rank that has the fewest."""
         shares: list[list[Ints]] = [[] for _ in chain.tables]
         room = [table.room for table in chain.tables]
@@ -71,21 +72,21 @@ class Budget:
             shares[at].append(np.arange(done, done + count, dtype=np.int64))
             done, room[at], held[at], fresh[at] = done + count, room[at] - count, held[at] + count, False
         self.ends.append(at)
-        return [joined(share) for share in shares]
+        return [concatenate(share) for share in shares]
 
-    def _copy_needed(self, rank: int, table: Table) -> int:
+    def _copy_needed(self, rank: int, table: RankTable) -> int:
         if not table.room:
             return 0
         page = table.pages[-1]
         return int(self._pools.num_users(rank, page) - self._copied.get((rank, page), 0) > 1)
 
-    def _spend(self, rank: int, table: Table, needed: int, count: int) -> None:
+    def _spend(self, rank: int, table: RankTable, needed: int, count: int) -> None:
         if count and self._copy_needed(rank, table):
             page = rank, table.pages[-1]
             self._copied[page] = self._copied.get(page, 0) + 1
         self._left[rank] -= needed
 
 
-def joined(parts: list[Ints]) -> Ints:
+def concatenate(parts: list[Ints]) -> Ints:
     """Returns them one after the other."""
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

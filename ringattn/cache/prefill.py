@@ -13,25 +13,26 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ringattn.attention.blocks import Blocks
-from ringattn.attention.executor import Job, run_forward
-from ringattn.attention.parts import Parts
-from ringattn.attention.sides import Keys
+from ringattn.attention.block_buffers import BlockBuffers
+from ringattn.attention.chunked_rows import ChunkedRows
+from ringattn.attention.executor import ExecutionPlan, run_forward
+from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_key, prepare_call
 from ringattn.cache.kv_cache import DistributedKVCache
-from ringattn.cache.pages import Extension
-from ringattn.cache.request import CacheCall, Options, hashed, prepared
-from ringattn.comm.all_to_all import Trade
+from ringattn.cache.pages import SlotAllocation
+from ringattn.comm.all_to_all import AllToAll
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
-from ringattn.geometry.exchanges import Gather, build_plan
-from ringattn.geometry.heads import whole
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import Mask, causal
-from ringattn.geometry.rows import Rows, count
-from ringattn.geometry.sizes import Payload, Sizes
-from ringattn.geometry.travel import Travel
-from ringattn.kernels import BlockKernel, Spec, select
-from ringattn.softmax import Attending, accumulation_dtype, add_sink_, empty_state, merge_
+from ringattn.geometry.rows import count_rows
+from ringattn.kernels import BlockKernel, Keys, Queries, State, select
+from ringattn.plan.comm_pattern import CommPattern
+from ringattn.plan.exchanges import Gather, build_plan
+from ringattn.plan.head_shards import all_heads
+from ringattn.plan.payload import AttentionShape, Payload
+from ringattn.score import Score
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_
+from ringattn.types import Rows
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def prefill_attention(
     v: Tensor,
     cache: DistributedKVCache,
     layer: int,
-    extension: Extension,
+    extension: SlotAllocation,
     *,
     mask: Mask | None = None,
     scale: float | None = None,
@@ -81,30 +82,29 @@ def prefill_attention(
     """
     cache.agreement.settle()
     mask = causal() if mask is None else mask
-    options = Options("prefill_attention", mask, scale, softcap, backend)
-    kernel, spec = _prepared(CacheCall(q, k, v, sink, cache, layer, extension, options))
+    options = CacheOptions("prefill_attention", mask, scale, softcap, backend)
+    kernel, score = _prepare(CacheCall(q, k, v, sink, cache, layer, extension, options))
     layout, kv_layout = _layouts(cache, extension)
     mask.slices(layout.seq_len, kv_layout.seq_len)  # a mask that does not fit raises before anything is written
     cache.write(layer, extension, k, v)
-    keys, values = cache.held(layer, extension.sequences[0])
-    if queries_travel((mask,), layout, kv_layout, _sizes(q, cache)):
-        travel = Travel(Payload.Q, (mask,), layout, kv_layout)
-        out, lse = _ask_around(travel, cache, q, keys, values, kernel, spec)
+    keys = Keys(*cache.held(layer, extension.sequences[0]))
+    if queries_move((mask,), layout, kv_layout, _sizes(q, cache)):
+        travel = CommPattern(Payload.Q, (mask,), layout, kv_layout)
+        out, lse = _move_queries(travel, cache, q, keys, kernel, score)
         if sink is not None:
             add_sink_(out, lse, sink)
     else:
         team = cache.team
         plan = build_plan(Gather(team.size), (mask,), layout, kv_layout, team.rank)
-        heads = whole(q.shape[2], keys.shape[2]).runs()
-        job = Job(plan, None, kernel, spec, heads, False, (False, False))
-        queries = Attending.to_nothing(q, values.shape[3])
-        run_forward(job, team, [queries], [Keys(keys, values)], sink)
-        out = queries.out
+        heads = all_heads(q.shape[2], keys.k.shape[2]).runs()
+        job = ExecutionPlan(plan, None, kernel, score, heads, False, (False, False))
+        out, _ = state = empty_state(q, keys.v.shape[3])
+        run_forward(job, team, [Queries(q)], [keys], [state], sink)
     return out.to(q.dtype)
 
 
 @lru_cache(maxsize=64)
-def queries_travel(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: Sizes) -> bool:
+def queries_move(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: AttentionShape) -> bool:
     """Returns whether it is fewer bytes, over all ranks, to pass queries and their results than keys and values.
 
     Args:
@@ -115,9 +115,11 @@ def queries_travel(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, s
     return by_queries < by_keys
 
 
-def bytes_moved(carried: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: Sizes) -> int:
+def bytes_moved(
+    carried: Payload, masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, sizes: AttentionShape
+) -> int:
     """Returns the bytes that all ranks together send when keys and values travel, or queries and their results."""
-    rows, _ = Gather().rows_moved(Travel(carried, masks, layout, kv_layout))
+    rows, _ = Gather().rows_moved(CommPattern(carried, masks, layout, kv_layout))
     if carried is Payload.KV:
         return rows * sizes.row_bytes(Payload.KV)
     there = sizes.head_dim * sizes.itemsize
@@ -125,13 +127,13 @@ def bytes_moved(carried: Payload, masks: tuple[Mask, ...], layout: Layout, kv_la
     return rows * sizes.batch * sizes.heads * (there + back)
 
 
-def _sizes(q: Tensor, cache: DistributedKVCache) -> Sizes:
+def _sizes(q: Tensor, cache: DistributedKVCache) -> AttentionShape:
     form = cache.form
     wide = accumulation_dtype(q.dtype).itemsize
-    return Sizes(1, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, q.dtype.itemsize, wide)
+    return AttentionShape(1, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, q.dtype.itemsize, wide)
 
 
-def _layouts(cache: DistributedKVCache, extension: Extension) -> tuple[Layout, Layout]:
+def _layouts(cache: DistributedKVCache, extension: SlotAllocation) -> tuple[Layout, Layout]:
     """Returns who has which queries, and who holds which keys, in positions of the sequence."""
     kv_layout = cache.key_layout(extension)
     assert extension.layout is not None
@@ -144,7 +146,7 @@ def _shifted(layout: Layout, start: int) -> Layout:
     return Layout(start + layout.seq_len, ranges, f"{layout} from {start}", whole=False)
 
 
-def _prepared(call: CacheCall) -> tuple[BlockKernel, Spec]:
+def _prepare(call: CacheCall) -> tuple[BlockKernel, Score]:
     """Checks a call, and returns what runs it."""
     q, cache, extension = call.q, call.cache, call.extension
 
@@ -156,7 +158,7 @@ def _prepared(call: CacheCall) -> tuple[BlockKernel, Spec]:
     def alike(_: BlockKernel) -> Mapping[str, str]:
         return {}
 
-    found = prepared(call, key=_signature(call), check=check, select=select, alike=alike)
+    found = prepare_call(call, key=_signature(call), check=check, select=select, alike=alike)
     _check_rows(q, cache, extension)
     return found
 
@@ -167,52 +169,57 @@ def _signature(call: CacheCall) -> Hashable | None:
     looks = [(x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, sink)]
     shapes = q.shape[2:] if isinstance(q, Tensor) else None, getattr(sink, "shape", None)
     place = (extension.sequences, extension.versions, extension.starts, extension.layout)
-    return hashed((call.options, *looks, shapes, call.cache.form, place))
+    return hashable_key((call.options, *looks, shapes, call.cache.form, place))
 
 
-def _check_rows(q: Tensor, cache: DistributedKVCache, extension: Extension) -> None:
+def _check_rows(q: Tensor, cache: DistributedKVCache, extension: SlotAllocation) -> None:
     rows = 0 if extension.layout is None else extension.layout.num_tokens(cache.team.rank)
     if q.shape[:2] != (1, rows):
         raise ArgumentError(f"q has (sequences, rows) = {tuple(q.shape[:2])}: the extension has (1, {rows}) here")
 
 
-def _ask_around(
-    travel: Travel, cache: DistributedKVCache, q: Tensor, keys: Tensor, values: Tensor, kernel: BlockKernel, spec: Spec
-) -> tuple[Tensor, Tensor]:
+def _move_queries(
+    travel: CommPattern,
+    cache: DistributedKVCache,
+    q: Tensor,
+    keys: Keys,
+    kernel: BlockKernel,
+    score: Score,
+) -> State:
     """Returns (out, lse) of this rank's queries: they go to whoever holds keys for them, and what is found comes home.
 
     Communication: each query once to each rank that it needs; its output and lse once back.
     """
     team = cache.team
     program = Gather().program(travel, team.rank, backward=False)
-    blocks = Blocks(program, team, team.rank, Parts([(q.transpose(1, 2),)]))
-    out, lse = empty_state(q, values.shape[3])
+    blocks = BlockBuffers(program, team, team.rank, ChunkedRows([(q.transpose(1, 2),)]))
+    v_dim = keys.v.shape[3]
+    state = empty_state(q, v_dim)
     answers: list[Packet | None] = [None] * team.size
     for step in program.steps:
         blocks.begin(step)
         for visit in step.visits:
             (came,) = blocks.carried(visit.piece)
             if visit.piece.block == team.rank:
-                kernel.forward(q, keys, values, visit.tiles, spec, out, lse)
+                kernel.forward(Queries(q), keys, visit.tiles, score, state)
                 continue
             asked = came.transpose(1, 2)
-            answer = Packet.empty(_answer(asked, values.shape[3], asked.shape[1]), q.device)
-            for place, x in zip(answer.tensors, empty_state(asked, values.shape[3]), strict=True):
-                place.copy_(x)
-            kernel.forward(asked, keys, values, visit.tiles, spec, answer.tensors[0], answer.tensors[1])
+            answer = Packet.empty(_result_fields(asked, v_dim, asked.shape[1]), q.device)
+            part_out, part_lse = answer.tensors
+            kernel.forward(Queries(asked), keys, visit.tiles, score, empty_state(asked, v_dim, part_out, part_lse))
             answers[visit.piece.block] = answer
         blocks.end(step)
     blocks.finish()
     given = travel.rows_given(team.rank)
-    fields = [_answer(q, values.shape[3], count(given.get(peer, ()))) for peer in range(team.size)]
-    found = Trade(team.axes[0], answers, fields).wait()
+    fields = [_result_fields(q, v_dim, count_rows(given.get(peer, ()))) for peer in range(team.size)]
+    found = AllToAll(team.axes[0], answers, fields).wait()
     for peer in sorted(given):  # always in the same order, so that results do not depend on who was first
         part, part_lse = found[peer].tensors
-        _merge_rows(out, lse, part, part_lse, given[peer])
-    return out, lse
+        _merge_rows(*state, part, part_lse, given[peer])
+    return state
 
 
-def _answer(q: Tensor, v_dim: int, rows: int) -> list[Field]:
+def _result_fields(q: Tensor, v_dim: int, rows: int) -> list[Field]:
     """What a rank tells of others' queries."""
     dtype = accumulation_dtype(q.dtype)
     return [Field((q.shape[0], rows, q.shape[2], v_dim), dtype), Field((q.shape[0], q.shape[2], rows), dtype)]

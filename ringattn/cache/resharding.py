@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.cache.kv_cache import DistributedKVCache, Form, Group
-from ringattn.cache.pages import Move, Pages
-from ringattn.comm.group import resolve, team_of
-from ringattn.comm.messages import Message, launch
+from ringattn.cache.kv_cache import CacheSpec, DistributedKVCache
+from ringattn.cache.pages import PageMove, PagePools
+from ringattn.comm.messages import Message, post
+from ringattn.comm.topology import rank_mesh, resolve_group
 from ringattn.errors import ArgumentError, DisagreementError
+from ringattn.types import Group
 
 
 class _Note(NamedTuple):
@@ -20,7 +21,7 @@ class _Note(NamedTuple):
 
     before: int | None
     after: int | None
-    held: tuple[Form, Pages] | None
+    held: tuple[CacheSpec, PagePools] | None
     digest: int | None
     num_pages: int
     unsettled: str | None  # what the ranks of its cache were found to disagree on
@@ -53,8 +54,8 @@ def reshard(
             rank; the old cache is as it was.
     Communication: each page in use that changes its rank, once.
     """
-    all_ranks = resolve(over)
-    team = None if group == dist.GroupMember.NON_GROUP_MEMBER else team_of(resolve(group))
+    all_ranks = resolve_group(over)
+    team = None if group == dist.GroupMember.NON_GROUP_MEMBER else rank_mesh(resolve_group(group))
     before = None if cache is None else cache.team.rank
     held = (cache.form, cache.pages) if cache is not None and before == 0 else None
     digest = None if cache is None else cache.pages.digest
@@ -81,7 +82,7 @@ def _unsettled(cache: DistributedKVCache | None) -> str | None:
     return None
 
 
-def _held(notes: list[_Note]) -> tuple[Form, Pages]:
+def _held(notes: list[_Note]) -> tuple[CacheSpec, PagePools]:
     for note in notes:
         if note.unsettled is not None:
             raise DisagreementError(note.unsettled)
@@ -96,11 +97,11 @@ def _held(notes: list[_Note]) -> tuple[Form, Pages]:
     return found[0]
 
 
-def _routes(notes: list[_Note], moves: tuple[Move, ...]) -> dict[tuple[int, int], list[Move]]:
+def _routes(notes: list[_Note], moves: tuple[PageMove, ...]) -> dict[tuple[int, int], list[PageMove]]:
     """Returns which pages go from which rank of all to which."""
     sender = {note.before: rank for rank, note in enumerate(notes)}
     receiver = {note.after: rank for rank, note in enumerate(notes)}
-    routes: dict[tuple[int, int], list[Move]] = {}
+    routes: dict[tuple[int, int], list[PageMove]] = {}
     for move in moves:
         routes.setdefault((sender[move.from_rank], receiver[move.to_rank]), []).append(move)
     return routes
@@ -109,7 +110,7 @@ def _routes(notes: list[_Note], moves: tuple[Move, ...]) -> dict[tuple[int, int]
 def _move(
     layer: int,
     group: dist.ProcessGroup,
-    routes: dict[tuple[int, int], list[Move]],
+    routes: dict[tuple[int, int], list[PageMove]],
     cache: DistributedKVCache | None,
     made: DistributedKVCache | None,
 ) -> None:
@@ -117,7 +118,7 @@ def _move(
     me = group.rank()
     sends: list[Message] = []
     receives: list[Message] = []
-    landing: list[tuple[Tensor, list[Move], Tensor]] = []
+    landing: list[tuple[Tensor, list[PageMove], Tensor]] = []
     for (sender, receiver), moves in sorted(routes.items()):
         for tag in range(2):
             leaving = None
@@ -131,7 +132,7 @@ def _move(
                 if sender != me:
                     receives.append(Message(coming, sender, tag))
                 landing.append((pool, moves, coming))
-    sent, received = launch(group, sends, receives)
+    sent, received = post(group, sends, receives)
     for flight in (*received, *sent):
         flight.wait()
     for pool, moves, pages in landing:

@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.cache.kv_cache import DistributedKVCache, Form, Group
-from ringattn.cache.pages import Move, Pages
-from ringattn.cache.tables import Table
+from ringattn.cache.kv_cache import CacheSpec, DistributedKVCache
+from ringattn.cache.page_tables import RankTable
+from ringattn.cache.pages import PageMove, PagePools
 from ringattn.cache.tensor_files import read_tensors, write_tensors
-from ringattn.comm.group import Team, agreed, resolve, team_of
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import RankMesh, rank_mesh, resolve_group
 from ringattn.errors import RingAttnError, SnapshotError
+from ringattn.types import Group
 
 Result = TypeVar("Result")
 
@@ -49,8 +51,8 @@ def save_cache(cache: DistributedKVCache, folder: str | Path) -> None:
     cache.agreement.settle()
     folder, team = Path(folder), cache.team
     name = _common_name(team)
-    agreed(team, None, lambda: ({"the folder": folder.name}, _guarded(lambda: _save_rank(cache, folder, name))))
-    agreed(team, None, lambda: ({}, _guarded(lambda: _save_index(cache, folder, name) if team.rank == 0 else None)))
+    agree(team, None, lambda: ({"the folder": folder.name}, _guarded(lambda: _save_rank(cache, folder, name))))
+    agree(team, None, lambda: ({}, _guarded(lambda: _save_index(cache, folder, name) if team.rank == 0 else None)))
 
 
 def load_cache(
@@ -70,12 +72,12 @@ def load_cache(
             On every rank.
     Communication: one all-gather of a few hundred bytes.
     """
-    folder, team = Path(folder), team_of(resolve(group))
+    folder, team = Path(folder), rank_mesh(resolve_group(group))
 
     def prepare() -> tuple[Mapping[str, str], DistributedKVCache]:
         return _guarded(lambda: _load(folder, num_pages, torch.device(device), team))
 
-    return agreed(team, None, prepare)
+    return agree(team, None, prepare)
 
 
 def _guarded(work: Callable[[], Result]) -> Result:
@@ -90,7 +92,7 @@ def _guarded(work: Callable[[], Result]) -> Result:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error
 
 
-def _common_name(team: Team) -> str:
+def _common_name(team: RankMesh) -> str:
     """A name that no other snapshot has: the first rank's."""
     name = [uuid.uuid4().hex]
     if team.size > 1:
@@ -98,7 +100,7 @@ def _common_name(team: Team) -> str:
     return name[0]
 
 
-def _used(pages: Pages, rank: int) -> list[int]:
+def _used(pages: PagePools, rank: int) -> list[int]:
     return sorted({page for sequence in pages.sequences for page in pages.table(sequence, rank).pages})
 
 
@@ -152,7 +154,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _load(
-    folder: Path, num_pages: int, device: torch.device, team: Team
+    folder: Path, num_pages: int, device: torch.device, team: RankMesh
 ) -> tuple[Mapping[str, str], DistributedKVCache]:
     if not (folder / _INDEX).is_file():
         raise SnapshotError(f"folder={str(folder)!r}: there is no {_INDEX} in it, so there is no snapshot")
@@ -162,7 +164,7 @@ def _load(
     told = json.loads(metadata["cache"])
     if told["tables"] != _digest(tensors):
         raise SnapshotError(f"{_INDEX} is corrupt: its tables are not those that were saved")
-    form = Form(**{**told["form"], "dtype": getattr(torch, told["form"]["dtype"])})
+    form = CacheSpec(**{**told["form"], "dtype": getattr(torch, told["form"]["dtype"])})
     old = _tables(told, tensors, form.page_size)
     pages, moves = old.resharded(team.size, num_pages)
     cache = DistributedKVCache.of(form, pages, team, device)
@@ -173,22 +175,22 @@ def _load(
     return {"the snapshot": metadata["snapshot"], "num_pages": str(num_pages)}, cache
 
 
-def _tables(told: Mapping[str, Any], tensors: Mapping[str, Tensor], page_size: int) -> Pages:
+def _tables(told: Mapping[str, Any], tensors: Mapping[str, Tensor], page_size: int) -> PagePools:
     world = told["world_size"]
     found = {}
     for sequence, length in told["lengths"].items():
         tables = []
         for rank in range(world):
             listed, slots = (tensors[f"{sequence}.{rank}.{what}"] for what in ("pages", "slots"))
-            tables.append(Table(page_size, listed.tolist(), slots.reshape(-1).numpy()))
+            tables.append(RankTable(page_size, listed.tolist(), slots.reshape(-1).numpy()))
         found[int(sequence)] = (length, tables)
-    old = Pages(world, told["num_pages"], page_size)
+    old = PagePools(world, told["num_pages"], page_size)
     old.adopt(told["next_sequence"], found)
     return old
 
 
 def _load_pages(
-    cache: DistributedKVCache, layer: int, path: Path, name: str, saved: list[int], moves: list[Move]
+    cache: DistributedKVCache, layer: int, path: Path, name: str, saved: list[int], moves: list[PageMove]
 ) -> None:
     if not path.is_file():
         raise SnapshotError(f"{path.name} is missing from the snapshot")

@@ -1,4 +1,4 @@
-"""All-to-all of packets of any sizes: each rank of a group sends another packet to each other."""
+"""All-to-all of packets: each rank of a mesh axis sends another packet, of any size, to each other rank."""
 
 from __future__ import annotations
 
@@ -6,37 +6,42 @@ from collections.abc import Sequence
 
 import torch
 
-from ringattn.comm.group import Axis
-from ringattn.comm.messages import Message, launch
+from ringattn.comm.messages import Message, post
 from ringattn.comm.packet import Field, Packet
+from ringattn.comm.topology import MeshAxis
 
 _TAG = 64
 
 
-class Trade:
-    """An all-to-all under way."""
+class AllToAll:
+    """An all-to-all in progress."""
 
-    def __init__(self, axis: Axis, parts: Sequence[Packet | None], fields: Sequence[Sequence[Field]]) -> None:
-        """Posts it and returns at once.
+    def __init__(
+        self,
+        axis: MeshAxis,
+        outgoing: Sequence[Packet | None],
+        incoming_fields: Sequence[Sequence[Field]],
+    ) -> None:
+        """Posts all messages and returns at once.
 
         Args:
-            axis: whose ranks trade.
-            parts: what goes to each place; this rank's own is not looked at.
-            fields: what comes from each place.
-        Communication: each part once.
+            axis: the ranks that exchange packets.
+            outgoing: the packet for each coordinate of the axis; this rank's own is ignored.
+            incoming_fields: the fields of the packet from each coordinate; this rank's own are ignored.
+        Communication: each rank sends each packet once, directly to its receiver.
         """
-        device = next((p.flat.device for p in parts if p is not None), torch.device("cpu"))
-        others = [place for place in range(len(axis.members)) if place != axis.place]
-        self._came = {place: Packet.empty(fields[place], device) for place in others}
-        outgoing = [(place, parts[place]) for place in others]
-        sends = [Message(part.flat, axis.members[place], _TAG) for place, part in outgoing if part is not None]
-        receives = [Message(packet.flat, axis.members[place], _TAG) for place, packet in self._came.items()]
-        sending, receiving = launch(axis.group, sends, receives)
-        self._flights = [*receiving, *sending]
+        device = next((p.flat.device for p in outgoing if p is not None), torch.device("cpu"))
+        peers = [peer for peer in range(len(axis.ranks)) if peer != axis.coordinate]
+        self._received = {peer: Packet.empty(incoming_fields[peer], device) for peer in peers}
+        packets = [(peer, outgoing[peer]) for peer in peers]
+        sends = [Message(packet.flat, axis.ranks[peer], _TAG) for peer, packet in packets if packet is not None]
+        receives = [Message(packet.flat, axis.ranks[peer], _TAG) for peer, packet in self._received.items()]
+        pending_sends, pending_receives = post(axis.group, sends, receives)
+        self._pending = [*pending_receives, *pending_sends]
 
     def wait(self) -> dict[int, Packet]:
-        """Returns what came from each other place, once all has come and gone; nothing of it is kept here."""
-        for flight in self._flights:
-            flight.wait()
-        came, self._came, self._flights = self._came, {}, []
-        return came
+        """Waits for all messages and returns the received packets by coordinate, without keeping references to them."""
+        for message in self._pending:
+            message.wait()
+        received, self._received, self._pending = self._received, {}, []
+        return received

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.packet import Field, Packet, size_of, stacked
+from ringattn.comm.packet import Field, Packet, size_of, stacked_views
 
 # What tells these messages from those of exchanges, and of the caller.
 _TAG = 0x6D656574
 # Bytes of the largest packet that ranks of a group have met with. All make the same calls, so all have the same.
-_ROOM: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_MAX_BYTES: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Meeting:
+class PersistentCollective:
     """Tensors that a rank fills in, a collective, and the tensors of all ranks: as often as wanted.
 
     What came is good until `local` is filled in again.
@@ -44,23 +44,25 @@ class Meeting:
     hold: Callable[[], None]
 
 
-def room_for(fields: Sequence[Field], group: dist.ProcessGroup) -> int:
+def buffer_bytes_for(fields: Sequence[Field], group: dist.ProcessGroup) -> int:
     """Returns how many bytes a message of these fields may have: as many as the largest of the group so far.
 
     A rank that went another way sends another of the messages that there have been. There is room for all of them, for
     gloo ends the process of a rank that gets more than it has asked for; that it is another one is told by what comes
     first in each.
     """
-    room = _ROOM[group] = max(size_of(fields), _ROOM.get(group, 0))
+    room = _MAX_BYTES[group] = max(size_of(fields), _MAX_BYTES.get(group, 0))
     return room
 
 
-def gathering(fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device) -> Meeting:
+def all_gather(
+    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+) -> PersistentCollective:
     """Returns a meeting in which every rank has the same for all others.
 
     Args:
         fields: of what each rank has.
-        room: as `room_for` has it.
+        room: as `buffer_bytes_for` has it.
         group: of the ranks.
         device: of the tensors.
     Communication: one collective each time, in which each rank sends its packet to each other.
@@ -68,35 +70,35 @@ def gathering(fields: Sequence[Field], room: int, group: dist.ProcessGroup, devi
     size, rank, count = group.size(), group.rank(), size_of(fields)
     if device.type != "cpu" and size > 1:
         gathered = torch.empty(size, count, dtype=torch.uint8, device=device)
-        parts = stacked(gathered, fields)
+        parts = stacked_views(gathered, fields)
         gather = partial(dist.all_gather_into_tensor, gathered.view(-1), gathered[rank], group=group)
-        return Meeting(tuple(x[rank] for x in parts), parts, 0, gather)
+        return PersistentCollective(tuple(x[rank] for x in parts), parts, 0, gather)
     buffer = _rows(size, room)
-    parts = stacked(buffer, fields)
-    trade = _swapping(buffer, [buffer[0, :count]] * size, group)
-    return Meeting(tuple(x[0] for x in parts), parts, rank, trade)
+    parts = stacked_views(buffer, fields)
+    trade = _exchange_messages(buffer, [buffer[0, :count]] * size, group)
+    return PersistentCollective(tuple(x[0] for x in parts), parts, rank, trade)
 
 
-def dealing(
+def all_to_all(
     local: tuple[Tensor, ...],
     shares: Sequence[Sequence[Tensor]],
     room: int,
     group: dist.ProcessGroup,
     device: torch.device,
-) -> Meeting:
+) -> PersistentCollective:
     """Returns a meeting in which every rank has something else for each.
 
     Args:
         local: what is filled in.
         shares: what goes to each rank: views of `local`; what goes to one rank is alike on all ranks.
-        room: as `room_for` has it.
+        room: as `buffer_bytes_for` has it.
         group: of the ranks.
         device: of the tensors.
     Communication: one all-to-all each time; each rank sends every share but its own.
     """
     size, rank = group.size(), group.rank()
     fields = [[Field(tuple(x.shape), x.dtype) for x in share] for share in shares]
-    leaving_counts, count = _but(rank, [size_of(each) for each in fields]), size_of(fields[rank])
+    leaving_counts, count = _without_own(rank, [size_of(each) for each in fields]), size_of(fields[rank])
     on_cpu = device.type == "cpu"
     buffer = _rows(size, room) if on_cpu else torch.empty(size, count, dtype=torch.uint8, device=device)
     leaving = torch.empty(sum(leaving_counts), dtype=torch.uint8, device=device)
@@ -110,9 +112,9 @@ def dealing(
     ]
     to, given = [place for place, _ in copies], [x for _, x in copies]
     if on_cpu:
-        trade = _swapping(buffer, places, group)
+        trade = _exchange_messages(buffer, places, group)
     else:
-        counts = _but(rank, [count] * size)
+        counts = _without_own(rank, [count] * size)
         trade = partial(dist.all_to_all_single, buffer[1:].view(-1), leaving, counts, leaving_counts, group=group)
 
     def hold() -> None:
@@ -120,7 +122,7 @@ def dealing(
         if size > 1:
             trade()
 
-    return Meeting(local, stacked(buffer, fields[rank]), rank, hold)
+    return PersistentCollective(local, stacked_views(buffer, fields[rank]), rank, hold)
 
 
 def _rows(size: int, room: int) -> Tensor:
@@ -128,7 +130,7 @@ def _rows(size: int, room: int) -> Tensor:
     return torch.empty(size, -(-room // 8) * 8, dtype=torch.uint8)
 
 
-def _swapping(rows: Tensor, leaving: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
+def _exchange_messages(rows: Tensor, leaving: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
     """Returns an all-to-all of one message from each rank to each other, for CPUs.
 
     The group is called by itself: what torch.distributed's functions check each time is so from the beginning here.
@@ -151,6 +153,6 @@ def _swapping(rows: Tensor, leaving: Sequence[Tensor], group: dist.ProcessGroup)
     return trade
 
 
-def _but(rank: int, counts: Sequence[int]) -> list[int]:
+def _without_own(rank: int, counts: Sequence[int]) -> list[int]:
     """Returns the counts, with none for this rank itself."""
     return [0 if peer == rank else count for peer, count in enumerate(counts)]

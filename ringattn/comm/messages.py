@@ -21,7 +21,7 @@ class Message(NamedTuple):
     tag: int
 
 
-class Flight:
+class PendingMessage:
     """A message under way. Its buffer must not be read (a receive) or written (a send) before it is awaited."""
 
     def __init__(self, message: Message, work: dist.Work | None) -> None:
@@ -35,9 +35,9 @@ class Flight:
         self._message = self._work = None
 
 
-def launch(
+def post(
     group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]
-) -> tuple[list[Flight], list[Flight]]:
+) -> tuple[list[PendingMessage], list[PendingMessage]]:
     """Posts all messages of one step and returns at once: a flight for each send, and for each receive.
 
     The ranks concerned must post matching messages. Those of one kind between two ranks must stand in the same order
@@ -63,6 +63,7 @@ def launch(
         works = works[:1] * len(ops)
     rest = iter(works)
     came, left = (
-        [Flight(m, next(rest) if m.tensor.numel() else None) for m in messages] for messages in (receives, sends)
+        [PendingMessage(m, next(rest) if m.tensor.numel() else None) for m in messages]
+        for messages in (receives, sends)
     )
     return left, came

@@ -46,7 +46,7 @@ class Packet:
         return cls(torch.zeros(size_of(fields), dtype=torch.uint8, device=device), fields)
 
 
-def stacked(buffer: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
+def stacked_views(buffer: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
     """Returns the tensors of several packets, all with these fields: views (packets, *shape).
 
     Args:

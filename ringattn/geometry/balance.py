@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from ringattn.errors import LayoutError
-from ringattn.geometry.layout import Ints, Layout, checked_numbers, joined
+from ringattn.errors import LayoutError, check_integer
+from ringattn.geometry.layout import Layout, check_sizes, join_ranges
 from ringattn.geometry.masks import Mask
-from ringattn.geometry.tiles import needs, work_of_ranges
-
-Floats = npt.NDArray[np.float64]
+from ringattn.geometry.tiles import needed_blocks, work_of_ranges
+from ringattn.types import Floats, Ints
 
 # The work may be uneven by this much: to come closer costs traffic.
 TOLERANCE = 0.02
@@ -43,11 +41,10 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
         MaskError: when the mask does not fit the length.
     Source: the fallback is longest-processing-time-first scheduling, Graham 1969.
     """
-    seq_len, world_size = checked_numbers(seq_len, world_size)
+    seq_len, world_size = check_sizes(seq_len, world_size)
     if chunk is None:
         chunk = max(1, -(-seq_len // ((32 if world_size <= 32 else 16) * world_size)))
-    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
-        raise LayoutError(f"chunk={chunk!r}: must be an integer of 1 or more, or None")
+    chunk = check_integer("chunk", chunk, 1, LayoutError)
     chunks = [range(a, min(a + chunk, seq_len)) for a in range(0, seq_len, chunk)]
     work = work_of_ranges(mask, chunks, seq_len)
     dealt = _heaviest_first(work, world_size)
@@ -61,7 +58,7 @@ def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None
     for owner, run in zip(dealt.tolist(), chunks, strict=True):
         own[owner].append(run)
     name = f"balanced({mask}, {seq_len}, {world_size}, chunk={chunk})"
-    return Layout(seq_len, tuple(map(joined, own)), name)
+    return Layout(seq_len, tuple(map(join_ranges, own)), name)
 
 
 def _imbalance(work: Ints, owner: Ints, world_size: int) -> float:
@@ -97,7 +94,7 @@ def _starts(num_chunks: int, world_size: int) -> tuple[Ints, Ints]:
 def _who_sees_whom(mask: Mask, chunks: list[range], seq_len: int) -> Floats:
     """Returns which chunks' queries see anything of which chunks: 0 or 1, [queries, keys]."""
     each = Layout(seq_len, tuple((run,) for run in chunks), "a chunk each")
-    return needs((mask,), each, each).T.astype(np.float64)
+    return needed_blocks((mask,), each, each).T.astype(np.float64)
 
 
 class _Swaps:

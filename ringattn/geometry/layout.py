@@ -21,14 +21,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ringattn.errors import ArgumentError, LayoutError
-
-Ints = npt.NDArray[np.int64]
+from ringattn.errors import ArgumentError, LayoutError, check_integer
+from ringattn.types import Ints
 
 
-class Runs(NamedTuple):
+class RangeTable(NamedTuple):
     """Every range of a layout as parallel arrays, sorted by its first position."""
 
     owner: Ints  # the rank that holds it
@@ -38,7 +36,7 @@ class Runs(NamedTuple):
     offset: Ints  # the local row of its first position
 
 
-class Segments(NamedTuple):
+class OwnerSegments(NamedTuple):
     """The sequence cut into pieces of consecutive positions with one owner each, in order of position."""
 
     owner: Ints
@@ -63,7 +61,7 @@ class Layout:
     rank_ranges: tuple[tuple[range, ...], ...]
     name: str = "Layout(...)"
     whole: bool = True
-    # The content, the same in every process; `layout_of` reads it. A plain attribute, as that of Mask.
+    # The content, the same in every process; `parse_layout` reads it. A plain attribute, as that of Mask.
     text: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +110,7 @@ class Layout:
         return np.concatenate(own) if own else np.empty(0, dtype=np.int64)
 
     @cached_property
-    def runs(self) -> Runs:
+    def runs(self) -> RangeTable:
         """All ranges of all ranks, as arrays."""
         rows = []
         for rank, own in enumerate(self.rank_ranges):
@@ -122,10 +120,10 @@ class Layout:
                 offset += len(r)
         table = np.array(rows, dtype=np.int64).reshape(-1, 5)
         table = table[np.argsort(table[:, 1], kind="stable")]
-        return Runs(*(np.ascontiguousarray(column) for column in table.T))
+        return RangeTable(*(np.ascontiguousarray(column) for column in table.T))
 
     @cached_property
-    def segments(self) -> Segments:
+    def segments(self) -> OwnerSegments:
         """The sequence as consecutive segments; neighbours have different owners, or positions of nobody between."""
         runs = self.runs
         single = (runs.step == 1) | (runs.length == 1)
@@ -142,7 +140,7 @@ class Layout:
         first, last = np.ones(len(owner), dtype=bool), np.ones(len(owner), dtype=bool)
         first[1:] = (owner[1:] != owner[:-1]) | (start[1:] != stop[:-1])
         last[:-1] = first[1:]
-        return Segments(owner[first], start[first], stop[last])
+        return OwnerSegments(owner[first], start[first], stop[last])
 
     @cached_property
     def digest(self) -> str:
@@ -167,17 +165,12 @@ class Layout:
         return self.name
 
 
-def checked_numbers(seq_len: int, world_size: int) -> tuple[int, int]:
+def check_sizes(seq_len: int, world_size: int) -> tuple[int, int]:
     """Returns the two numbers that every layout has, as integers; raises LayoutError where they are not allowed."""
-    for name, value, least in (("seq_len", seq_len, 0), ("world_size", world_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise LayoutError(f"{name}={value!r}: must be an integer of {least} or more")
-        if value < least:
-            raise LayoutError(f"{name}={value}: must be {least} or more")
-    return int(seq_len), int(world_size)
+    return check_integer("seq_len", seq_len, 0, LayoutError), check_integer("world_size", world_size, 1, LayoutError)
 
 
-def _even_cuts(seq_len: int, parts: int) -> list[range]:
+def _even_ranges(seq_len: int, parts: int) -> list[range]:
     """Cuts the sequence into `parts` runs whose lengths differ by at most one, the longer ones first."""
     length, longer = divmod(seq_len, parts)
     cuts = [part * length + min(part, longer) for part in range(parts + 1)]
@@ -194,8 +187,8 @@ def contiguous(seq_len: int, world_size: int) -> Layout:
     Raises:
         LayoutError: when a number is not allowed.
     """
-    seq_len, world_size = checked_numbers(seq_len, world_size)
-    ranges = tuple((run,) for run in _even_cuts(seq_len, world_size))
+    seq_len, world_size = check_sizes(seq_len, world_size)
+    ranges = tuple((run,) for run in _even_ranges(seq_len, world_size))
     return Layout(seq_len, ranges, f"contiguous({seq_len}, {world_size})")
 
 
@@ -213,8 +206,8 @@ def zigzag(seq_len: int, world_size: int) -> Layout:
         LayoutError: when a number is not allowed.
     Source: Llama 3's and Megatron-LM's context parallelism; Zhu's zigzag ring.
     """
-    seq_len, world_size = checked_numbers(seq_len, world_size)
-    runs = _even_cuts(seq_len, 2 * world_size)
+    seq_len, world_size = check_sizes(seq_len, world_size)
+    runs = _even_ranges(seq_len, 2 * world_size)
     ranges = tuple((runs[r], runs[2 * world_size - 1 - r]) for r in range(world_size))
     return Layout(seq_len, ranges, f"zigzag({seq_len}, {world_size})")
 
@@ -233,9 +226,8 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
         LayoutError: when a number is not allowed.
     Source: Brandon et al. 2023, arXiv:2311.09431.
     """
-    seq_len, world_size = checked_numbers(seq_len, world_size)
-    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 1:
-        raise LayoutError(f"block={block!r}: must be an integer of 1 or more")
+    seq_len, world_size = check_sizes(seq_len, world_size)
+    block = check_integer("block", block, 1, LayoutError)
     name = f"striped({seq_len}, {world_size}, block={block})"
     if block == 1:
         return Layout(seq_len, tuple((range(r, seq_len, world_size),) for r in range(world_size)), name)
@@ -246,7 +238,7 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
     return Layout(seq_len, ranges, name)
 
 
-def joined(runs: Iterable[range]) -> tuple[range, ...]:
+def join_ranges(runs: Iterable[range]) -> tuple[range, ...]:
     """Joins neighbouring runs of consecutive positions into one."""
     found: list[range] = []
     for run in runs:
@@ -258,7 +250,7 @@ def joined(runs: Iterable[range]) -> tuple[range, ...]:
 
 
 @lru_cache(maxsize=64)
-def layout_of(text: str) -> Layout:
+def parse_layout(text: str) -> Layout:
     """Returns the layout whose text this is."""
     seq_len, triples, name, whole = json.loads(text)
     return Layout(seq_len, tuple(tuple(range(*triple) for triple in own) for own in triples), name, whole)

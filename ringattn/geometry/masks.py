@@ -20,9 +20,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.errors import ArgumentError, MaskError
-
-Ints = npt.NDArray[np.int64]
+from ringattn.errors import ArgumentError, MaskError, check_integer
+from ringattn.types import Ints
 
 # No band reaches further than any two positions can lie apart. Small enough to add a few of them in int64.
 UNBOUNDED = 1 << 60
@@ -49,8 +48,8 @@ class Mask:
     """The pairs that every term allows: immutable, hashable, equal by name and parameters; composed by `&`."""
 
     terms: tuple[Term, ...] = ()
-    # The content, the same in every process; `mask_of` reads it. A plain attribute, so that torch.compile need look at
-    # nothing else to tell masks apart.
+    # The content, the same in every process; `parse_mask` reads it. It is a plain attribute, so that torch.compile
+    # guards it and nothing else.
     text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,10 +85,10 @@ class Mask:
     def __repr__(self) -> str:
         if not self.terms:
             return "full()"
-        return " & ".join(f"{term.name}({_shown(term.parameters)})" for term in self.terms)
+        return " & ".join(f"{term.name}({_format_parameters(term.parameters)})" for term in self.terms)
 
 
-def _shown(parameters: tuple[int | None, ...]) -> str:
+def _format_parameters(parameters: tuple[int | None, ...]) -> str:
     if len(parameters) <= 6:
         return ", ".join(map(str, parameters))
     head = ", ".join(map(str, parameters[:3]))
@@ -157,12 +156,6 @@ def expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     return index, first[index] + within
 
 
-def _count(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise MaskError(f"{name}={value!r}: must be an integer of {least} or more")
-    return int(value)
-
-
 def full() -> Mask:
     """Every query sees every key."""
     return Mask()
@@ -182,8 +175,8 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     Raises:
         MaskError: when a number is negative.
     """
-    left = None if left is None else _count("left", left, 0)
-    right = None if right is None else _count("right", right, 0)
+    left = None if left is None else check_integer("left", left, 0, MaskError)
+    right = None if right is None else check_integer("right", right, 0, MaskError)
     lo = -UNBOUNDED if left is None else -left
     hi = UNBOUNDED if right is None else right
     return Mask((Term("sliding_window", (left, right), lambda q, k: _table([(0, q, 0, k, lo, hi)])),))
@@ -235,7 +228,7 @@ def prefix_lm(prefix_len: int) -> Mask:
     Raises:
         MaskError: when the number is not allowed.
     """
-    prefix = _count("prefix_len", prefix_len, 0)
+    prefix = check_integer("prefix_len", prefix_len, 0, MaskError)
 
     def list_slices(q_len: int, k_len: int) -> Ints:
         seen = min(prefix, k_len)
@@ -254,7 +247,7 @@ def chunked(size: int) -> Mask:
     Raises:
         MaskError: when the number is not allowed.
     """
-    size = _count("size", size, 1)
+    size = check_integer("size", size, 1, MaskError)
 
     def list_slices(q_len: int, k_len: int) -> Ints:
         start = np.arange(0, min(q_len, k_len), size, dtype=np.int64)
@@ -277,8 +270,8 @@ def key_range(start: int, stop: int) -> Mask:
     Raises:
         MaskError: when a number is not allowed.
     """
-    start = _count("start", start, 0)
-    stop = _count("stop", stop, start)
+    start = check_integer("start", start, 0, MaskError)
+    stop = check_integer("stop", stop, start, MaskError)
     return Mask(
         (
             Term(
@@ -303,7 +296,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Mask]] = {
 
 
 @lru_cache(maxsize=64)
-def mask_of(text: str) -> Mask:
+def parse_mask(text: str) -> Mask:
     """Returns the mask whose text this is.
 
     Raises:
@@ -321,7 +314,7 @@ def mask_of(text: str) -> Mask:
     return mask
 
 
-def check_mask(mask: object, batch: int) -> tuple[Mask, ...]:
+def normalize_masks(mask: object, batch: int) -> tuple[Mask, ...]:
     """Returns the mask of each batch row, or a single one that holds for all of them.
 
     Args:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 
-from ringattn.geometry.layout import Ints
-
-Rows: TypeAlias = tuple[range, ...]
+from ringattn.types import Ints, Rows
 
 
-def merged(start: Ints, stop: Ints) -> Rows:
+def union_of(start: Ints, stop: Ints) -> Rows:
     """Returns the union of intervals [start, stop), none of them empty."""
     if not len(start):
         return ()
@@ -24,16 +21,16 @@ def merged(start: Ints, stop: Ints) -> Rows:
     return tuple(map(range, start[first].tolist(), reach[last].tolist()))
 
 
-def count(rows: Rows) -> int:
+def count_rows(rows: Rows) -> int:
     """Returns how many rows there are."""
     return sum(map(len, rows))
 
 
-def cut(rows: Rows, parts: int) -> list[Rows]:
+def split_rows(rows: Rows, parts: int) -> list[Rows]:
     """Cuts the rows, in order, into `parts` sets whose sizes differ by at most one."""
-    total = count(rows)
+    total = count_rows(rows)
     ends = [total * part // parts for part in range(parts + 1)]
-    return [between(rows, a, b) for a, b in pairwise(ends)]
+    return [slice_rows(rows, a, b) for a, b in pairwise(ends)]
 
 
 def halves(num_rows: int) -> tuple[Rows, Rows]:
@@ -47,7 +44,7 @@ def halves(num_rows: int) -> tuple[Rows, Rows]:
     return tuple(run for run in outer if run), (middle,) if middle else ()
 
 
-def between(rows: Rows, first: int, last: int) -> Rows:
+def slice_rows(rows: Rows, first: int, last: int) -> Rows:
     """Returns the rows from the first-th up to the last-th."""
     found, seen = [], 0
     for run in rows:

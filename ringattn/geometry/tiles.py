@@ -13,14 +13,10 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ringattn.geometry.layout import Layout
 from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, expand, overlapping_pairs
-from ringattn.geometry.rows import Rows
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from ringattn.types import Bools, Ints, Rows
 
 EVERY_BATCH_ROW = -1
 
@@ -60,7 +56,7 @@ class Tiles:
     def of(cls, *tiles: Tile) -> Tiles:
         """Returns the tight form of the tiles given; those without a pair vanish."""
         table = np.array(tiles, dtype=np.int64).reshape(-1, 7)
-        return cls(_tight(table))
+        return cls(_tighten(table))
 
     @cached_property
     def rows(self) -> tuple[Tile, ...]:
@@ -77,38 +73,32 @@ class Tiles:
         return len(self.table) > 0
 
     @cached_property
-    def frame(self) -> Frame:
-        """The smallest rectangle around all tiles, and the tiles in its own row numbers."""
+    def bounding_box(self) -> BoundingBox:
+        """The smallest rectangle around all tiles, and the tiles in row numbers that count from its corner."""
         if not len(self.table):
-            return Frame(slice(0, 0), slice(0, 0), self)
+            return BoundingBox(slice(0, 0), slice(0, 0), self)
         q_start, k_start = (int(self.table[:, c].min()) for c in (Q_START, K_START))
         q_stop, k_stop = (int(self.table[:, c].max()) for c in (Q_STOP, K_STOP))
         shift = np.array([q_start, q_start, k_start, k_start, k_start - q_start, k_start - q_start, 0])
         inner = Tiles(self.table - shift) if q_start or k_start else self
-        return Frame(slice(q_start, q_stop), slice(k_start, k_stop), inner)
+        return BoundingBox(slice(q_start, q_stop), slice(k_start, k_stop), inner)
 
-    def within(self, rows: Rows, column: int) -> Tiles:
-        """Returns the tiles' pairs in these rows only, renumbered: the rows follow one another from 0.
-
-        Args:
-            rows: of the one side.
-            column: which side: Q_START or K_START.
-        """
-        length = np.array([len(r) for r in rows], dtype=np.int64)
-        t, run = self._clipped(rows, column)
-        shift = (np.cumsum(length) - length - np.array([r.start for r in rows], dtype=np.int64))[run]
-        t[:, column : column + 2] += shift[:, None]
-        t[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
-        return _joined(t)
-
-    def of_rows(self, rows: Rows, column: int) -> Tiles:
-        """Returns the tiles' pairs in these rows only, numbered as they were.
+    def select(self, rows: Rows, column: int, *, renumber: bool) -> Tiles:
+        """Returns the pairs of the tiles that lie in these rows of one side.
 
         Args:
-            rows: of the one side.
-            column: which side: Q_START or K_START.
+            rows: rows of the side, ascending.
+            column: the side: Q_START for query rows, K_START for key rows.
+            renumber: whether the selected rows are numbered 0, 1, ... in their order, as in a block that holds these
+                rows only; otherwise they keep their numbers.
         """
-        return _joined(self._clipped(rows, column)[0])
+        table, run = self._clipped(rows, column)
+        if renumber:
+            length = np.array([len(r) for r in rows], dtype=np.int64)
+            shift = (np.cumsum(length) - length - np.array([r.start for r in rows], dtype=np.int64))[run]
+            table[:, column : column + 2] += shift[:, None]
+            table[:, LO : HI + 1] += (shift if column == K_START else -shift)[:, None]
+        return _tighten_and_join(table)
 
     def _clipped(self, rows: Rows, column: int) -> tuple[Ints, Ints]:
         """Each tile within each run of rows that it meets: a table, and which run."""
@@ -129,7 +119,7 @@ class Tiles:
         return f"Tiles({len(self)} tiles, area {self.area()})"
 
 
-class Frame(NamedTuple):
+class BoundingBox(NamedTuple):
     """A rectangle of local rows, and tiles numbered from its corner."""
 
     q: slice
@@ -161,7 +151,7 @@ def _triangle(x: Ints) -> Ints:
     return x * (x + 1) // 2
 
 
-def _tight(table: Ints) -> Ints:
+def _tighten(table: Ints) -> Ints:
     """Trims rows that see nothing and bands that no pair reaches; drops tiles without a pair."""
     t = table.copy()
     t[:, Q_START] = np.maximum(t[:, Q_START], t[:, K_START] - t[:, HI])
@@ -174,8 +164,8 @@ def _tight(table: Ints) -> Ints:
     return t[some]
 
 
-def _joined(table: Ints) -> Tiles:
-    t = _tight(table)
+def _tighten_and_join(table: Ints) -> Tiles:
+    t = _tighten(table)
     return Tiles(_coalesce(np.column_stack([t, np.zeros_like(t[:, BATCH])]))[:, :SOURCE])
 
 
@@ -211,7 +201,7 @@ def _join_neighbours(table: Ints) -> Ints:
     return table
 
 
-class _Pieces(NamedTuple):
+class _Ranges(NamedTuple):
     """Ranges as arrays: piece x holds positions start + step * [0, length), in local rows offset + [0, length)."""
 
     owner: Ints
@@ -224,12 +214,12 @@ class _Pieces(NamedTuple):
     def stop(self) -> Ints:
         return np.where(self.length > 0, self.start + self.step * (self.length - 1) + 1, self.start)
 
-    def take(self, index: Ints | Bools) -> _Pieces:
-        return _Pieces(*(column[index] for column in self))
+    def take(self, index: Ints | Bools) -> _Ranges:
+        return _Ranges(*(column[index] for column in self))
 
-    def single_rows(self) -> _Pieces:
+    def single_rows(self) -> _Ranges:
         piece, row = expand(np.zeros_like(self.length), self.length)
-        return _Pieces(
+        return _Ranges(
             self.owner[piece],
             self.start[piece] + row * self.step[piece],
             np.ones_like(row),
@@ -254,7 +244,7 @@ def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
     Raises:
         MaskError: when a mask does not fit the lengths.
     """
-    q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
+    q, k = _Ranges(*layout.runs), _Ranges(*kv_layout.runs)
     table, _, k_owner = _lowered(masks, layout, kv_layout, q.take(q.owner == rank), k)
     return _by_source(table, k_owner)
 
@@ -262,21 +252,21 @@ def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
 @lru_cache(maxsize=32)
 def tiles_of_keys(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, rank: int) -> dict[int, Tiles]:
     """Returns the tiles of every rank whose queries attend to anything of rank's keys: `tiles_of_rank` transposed."""
-    q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
+    q, k = _Ranges(*layout.runs), _Ranges(*kv_layout.runs)
     table, q_owner, _ = _lowered(masks, layout, kv_layout, q, k.take(k.owner == rank))
     return _by_source(table, q_owner)
 
 
 def lowered_by_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Iterator[tuple[Ints, Ints, Ints]]:
     """Yields `_lowered` for the queries of a few ranks at a time, which bounds the memory."""
-    q, k = _Pieces(*layout.runs), _Pieces(*kv_layout.runs)
+    q, k = _Ranges(*layout.runs), _Ranges(*kv_layout.runs)
     height = max(1, (1 << 17) * layout.world_size // max(1, len(q.owner) * len(k.owner)))
     for low in range(0, layout.world_size, height):
         yield _lowered(masks, layout, kv_layout, q.take((q.owner >= low) & (q.owner < low + height)), k)
 
 
 def _lowered(
-    masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, q: _Pieces, k: _Pieces
+    masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, q: _Ranges, k: _Ranges
 ) -> tuple[Ints, Ints, Ints]:
     """Returns the tiles of these pieces under all masks, (n, 7), and who holds their queries and their keys, (n,)."""
     steps = np.unique(np.concatenate([q.step[q.length > 1], k.step[k.length > 1]]))
@@ -300,7 +290,7 @@ def _by_source(table: Ints, source: Ints) -> dict[int, Tiles]:
     return {int(source): Tiles(part) for source, part in zip(sources, parts, strict=False)}
 
 
-def _lower(slices: Ints, q: _Pieces, k: _Pieces, batch: int) -> Ints:
+def _lower(slices: Ints, q: _Ranges, k: _Ranges, batch: int) -> Ints:
     """Intersects slices with query and key pieces: (n, 9) tight tiles, the holders of queries and keys behind."""
     piece, sl = overlapping_pairs(q.start, q.stop, slices[:, Q_START], slices[:, Q_STOP])
     qs, s = q.take(piece), slices[sl]
@@ -328,11 +318,11 @@ def _lower(slices: Ints, q: _Pieces, k: _Pieces, batch: int) -> Ints:
         qs.owner,
         ks.owner,
     ]
-    return _tight(np.stack(columns, axis=1))
+    return _tighten(np.stack(columns, axis=1))
 
 
 @lru_cache(maxsize=64)
-def needs(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Bools:
+def needed_blocks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Bools:
     """Returns who needs whose keys: (world, world) bool, [source, rank] is True where `rank` attends to `source`."""
     needed = np.zeros((kv_layout.world_size, layout.world_size), dtype=bool)
     for mask in masks:
@@ -399,7 +389,7 @@ def work_of_intervals(slices: Ints, start: Ints, stop: Ints) -> Ints:
 
 
 @lru_cache(maxsize=64)
-def work_of_ranks(masks: tuple[Mask, ...], layout: Layout, k_len: int) -> tuple[int, ...]:
+def pairs_of_queries(masks: tuple[Mask, ...], layout: Layout, k_len: int) -> tuple[int, ...]:
     """Returns each rank's work: the (query, key) pairs that its queries see, over the masks given."""
     q = layout.segments
     work = np.zeros(layout.world_size, dtype=np.int64)

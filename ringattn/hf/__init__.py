@@ -1,36 +1,37 @@
-"""Floor 5: Hugging Face transformers: any model's attention over a sequence that the ranks of a group share.
+"""Floor 6: Hugging Face transformers: any model's attention over the ranks of a group, for training and generation.
 
     import ringattn.hf as rhf
 
     with rhf.patch(model, group) as handle:
-        share = handle.shard(batch)
-        loss = model(**share).loss
+        local_batch = handle.shard(batch)
+        loss = model(**local_batch).loss
 
-Importing it registers the attention implementation "ringattn" with transformers, and nothing else: what a call is to
-do, it is told by the batch that comes with it.
+The import registers the attention implementation "ringattn" with transformers, and changes nothing else. The sharded
+batch carries a context through the model's arguments to the attention layers; there is no global state.
 """
 
-from ringattn.hf.attention import register
-from ringattn.hf.batches import Batch, Rows
-from ringattn.hf.cache import RingCache
-from ringattn.hf.calls import Call, Context
-from ringattn.hf.handle import Handle, patch
-from ringattn.hf.parallelism import RingParallelism
-from ringattn.hf.patterns import Pattern
+from ringattn.hf.accelerate_config import RingParallelism
+from ringattn.hf.attention_call import ForwardContext, LayerCall
+from ringattn.hf.attention_interface import register
+from ringattn.hf.handle import Handle
+from ringattn.hf.mask_patterns import MaskPattern
+from ringattn.hf.patching import patch
+from ringattn.hf.ring_cache import RingCache
+from ringattn.hf.sequence_batch import SequenceRows, ShardingContext
 from ringattn.hf.trainer import RingMixin, RingTrainer
 
 register()
 
 __all__ = [
-    "Batch",
-    "Call",
-    "Context",
+    "ForwardContext",
     "Handle",
-    "Pattern",
+    "LayerCall",
+    "MaskPattern",
     "RingCache",
     "RingMixin",
     "RingParallelism",
     "RingTrainer",
-    "Rows",
+    "SequenceRows",
+    "ShardingContext",
     "patch",
 ]

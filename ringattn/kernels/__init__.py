@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ringattn.kernels.choice import choose, refused_by
-from ringattn.kernels.contract import BlockKernel, Call, Spec
+from ringattn.kernels.contract import BackwardQueries, BlockKernel, Gradients, Keys, ProblemSpec, Queries, State
 from ringattn.kernels.flash import FlashKernel
 from ringattn.kernels.flash_ops import Flash2, Flash3, Flash4
 from ringattn.kernels.fused_ops import CpuFlash, CudaFlash, CudnnFlash
 from ringattn.kernels.native import NativeKernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.sdpa import FusedKernel
+from ringattn.kernels.select_kernel import reasons_against, select_from
 from ringattn.kernels.triton import TritonKernel
 
-__all__ = ["BACKENDS", "BlockKernel", "Call", "Spec", "refusals", "select"]
+__all__ = [
+    "BACKENDS",
+    "BackwardQueries",
+    "BlockKernel",
+    "Gradients",
+    "Keys",
+    "ProblemSpec",
+    "Queries",
+    "State",
+    "refusals",
+    "select",
+]
 
 # In the order of preference. A new kernel is one line here.
 BACKENDS: dict[str, BlockKernel] = {
@@ -36,12 +47,16 @@ BACKENDS: dict[str, BlockKernel] = {
 }
 
 
-def refusals(name: str, call: Call) -> list[str]:
-    """Returns every reason why backend `name` cannot run `call`: of this machine, else of the call; empty if it can."""
-    return refused_by(BACKENDS[name], call)
+def refusals(name: str, problem: ProblemSpec) -> list[str]:
+    """Returns every reason why a backend cannot run a problem: reasons of this machine, else of the problem."""
+    return reasons_against(BACKENDS[name], problem)
 
 
 @lru_cache(maxsize=256)
-def select(backend: str | None, call: Call) -> BlockKernel:
-    """Returns the kernel for a call; see choice.choose."""
-    return choose(BACKENDS, backend, call)
+def select(backend: str | None, problem: ProblemSpec) -> BlockKernel:
+    """Returns the kernel for a problem: the named one, or the first of BACKENDS that can run it.
+
+    Raises:
+        BackendError: when the backend is unknown, or cannot run the problem, with every reason.
+    """
+    return select_from(BACKENDS, backend, problem)

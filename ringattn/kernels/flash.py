@@ -21,13 +21,22 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.delta import out_for_delta
-from ringattn.kernels.flash_library import installed, missing
-from ringattn.kernels.flash_ops import FlashOp, Gradients, Segments
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
+from ringattn.kernels.flash_import import installed, missing_parts
+from ringattn.kernels.flash_ops import FlashOp, FlashOperands, FlashResults, VarlenArgs
 from ringattn.kernels.merge import merge_part_
+from ringattn.kernels.out_from_delta import out_for_delta
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.varlen import Launch, launches_of
+from ringattn.score import Score
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -37,11 +46,12 @@ _WIDE = ReferenceKernel()
 
 @dataclass(frozen=True)
 class FlashKernel:
-    """A table row of kernels: one generation of FlashAttention. See contract.BlockKernel."""
+    """A `BlockKernel` over one generation of FlashAttention."""
 
     name: str
     about: str
     op: FlashOp
+    score_terms: frozenset[str] = frozenset({"softcap"})
 
     def available(self) -> list[str]:
         """Needs the package, in a version with the functions called here, and a GPU that it is made for."""
@@ -55,40 +65,42 @@ class FlashKernel:
         if (wanted := self.op.devices(capability)) is not None:
             reasons.append(f"is made for {wanted}, not {capability[0]}.{capability[1]}")
         # Importing it takes seconds, which only those pay who can use it.
-        if not reasons and (why := missing(self.op.module, self.op.functions)) is not None:
+        if not reasons and (why := missing_parts(self.op.module, self.op.functions)) is not None:
             reasons.append(why)
         return reasons
 
-    def unsupported(self, call: Call) -> list[str]:
-        """See contract.BlockKernel.unsupported."""
-        if call.device_type != "cuda":
-            return [f"runs on cuda, not on {call.device_type}"]
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        if problem.device_type != "cuda":
+            return [f"runs on cuda, not on {problem.device_type}"]
         reasons = []
-        if call.dtype not in DTYPES:
-            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {call.dtype}")
-        if call.spec.scale <= 0:
+        if problem.dtype not in DTYPES:
+            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {problem.dtype}")
+        reasons += unsupported_terms(problem, self.score_terms)
+        if problem.score.factor <= 0:
             # They find the largest score before they scale it.
-            reasons.append(f"takes a positive scale, not {call.spec.scale}")
-        if self.op.widths(call.head_dim, call.v_head_dim) is None:
-            reasons.append(f"takes head dims up to 256, not {max(call.head_dim, call.v_head_dim)}")
+            reasons.append(f"takes a positive scale, not {problem.score.factor}")
+        if self.op.widths(problem.head_dim, problem.v_head_dim) is None:
+            reasons.append(f"takes head dims up to 256, not {max(problem.head_dim, problem.v_head_dim)}")
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-        if (lacking := self.op.lacks(call, capability)) is not None:
+        if (lacking := self.op.lacks(problem, capability)) is not None:
             reasons.append(f"has {lacking} on compute capability {capability[0]}.{capability[1]}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-        """See contract.BlockKernel.forward."""
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+        (q, _), (k, v, _), (out, lse) = queries, keys, state
         dim, v_dim = self._widths(q.shape[3], v.shape[3])
         for launch in launches_of(tiles, q.shape[0], q.shape[1], k.shape[1]):
             segments, rows = _on_device(launch, q.device)
             here, here_lse = out[launch.batch, launch.q], lse[launch.batch, :, launch.q]
             part, part_lse = self.op.forward(
-                _packed(_padded(q[launch.batch, launch.q], dim), segments),
-                _packed(_padded(k[launch.batch, launch.k], dim), segments),
-                _packed(_padded(v[launch.batch, launch.k], v_dim), segments),
-                launch.window,
-                segments,
-                spec,
+                FlashOperands(
+                    _packed(_padded(q[launch.batch, launch.q], dim), segments),
+                    _packed(_padded(k[launch.batch, launch.k], dim), segments),
+                    _packed(_padded(v[launch.batch, launch.k], v_dim), segments),
+                    launch.window,
+                    segments,
+                    score,
+                )
             )
             batch, length, heads, _ = here.shape
             part = part.reshape(batch, length, heads, v_dim)[..., : v.shape[3]]
@@ -98,25 +110,13 @@ class FlashKernel:
             # Or the next launch's results would come to lie beside these.
             del part, part_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: Spec,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
-        column = v.shape[3] if spec.lse_grad and not self.op.takes_dlse else None
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+        q, dout, lse, delta, lse_grad, _ = queries
+        (k, v, _), (dq, dk, dv) = keys, gradients
+        column = v.shape[3] if lse_grad and not self.op.takes_dlse else None
         v_width = v.shape[3] + (column is not None)
         if self.op.widths(q.shape[3], v_width) is None:
-            _WIDE.backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+            _WIDE.backward(queries, keys, tiles, score, gradients)
             return
         dim, v_dim = self._widths(q.shape[3], v_width)
         for launch in launches_of(tiles, q.shape[0], q.shape[1], k.shape[1]):
@@ -134,16 +134,8 @@ class FlashKernel:
             k_j, v_j = _packed(_padded(k[j], dim), segments), _packed(_padded(v[j], v_dim), segments)
             parts = Gradients(*(_buffer(x, segments) for x in (q_i, k_j, v_j)))
             self.op.backward(
-                dout_i,
-                q_i,
-                k_j,
-                v_j,
-                out_i,
-                _packed_lse(lse[heads_first], segments),
-                dlse,
-                launch.window,
-                segments,
-                spec,
+                FlashOperands(q_i, k_j, v_j, launch.window, segments, score),
+                FlashResults(dout_i, out_i, _packed_lse(lse[heads_first], segments), dlse),
                 parts,
             )
             for total, part in ((dq[i], parts.dq), (dk[j], parts.dk), (dv[j], parts.dv)):
@@ -159,14 +151,14 @@ class FlashKernel:
 
 # Holds tensors, though small ones: no more than the launches of a few plans.
 @lru_cache(maxsize=256)
-def _on_device(launch: Launch, device: torch.device) -> tuple[Segments | None, Tensor | None]:
+def _on_device(launch: Launch, device: torch.device) -> tuple[VarlenArgs | None, Tensor | None]:
     """Returns the packing of a launch, and the query rows to merge, on a device."""
     packing = launch.packing
     if packing is None:
         return None, None
     q_ends, k_ends = (torch.from_numpy(ends).to(device) for ends in (packing.q_ends, packing.k_ends))
     rows = None if packing.q_rows is None else torch.from_numpy(packing.q_rows).to(device)
-    return Segments(q_ends, k_ends, packing.max_q, packing.max_k), rows
+    return VarlenArgs(q_ends, k_ends, packing.max_q, packing.max_k), rows
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -179,16 +171,16 @@ def _padded(x: Tensor, width: int) -> Tensor:
     return padded
 
 
-def _packed(x: Tensor, segments: Segments | None) -> Tensor:
+def _packed(x: Tensor, segments: VarlenArgs | None) -> Tensor:
     """(B, S, H, D) -> (B * S, H, D) where there are segments."""
     return x if segments is None else x.flatten(0, 1)
 
 
-def _packed_lse(x: Tensor, segments: Segments | None) -> Tensor:
+def _packed_lse(x: Tensor, segments: VarlenArgs | None) -> Tensor:
     """(B, H, S) -> (H, B * S) where there are segments; contiguous, as the kernels believe without a look."""
     return x.contiguous() if segments is None else x.transpose(0, 1).flatten(1).contiguous()
 
 
-def _buffer(x: Tensor, segments: Segments | None) -> Tensor:
+def _buffer(x: Tensor, segments: VarlenArgs | None) -> Tensor:
     """A buffer of gradients. Packed rows of no segment's tile need not be written."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device) if segments is None else x.new_zeros(x.shape)

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.flash_library import Functions, library
+from ringattn.kernels.contract import Gradients, ProblemSpec
+from ringattn.kernels.flash_import import Functions, import_flash
 from ringattn.kernels.varlen import Window
+from ringattn.score import Score
 
 
-class Segments(NamedTuple):
+class VarlenArgs(NamedTuple):
     """Where packed rows end, int32 (segments + 1,) on the device of the rows, and the longest segments."""
 
     q_ends: Tensor
@@ -27,16 +28,28 @@ class Segments(NamedTuple):
     max_k: int
 
 
-class Gradients(NamedTuple):
-    """Where a backward writes dq, dk and dv: of the shapes and dtypes of q, k and v."""
+class FlashOperands(NamedTuple):
+    """The operands of one call: (B, S, H, D) tensors, or (total, H, D) where rows are packed in segments."""
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    window: Window
+    segments: VarlenArgs | None
+    score: Score
+
+
+class FlashResults(NamedTuple):
+    """What a backward takes of a forward's results: dout and out in the shape of q with Dv, lse and dlse as an lse."""
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None
 
 
 class FlashOp(Protocol):
-    """One generation of FlashAttention: (B, S, H, D) tensors, or (total, H, D) with segments."""
+    """One generation of FlashAttention."""
 
     @property
     def module(self) -> str:
@@ -61,31 +74,19 @@ class FlashOp(Protocol):
         """Returns the head dims that it computes these in, by padding with zeros; None if there are none."""
         ...
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
-        """Returns what of a call's options it lacks on a GPU of this compute capability."""
+    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
+        """Returns what it lacks for a problem on a GPU of this compute capability."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
         """Returns out (..., H, Dv) and lse."""
         ...
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dlse: Tensor | None,
-        window: Window,
-        segments: Segments | None,
-        spec: Spec,
-        into: Gradients,
-    ) -> None:
-        """Writes dq, dk and dv of the rows that are in segments; others may be left as they are."""
+    def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
+        """Writes dq, dk and dv, in the shapes and dtypes of q, k and v.
+
+        Rows in no segment may be left as they are.
+        """
         ...
 
 
@@ -102,27 +103,25 @@ class Flash2:
     takes_dlse = False
 
     def devices(self, capability: tuple[int, int]) -> str | None:
-        """See FlashOp.devices."""
         return None if capability >= (8, 0) else "compute capability 8.0 and newer"
 
     def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
         """All of q, k and v have one head dim, a multiple of 8 up to 256."""
         return _equal_widths(dim, v_dim, 256)
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """Nothing."""
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
-        """See FlashOp.forward. Rows without keys get lse = +inf: see merge.py."""
-        flash = library(self.module)
+    def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
+        """Returns lse = +inf for rows without keys, which `merge_part_` takes for -inf."""
+        flash = import_flash(self.module)
+        q, k, v, window, segments, score = operands
         options = _windows(window, -1) | {
             "dropout_p": 0.0,
-            "softmax_scale": spec.scale,
+            "softmax_scale": score.factor,
             "causal": window.causal,
-            "softcap": spec.softcap or 0.0,
+            "softcap": score.softcap or 0.0,
             "alibi_slopes": None,
             "return_softmax": False,
         }
@@ -132,27 +131,15 @@ class Flash2:
             found = flash._flash_attn_varlen_forward(q, k, v, **self._told(segments, window), **options)
         return found[0], found[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dlse: Tensor | None,
-        window: Window,
-        segments: Segments | None,
-        spec: Spec,
-        into: Gradients,
-    ) -> None:
-        """See FlashOp.backward."""
-        flash = library(self.module)
+    def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
+        flash = import_flash(self.module)
+        q, k, v, window, segments, score = operands
+        dout, out, lse, _ = results
         options = _windows(window, -1) | {
             "dropout_p": 0.0,
-            "softmax_scale": spec.scale,
+            "softmax_scale": score.factor,
             "causal": window.causal,
-            "softcap": spec.softcap or 0.0,
+            "softcap": score.softcap or 0.0,
             "alibi_slopes": None,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
@@ -162,7 +149,7 @@ class Flash2:
             told = self._told(segments, window)
             flash._flash_attn_varlen_backward(dout, q, k, v, out, lse, *into, **told, **options)
 
-    def _told(self, segments: Segments, window: Window) -> dict[str, Any]:
+    def _told(self, segments: VarlenArgs, window: Window) -> dict[str, Any]:
         """What to tell of the segments; their lengths need only be bounds."""
         # Where no segment has more than one query, each is believed to have just one.
         max_q = max(segments.max_q, 2)
@@ -195,44 +182,31 @@ class Flash3:
         """One head dim, a multiple of 8 up to 256, or 192 with values of 128."""
         return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 256)
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """It has no deterministic gradients of the widest heads."""
-        wide = max(call.head_dim, call.v_head_dim) > 192
-        deterministic = call.needs_grad and torch.are_deterministic_algorithms_enabled()
+        wide = max(problem.head_dim, problem.v_head_dim) > 192
+        deterministic = problem.needs_grad and torch.are_deterministic_algorithms_enabled()
         return "no deterministic gradients of head dims above 192" if wide and deterministic else None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
-        """See FlashOp.forward. Rows without keys get lse = -inf."""
-        found = library(self.module)._flash_attn_forward(
+    def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
+        """Returns lse = -inf for rows without keys."""
+        q, k, v, window, segments, score = operands
+        found = import_flash(self.module)._flash_attn_forward(
             q,
             k,
             v,
             **_told(segments),
             **_windows(window, -1),
-            softmax_scale=spec.scale,
+            softmax_scale=score.factor,
             causal=window.causal,
-            softcap=spec.softcap or 0.0,
+            softcap=score.softcap or 0.0,
         )
         return found[0], found[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dlse: Tensor | None,
-        window: Window,
-        segments: Segments | None,
-        spec: Spec,
-        into: Gradients,
-    ) -> None:
-        """See FlashOp.backward."""
-        library(self.module)._flash_attn_backward(
+    def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
+        q, k, v, window, segments, score = operands
+        dout, out, lse, _ = results
+        import_flash(self.module)._flash_attn_backward(
             dout,
             q,
             k,
@@ -242,9 +216,9 @@ class Flash3:
             **_told(segments),
             **into._asdict(),
             **_windows(window, -1),
-            softmax_scale=spec.scale,
+            softmax_scale=score.factor,
             is_causal=window.causal,
-            softcap=spec.softcap or 0.0,
+            softcap=score.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -267,47 +241,34 @@ class Flash4:
         """One head dim, a multiple of 8 up to 128, or 192 with values of 128, or 256: what Blackwell has."""
         return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 128) or _exactly(256, dim, v_dim)
 
-    def lacks(self, call: Call, capability: tuple[int, int]) -> str | None:
+    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
         """On compute capability 12.x its backward takes no changes of scores, which softcap is to it."""
-        if not call.needs_grad or capability[0] != 12:
+        if not problem.needs_grad or capability[0] != 12:
             return None
-        if call.spec.softcap:
+        if problem.score.softcap:
             return "no gradient of softcap"
         return "no deterministic gradients" if torch.are_deterministic_algorithms_enabled() else None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, segments: Segments | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
-        """See FlashOp.forward. Rows without keys get lse = -inf. A limit of -1 is a limit here: none is None."""
-        found = library(self.module)._flash_attn_fwd(
+    def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
+        """Returns lse = -inf for rows without keys. A window side without limit is None here: -1 is a limit."""
+        q, k, v, window, segments, score = operands
+        found = import_flash(self.module)._flash_attn_fwd(
             q,
             k,
             v,
             **_told(segments),
             **_windows(window, None),
-            softmax_scale=spec.scale,
+            softmax_scale=score.factor,
             causal=window.causal,
-            softcap=spec.softcap,
+            softcap=score.softcap,
             return_lse=True,
         )
         return found[0], found[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dlse: Tensor | None,
-        window: Window,
-        segments: Segments | None,
-        spec: Spec,
-        into: Gradients,
-    ) -> None:
-        """See FlashOp.backward."""
-        library(self.module)._flash_attn_bwd(
+    def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
+        q, k, v, window, segments, score = operands
+        dout, out, lse, dlse = results
+        import_flash(self.module)._flash_attn_bwd(
             q,
             k,
             v,
@@ -317,15 +278,15 @@ class Flash4:
             **_told(segments),
             **into._asdict(),
             **_windows(window, None),
-            softmax_scale=spec.scale,
+            softmax_scale=score.factor,
             causal=window.causal,
-            softcap=spec.softcap or 0.0,
+            softcap=score.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dlse=dlse,
         )
 
 
-def _told(segments: Segments | None) -> dict[str, Any]:
+def _told(segments: VarlenArgs | None) -> dict[str, Any]:
     if segments is None:
         return {}
     return {

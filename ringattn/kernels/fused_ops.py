@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ringattn.kernels.contract import Gradients
+
+
+class DenseOperands(NamedTuple):
+    """The operands of one fused call, over a rectangle or a square triangle. Heads come before rows.
+
+    Args:
+        q: (B, H, Sq, D).
+        k: (B, Hkv, Sk, D).
+        v: (B, Hkv, Sk, D).
+        causal: key j is visible to query i if j <= i; otherwise all keys are.
+        mask: (Sq, Sk), added to the scores; None adds nothing.
+        scale: factor on q·k.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    mask: Tensor | None
+    scale: float
+
 
 class FusedOp(Protocol):
-    """One fused kernel of torch: (B, H, S, D) tensors of equal head dim, scores of one rectangle or square triangle."""
+    """One fused attention operation of torch."""
 
     @property
     def device_type(self) -> str:
@@ -45,25 +67,19 @@ class FusedOp(Protocol):
         """Returns the dtype to compute in for inputs of `dtype`."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Returns out (B, H, S, D) and lse (B, H, S), natural log."""
+    def forward(self, operands: DenseOperands) -> tuple[Tensor, Tensor]:
+        """Returns out (B, H, Sq, D) and lse (B, H, Sq), natural log."""
         ...
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk, dv."""
+    def backward(self, operands: DenseOperands, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        """Returns the gradients of q, k and v, in their shapes.
+
+        Args:
+            operands: of the forward.
+            dout: (B, H, Sq, D), the gradient of out.
+            out: (B, H, Sq, D), the result of the forward.
+            lse: (B, H, Sq), the same.
+        """
         ...
 
 
@@ -78,37 +94,22 @@ class CpuFlash:
     max_dim = None
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Half precision is computed in fp32 on CPUs without instructions for it: faster there, and more exact."""
-        if dtype in (torch.bfloat16, torch.float16) and not _has_half_matmul(dtype):
-            return torch.float32
-        return dtype
+        """Returns fp32 for half precision: torch's bf16 kernel rounds lse to 5e-5, and is no faster."""
+        return torch.float64 if dtype is torch.float64 else torch.float32
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See FusedOp.forward."""
+    def forward(self, operands: DenseOperands) -> tuple[Tensor, Tensor]:
+        q, k, v, causal, mask, scale = operands
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
         return out, lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedOp.backward."""
+    def backward(self, operands: DenseOperands, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v, causal, mask, scale = operands
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)
 
 
 class CudaFlash:
@@ -125,26 +126,13 @@ class CudaFlash:
         """Computes in the inputs' own dtype."""
         return dtype
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See FusedOp.forward."""
+    def forward(self, operands: DenseOperands) -> tuple[Tensor, Tensor]:
+        q, k, v, causal, _, scale = operands
         result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return result[0], result[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedOp.backward."""
+    def backward(self, operands: DenseOperands, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v, causal, _, scale = operands
         unused = torch.empty(0, dtype=torch.int64, device=q.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             dout,
@@ -163,7 +151,7 @@ class CudaFlash:
             unused,
             scale=scale,
         )
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)
 
 
 class CudnnFlash(CudaFlash):
@@ -171,28 +159,15 @@ class CudnnFlash(CudaFlash):
 
     max_dim = 128
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See FusedOp.forward."""
+    def forward(self, operands: DenseOperands) -> tuple[Tensor, Tensor]:
+        q, k, v, causal, _, scale = operands
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return result[0], result[1].reshape(q.shape[:3])
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedOp.backward."""
+    def backward(self, operands: DenseOperands, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        q, k, v, causal, _, scale = operands
         unused = torch.empty(0, dtype=torch.int64, device=q.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout,
@@ -212,10 +187,4 @@ class CudnnFlash(CudaFlash):
             causal,
             scale=scale,
         )
-        return dq, dk, dv
-
-
-def _has_half_matmul(dtype: torch.dtype) -> bool:
-    found = torch.cpu.get_capabilities()
-    wanted = ("amx_bf16", "avx512_bf16", "bf16") if dtype is torch.bfloat16 else ("amx_fp16", "avx512_fp16", "fp16")
-    return any(found.get(name, False) for name in wanted)
+        return Gradients(dq, dk, dv)

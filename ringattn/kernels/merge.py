@@ -23,7 +23,7 @@ def merge_part_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: 
         rows: integers below B * S: the rows, counted over the batch, to merge; None for all.
     """
     if runs_triton(out):
-        from ringattn.kernels.triton.merge import merge_rows_
+        from ringattn.kernels.triton.merge_kernel import merge_rows_
 
         merge_rows_(out, lse, part, part_lse, rows)
         return

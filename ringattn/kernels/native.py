@@ -1,4 +1,4 @@
-"""The native CPU kernel: the ops of csrc/cpu as a BlockKernel. The library is compiled on first use."""
+"""Our own kernel for the CPU: csrc/cpu, compiled on first use, behind the contract."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import BuildError, library
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
+from ringattn.score import Score
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """A contract.BlockKernel in C++ for the CPU, for fp32, fp16 and bf16 and every option.
+    """A `BlockKernel` in C++ for the CPU, for fp32, fp16 and bf16.
 
     One call computes all tiles, and updates (out, lse) while they are in cache. See csrc/cpu/forward.h.
 
@@ -28,16 +37,17 @@ class NativeKernel:
 
     isa: str = ""
     name: str = "native"
+    score_terms = frozenset({"softcap"})
 
     @property
     def about(self) -> str:
-        """A line for `ringattn info`: what the kernel is, and which instruction set it uses for each dtype."""
+        """One line for people: what it is, and which instructions it takes for which dtype."""
         about = "our own C++ for the CPU, compiled on first use; every option"
         return f"{about}; fp32, bf16, fp16" if self.available() else f"{about}; {self._instructions()}"
 
     def _instructions(self) -> str:
-        isas = {dtype: self.isa or instruction_sets(dtype)[0] for dtype in _DTYPES}
-        dtypes = {isa: [name for dtype, name in _DTYPES.items() if isas[dtype] == isa] for isa in isas.values()}
+        taken = {dtype: self.isa or instruction_sets(dtype)[0] for dtype in _DTYPES}
+        dtypes = {isa: [name for dtype, name in _DTYPES.items() if taken[dtype] == isa] for isa in taken.values()}
         return ", ".join(f"{isa} ({', '.join(names)})" for isa, names in dtypes.items())
 
     def available(self) -> list[str]:
@@ -45,42 +55,32 @@ class NativeKernel:
         reason = _load()
         return [reason] if reason else []
 
-    def unsupported(self, call: Call) -> list[str]:
-        """See contract.BlockKernel.unsupported."""
-        if call.device_type != "cpu":
-            return [f"runs on cpu, not on {call.device_type}"]
-        if call.dtype not in _DTYPES:
-            return [f"takes {', '.join(map(str, _DTYPES))}, not {call.dtype}"]
-        if self.isa and self.isa not in instruction_sets(call.dtype):
-            return [f"has isa={self.isa!r}, which does not run on this processor, or does not take {call.dtype}"]
-        return []
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-        """See contract.BlockKernel.forward."""
-        if tiles:
-            softcap = spec.softcap or 0.0
-            torch.ops.ringattn_native.forward(q, k, v, _tile_table(tiles), spec.scale, softcap, out, lse, self.isa)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: Spec,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
-        if tiles:
-            softcap = spec.softcap or 0.0
-            torch.ops.ringattn_native.backward(
-                dout, q, k, v, lse, delta, _tile_table(tiles), spec.scale, softcap, dq, dk, dv, self.isa
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        if problem.device_type != "cpu":
+            return [f"runs on cpu, not on {problem.device_type}"]
+        reasons = unsupported_terms(problem, self.score_terms)
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"takes {', '.join(map(str, _DTYPES))}, not {problem.dtype}")
+        elif self.isa and self.isa not in instruction_sets(problem.dtype):
+            reasons.append(
+                f"has isa={self.isa!r}, which does not run on this processor, or does not take {problem.dtype}"
             )
+        return reasons
+
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+        if tiles:
+            softcap = score.softcap or 0.0
+            torch.ops.ringattn_native.forward(
+                queries.q, keys.k, keys.v, _tile_table(tiles), score.factor, softcap, state.out, state.lse, self.isa
+            )
+
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+        if tiles:
+            softcap = score.softcap or 0.0
+            torch.ops.ringattn_native.backward(
+                queries.dout, queries.q, keys.k, keys.v, queries.lse, queries.delta,
+                _tile_table(tiles), score.factor, softcap, *gradients, self.isa,
+            )  # fmt: skip
 
 
 def instruction_sets(dtype: torch.dtype) -> list[str]:

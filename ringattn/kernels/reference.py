@@ -12,59 +12,57 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
+from ringattn.score import Score
 from ringattn.softmax import merge_
 
 STRIP_ROWS = 256
 
 
 class ReferenceKernel:
-    """See contract.BlockKernel."""
+    """A `BlockKernel` in plain tensor operations, on any device and in any floating dtype."""
 
     name = "reference"
     about = "plain tensor maths: any device, any dtype, every option; the last resort"
+    score_terms = frozenset({"softcap"})
 
     def available(self) -> list[str]:
         """Always runs."""
         return []
 
-    def unsupported(self, call: Call) -> list[str]:
-        """Refuses nothing."""
-        return []
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        """Refuses only terms of the score that it does not compute."""
+        return unsupported_terms(problem, self.score_terms)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-        """See contract.BlockKernel.forward."""
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+        (q, _), (k, v, _), (out, lse) = queries, keys, state
         for strip in _strips(tiles):
             b, i, j = _indices(strip)
-            scores, _ = _scores(q[b, i], k[b, j], spec, strip, lse.dtype)
+            scores, _ = _scores(q[b, i], k[b, j], score, strip, lse.dtype)
             part_lse = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - part_lse[..., None])
             part = _weighted(weights, v[b, j].to(lse.dtype))
             merge_(out[b, i], lse[b, :, i], part, part_lse)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: Spec,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+        q, dout, lse, delta = queries[:4]
+        (k, v, _), (dq, dk, dv) = keys, gradients
         acc = lse.dtype
         for strip in _strips(tiles):
             b, i, j = _indices(strip)
             q_i, k_j, v_j, dout_i = q[b, i].to(acc), k[b, j].to(acc), v[b, j].to(acc), dout[b, i].to(acc)
-            scores, slope = _scores(q_i, k_j, spec, strip, acc)
+            scores, slope = _scores(q_i, k_j, score, strip, acc)
             p = torch.exp(scores - lse[b, :, i, None])
             dp = _grouped_dot(dout_i, v_j)
-            ds = p * (dp - delta[b, :, i, None]) * spec.scale
+            ds = p * (dp - delta[b, :, i, None]) * score.factor
             if slope is not None:
                 ds = ds * slope
             dq[b, i] += _weighted(ds, k_j)
@@ -85,13 +83,13 @@ def _indices(tile: Tile) -> tuple[slice, slice, slice]:
     return batch, slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
 
 
-def _scores(q: Tensor, k: Tensor, spec: Spec, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, score: Score, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Returns the scores (B, H, Sq, Sk), -inf outside the band, and the softcap's slope there, if any."""
-    scores = _grouped_dot(q.to(dtype), k.to(dtype)) * spec.scale
+    scores = _grouped_dot(q.to(dtype), k.to(dtype)) * score.factor
     slope = None
-    if spec.softcap is not None:
-        squashed = torch.tanh(scores / spec.softcap)
-        scores, slope = spec.softcap * squashed, 1.0 - squashed * squashed
+    if score.softcap is not None:
+        squashed = torch.tanh(scores / score.softcap)
+        scores, slope = score.softcap * squashed, 1.0 - squashed * squashed
     rows = torch.arange(tile.q_start, tile.q_stop, device=q.device)[:, None]
     diagonal = torch.arange(tile.k_start, tile.k_stop, device=q.device)[None, :] - rows
     outside = (diagonal < tile.lo) | (diagonal > tile.hi)

@@ -22,12 +22,21 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import EVERY_BATCH_ROW, Tiles
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.delta import out_for_delta
-from ringattn.kernels.fused_ops import FusedOp
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
+from ringattn.kernels.decompose import DenseTile, TileShape, dense_tiles, masked_tiles
+from ringattn.kernels.fused_ops import DenseOperands, FusedOp
 from ringattn.kernels.merge import merge_part_
-from ringattn.kernels.pieces import Piece, Shape, masked_tiles, pieces_of
+from ringattn.kernels.out_from_delta import out_for_delta
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.score import Score
 
 # Intermediate results of a group of heads take at most about this much in all, unless one head takes more.
 GROUP_BYTES = 6 << 20
@@ -41,11 +50,12 @@ _EDGES = ReferenceKernel()
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """A table row of kernels: fused operations, one for each device type. See contract.BlockKernel."""
+    """A `BlockKernel` over fused operations, one for each device type."""
 
     name: str
     about: str
     ops: tuple[FusedOp, ...]
+    score_terms: frozenset[str] = frozenset()
 
     def available(self) -> list[str]:
         """CPU kernels always run; CUDA ones need a device."""
@@ -53,97 +63,73 @@ class FusedKernel:
             return []
         return ["torch sees no CUDA device"]
 
-    def unsupported(self, call: Call) -> list[str]:
-        """See contract.BlockKernel.unsupported."""
-        ops = [op for op in self.ops if op.device_type == call.device_type]
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        ops = [op for op in self.ops if op.device_type == problem.device_type]
         if not ops:
             names = " and ".join(op.device_type for op in self.ops)
-            return [f"runs on {names}, not on {call.device_type}"]
+            return [f"runs on {names}, not on {problem.device_type}"]
         op, reasons = ops[0], []
-        if call.dtype not in op.dtypes:
-            reasons.append(f"takes {', '.join(map(str, op.dtypes))}, not {call.dtype}")
-        if call.spec.softcap is not None:
-            reasons.append("has no softcap")
-        if call.spec.scale <= 0:
+        if problem.dtype not in op.dtypes:
+            reasons.append(f"takes {', '.join(map(str, op.dtypes))}, not {problem.dtype}")
+        reasons += unsupported_terms(problem, self.score_terms)
+        if problem.score.factor <= 0:
             # They mask scores before they scale them, and 0 x -inf is NaN.
-            reasons.append(f"takes a positive scale, not {call.spec.scale}")
-        dim = max(call.head_dim, call.v_head_dim)
+            reasons.append(f"takes a positive scale, not {problem.score.factor}")
+        dim = max(problem.head_dim, problem.v_head_dim)
         if op.max_dim is not None and dim > op.max_dim:
             reasons.append(f"takes head dims up to {op.max_dim}, not {dim}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-        """See contract.BlockKernel.forward."""
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+        (q, _), (k, v, _), (out, lse) = queries, keys, state
         op, v_dim = self._op(q), v.shape[3]
         if not op.takes_mask and (edges := masked_tiles(tiles)):
-            _EDGES.forward(q, k, v, edges, spec, out, lse)
-        i, j, tiles = tiles.frame
+            _EDGES.forward(queries, keys, edges, score, state)
+        i, j, tiles = tiles.bounding_box
         q, k, v, out, lse = q[:, i], k[:, j], v[:, j], out[:, i], lse[:, :, i]
         inputs = _Inputs(op, _padded(op, q.shape[3], v_dim))
         launches = _launches(tiles, q, op)
         num_buffers = 2 if op.compute_dtype(q.dtype) == q.dtype else 4
         for heads, kv_heads in _head_groups(q, k, num_buffers, math.inf):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
-            for piece, row, causal, mask in launches:
-                part, part_lse = op.forward(
-                    _rows(q_g, piece, row),
-                    _cols(k_g, piece, row),
-                    _cols(v_g, piece, row),
-                    causal,
-                    mask,
-                    spec.scale,
-                )
+            for launch in launches:
+                piece, row = launch.piece, launch.row
+                part, part_lse = op.forward(_operands(q_g, k_g, v_g, launch, score))
                 part, part_lse = _oriented(part, piece), _oriented(part_lse, piece)
-                state = _blocks(out[:, :, heads], 1, piece.q_start, piece.rows, piece, row)
-                state_lse = _blocks(lse[:, heads], 2, piece.q_start, piece.rows, piece, row)
-                merge_part_(state, state_lse, part[..., :v_dim].transpose(1, 2), part_lse)
+                out_i = _blocks(out[:, :, heads], 1, piece.q_start, piece.rows, piece, row)
+                lse_i = _blocks(lse[:, heads], 2, piece.q_start, piece.rows, piece, row)
+                merge_part_(out_i, lse_i, part[..., :v_dim].transpose(1, 2), part_lse)
                 # Or the next launch's results would come to lie beside these.
                 del part, part_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: Spec,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+        q, dout, lse, delta, lse_grad, _ = queries
+        (k, v, _), (dq, dk, dv) = keys, gradients
         op, dim, v_dim = self._op(q), q.shape[3], v.shape[3]
-        if spec.lse_grad and op.max_dim is not None and _padded(op, dim, v_dim + 1) > op.max_dim:
+        if lse_grad and op.max_dim is not None and _padded(op, dim, v_dim + 1) > op.max_dim:
             # No room for the extra column. Gradients of lse are rare, so they need not be fast there.
-            _EDGES.backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+            _EDGES.backward(queries, keys, tiles, score, gradients)
             return
         if not op.takes_mask and (edges := masked_tiles(tiles)):
-            _EDGES.backward(dout, q, k, v, lse, delta, edges, spec, dq, dk, dv)
-        i, j, tiles = tiles.frame
+            _EDGES.backward(queries, keys, edges, score, gradients)
+        i, j, tiles = tiles.bounding_box
         dout, q, dq, lse, delta = dout[:, i], q[:, i], dq[:, i], lse[:, :, i], delta[:, :, i]
         k, v, dk, dv = k[:, j], v[:, j], dk[:, j], dv[:, j]
-        inputs = _Inputs(op, _padded(op, dim, v_dim + spec.lse_grad))
+        inputs = _Inputs(op, _padded(op, dim, v_dim + lse_grad))
         launches = _launches(tiles, q, op)
         head_work = max(tiles.area(q.shape[0]) * dim, 1)
         for heads, kv_heads in _head_groups(q, k, 9, -(-LAUNCH_WORK * len(launches) // head_work)):
             q_g, k_g, v_g = inputs.pack("q", q, heads), inputs.pack("k", k, kv_heads), inputs.pack("v", v, kv_heads)
             dout_g, lse_g = inputs.pack("dout", dout, heads), lse[:, heads]
             # With a gradient of lse there is a padding column at least, in a copy that is ours.
-            out_g = out_for_delta(dout_g, delta[:, heads], v_dim if spec.lse_grad else None)
-            for piece, row, causal, mask in launches:
+            out_g = out_for_delta(dout_g, delta[:, heads], v_dim if lse_grad else None)
+            for launch in launches:
+                piece, row = launch.piece, launch.row
                 parts = op.backward(
+                    _operands(q_g, k_g, v_g, launch, score),
                     _rows(dout_g, piece, row),
-                    _rows(q_g, piece, row),
-                    _cols(k_g, piece, row),
-                    _cols(v_g, piece, row),
                     _rows(out_g, piece, row),
                     _rows(lse_g, piece, row),
-                    causal,
-                    mask,
-                    spec.scale,
                 )
                 part_dq, part_dk, part_dv = (_oriented(part, piece).transpose(1, 2) for part in parts)
                 _blocks(dq[:, :, heads], 1, piece.q_start, piece.rows, piece, row).add_(part_dq[..., :dim])
@@ -213,7 +199,7 @@ class _Inputs:
 class _Launch(NamedTuple):
     """A piece, a batch row or all of them, and the form in which the fused kernel takes it."""
 
-    piece: Piece
+    piece: DenseTile
     row: int
     causal: bool
     mask: Tensor | None
@@ -223,9 +209,9 @@ def _launches(tiles: Tiles, q: Tensor, op: FusedOp) -> list[_Launch]:
     """Returns what to launch; strips take the place of the batch, so they go a batch row at a time."""
     masks: dict[tuple[int, ...], Tensor] = {}
     found: list[_Launch] = []
-    for piece in pieces_of(tiles):
+    for piece in dense_tiles(tiles):
         mask = None
-        if piece.shape is Shape.MASKED:
+        if piece.shape is TileShape.MASKED:
             if not op.takes_mask:
                 continue
             key = (piece.rows, piece.cols, piece.lo, piece.hi)
@@ -235,19 +221,19 @@ def _launches(tiles: Tiles, q: Tensor, op: FusedOp) -> list[_Launch]:
         rows: Iterable[int] = (piece.batch,)
         if piece.copies > 1 and piece.batch == EVERY_BATCH_ROW:
             rows = range(q.shape[0])
-        causal = piece.shape in (Shape.CAUSAL, Shape.REVERSED)
+        causal = piece.shape in (TileShape.CAUSAL, TileShape.REVERSED)
         found.extend(_Launch(piece, row, causal, mask) for row in rows)
     return found
 
 
-def _dense_mask(piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _dense_mask(piece: DenseTile, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns what to add to a piece's scores, (rows, cols): 0 inside its band, -inf outside."""
     diagonal = torch.arange(piece.cols, device=device) - torch.arange(piece.rows, device=device)[:, None]
     mask = torch.zeros(piece.rows, piece.cols, dtype=dtype, device=device)
     return mask.masked_fill_((diagonal < piece.lo) | (diagonal > piece.hi), -torch.inf)
 
 
-def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int) -> Tensor:
+def _blocks(x: Tensor, dim: int, start: int, length: int, piece: DenseTile, row: int) -> Tensor:
     """The rows of a piece as a view: those of a batch, or `copies` strips in the place of the batch."""
     if row != EVERY_BATCH_ROW:
         x = x[row : row + 1]
@@ -258,22 +244,28 @@ def _blocks(x: Tensor, dim: int, start: int, length: int, piece: Piece, row: int
     return x.as_strided(size, stride, x.storage_offset() + start * x.stride(dim))
 
 
-def _oriented(x: Tensor, piece: Piece) -> Tensor:
+def _oriented(x: Tensor, piece: DenseTile) -> Tensor:
     """Rows of a piece, (B, H, rows, ...), in the order that makes it causal, or back again."""
-    return x.flip(2) if piece.shape is Shape.REVERSED else x
+    return x.flip(2) if piece.shape is TileShape.REVERSED else x
 
 
-def _rows(x: Tensor, piece: Piece, row: int) -> Tensor:
+def _rows(x: Tensor, piece: DenseTile, row: int) -> Tensor:
     """The query rows of a piece, (B, H, rows, ...)."""
     return _oriented(_blocks(x, 2, piece.q_start, piece.rows, piece, row), piece)
 
 
-def _cols(x: Tensor, piece: Piece, row: int) -> Tensor:
+def _cols(x: Tensor, piece: DenseTile, row: int) -> Tensor:
     """The key rows of a piece, (B, H, cols, D)."""
     return _oriented(_blocks(x, 2, piece.k_start, piece.cols, piece, row), piece)
 
 
-def _add_cols(total: Tensor, part: Tensor, piece: Piece, row: int) -> None:
+def _operands(q: Tensor, k: Tensor, v: Tensor, launch: _Launch, score: Score) -> DenseOperands:
+    """The operands of a launch, of the packed tensors of a head group."""
+    piece, row, causal, mask = launch
+    return DenseOperands(_rows(q, piece, row), _cols(k, piece, row), _cols(v, piece, row), causal, mask, score.factor)
+
+
+def _add_cols(total: Tensor, part: Tensor, piece: DenseTile, row: int) -> None:
     """Adds the gradients of a piece's key rows; strips that overlap are added in turns, those apart together."""
     turns = -(-piece.cols // piece.stride) if piece.copies > 1 else 1
     for turn in range(min(turns, piece.copies)):

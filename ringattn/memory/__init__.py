@@ -1,6 +1,6 @@
-"""Memory around attention: what runs out first when sequences are long and attention is sharded."""
+"""Less memory outside attention: a chunked cross-entropy, and row-wise modules run over tiles of rows."""
 
-from ringattn.memory.cross_entropy import chunked_cross_entropy
+from ringattn.memory.chunked_loss import chunked_cross_entropy
 from ringattn.memory.tiled_mlp import tiled
 
 __all__ = ["chunked_cross_entropy", "tiled"]

@@ -1,4 +1,4 @@
-"""A module that treats rows one by one, run over tiles of rows, so that one tile's activations are held at a time."""
+"""A row-wise module, such as an MLP, run over tiles of rows: only one tile's activations are in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.errors import ArgumentError, ArgumentTypeError, check_integer
 
 RowWise = Callable[[Tensor], Tensor]
 
@@ -25,51 +25,52 @@ def tiled(
     num_tiles: int,
     forward: RowWise | None = None,
 ) -> Tensor:
-    """Returns module(x), run over `num_tiles` tiles of rows, one after the other, forward and backward.
+    """Returns module(x), computed over `num_tiles` tiles of rows, one after the other, in forward and backward.
 
-    Only x is kept for the backward, which runs each tile again. So at any time the activations of one tile are held,
-    for the time of one more forward. The module must treat each row alone: an MLP, a norm, a projection, with dropout
-    or without; the result is then the same, to rounding (dropout draws other masks than in one piece).
+    Only x is saved for the backward, which runs the forward of each tile again. So at any time the activations of one
+    tile are in memory, for the cost of one more forward. The module must process each row independently: an MLP, a
+    norm, a projection, with or without dropout. The result is then the same up to rounding, except that dropout draws
+    other masks than without tiles.
 
-    Parameters get their gradients once, at the end of the module's backward, so hooks of DistributedDataParallel and
-    `fully_shard` fire once, as without tiles. A unit of `fully_shard` may hold the whole module, or be the module when
-    this runs inside its forward; it may not be a part of it. There are always `num_tiles` tiles, if need be without
-    rows, so ranks may hold different numbers of rows and yet gather their parameters in step.
+    Parameters receive their gradients once, at the end of the module's backward, so hooks of DistributedDataParallel
+    and `fully_shard` run once, as without tiles. A unit of `fully_shard` may contain the module, or be the module when
+    this runs inside its forward; it may not be a submodule of it. There are always `num_tiles` tiles, some without rows
+    if need be, so ranks with different numbers of rows gather their parameters the same number of times.
 
     Args:
-        module: takes (rows, E) and returns (rows, F), any F.
-        x: (..., rows, E), any number of rows, 0 included.
-        num_tiles: how many tiles there are, the same on all ranks; they differ by one row at most.
-        forward: what to call for a tile, if not the module: its own forward, where its hooks fire around all tiles.
+        module: maps (rows, E) to (rows, F), for any F.
+        x: (..., rows, E), any number of rows, including 0.
+        num_tiles: number of tiles, the same on all ranks; their sizes differ by at most one row.
+        forward: the function to call for a tile; None for the module itself. Pass the module's own forward where its
+            hooks must run once, around all tiles.
     Returns:
-        (..., rows, F). Gradients of half-precision parameters are summed over tiles in fp32, and then rounded once;
-        others in their own dtype.
+        (..., rows, F). Gradients of half-precision parameters are summed over tiles in fp32 and rounded once; others
+        are summed in their own dtype.
     Raises:
-        ArgumentError: when num_tiles has no meaning, the module does not return a row for each row, a part of it is a
-            unit of `fully_shard`, or it holds views of parameters (FullyShardedDataParallel).
-    Communication: none but that of the module.
+        ArgumentError: when num_tiles is invalid, the module does not return one row per row, a submodule is a unit of
+            `fully_shard`, or the module holds views of parameters (FullyShardedDataParallel).
+    Communication: none but the module's.
     Source: Bekman et al. 2025 (Arctic Long Sequence Training), arXiv:2506.13996.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module={module!r:.100}: must be an nn.Module, not {type(module).__name__}")
-    if isinstance(num_tiles, bool) or not isinstance(num_tiles, int) or num_tiles < 1:
-        raise ArgumentError(f"num_tiles={num_tiles!r}: must be a positive number of tiles")
+    check_integer("num_tiles", num_tiles, 1)
     if x.ndim < 2:
         raise ArgumentError(f"x has shape {tuple(x.shape)}: must be (..., rows, E)")
     _check_parameters(module)
-    job = _Job(module, module if forward is None else forward, num_tiles)
+    tiled_forward = _TiledForward(module, module if forward is None else forward, num_tiles)
     rows = x.reshape(-1, x.shape[-1])
-    if not torch.is_grad_enabled():
-        return _like(job.run(rows), x)
-    return _like(_Tiled.apply(rows, job, *job.parameters()), x)  # type: ignore[no-untyped-call]
-
-
-def _like(rows: Tensor, x: Tensor) -> Tensor:
-    return rows.view(*x.shape[:-1], rows.shape[-1])
+    if torch.is_grad_enabled():
+        out: Tensor = _TiledFunction.apply(rows, tiled_forward, *tiled_forward.parameters())  # type: ignore[no-untyped-call]
+    else:
+        out = tiled_forward.run(rows)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TiledForward:
+    """A module's forward, and the number of tiles to run it over."""
+
     module: nn.Module
     forward: RowWise
     num_tiles: int
@@ -78,105 +79,112 @@ class _Job:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def run(self, x: Tensor) -> Tensor:
-        """Runs all tiles without gradients, into one result."""
+        """Runs all tiles into one preallocated output."""
         out: Tensor | None = None
-        done = 0
+        stop = 0
         for tile in x.tensor_split(self.num_tiles):
-            part = self.forward(tile)
-            if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(tile):
-                told = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            tile_out = self.forward(tile)
+            if not isinstance(tile_out, Tensor) or tile_out.ndim != 2 or len(tile_out) != len(tile):
+                found = tuple(tile_out.shape) if isinstance(tile_out, Tensor) else type(tile_out).__name__
                 raise ArgumentError(
-                    f"module={type(self.module).__name__} returned {told} for {len(tile)} rows: must be a row for each"
+                    f"module={type(self.module).__name__} returned {found} for {len(tile)} rows: must return one row "
+                    "per row"
                 )
             if out is None:
-                out = part.new_empty(len(x), part.shape[1])
-            out[done : done + len(tile)] = part
-            done += len(tile)
+                out = tile_out.new_empty(len(x), tile_out.shape[1])
+            start, stop = stop, stop + len(tile)
+            out[start:stop] = tile_out
         assert out is not None
         return out
 
 
-class _Tiled(torch.autograd.Function):
+class _TiledFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, job: _Job, *parameters: nn.Parameter) -> Tensor:
-        ctx.job, ctx.setting = job, _Setting.of(x)
-        # The parameters are saved for autograd to notice if they change; the backward takes them from the module.
+    def forward(ctx: Any, x: Tensor, tiled_forward: _TiledForward, *parameters: nn.Parameter) -> Tensor:
+        ctx.tiled_forward, ctx.random_and_autocast = tiled_forward, _RandomAndAutocastState.capture(x)
+        # Saving the parameters lets autograd detect in-place changes; the backward reads them from the module.
         ctx.save_for_backward(x, *parameters)
-        return job.run(x)
+        return tiled_forward.run(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
-        job: _Job = ctx.job
-        parameters = job.parameters()
+        tiled_forward: _TiledForward = ctx.tiled_forward
+        parameters = tiled_forward.parameters()
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        sums: list[Tensor | None] = [None] * len(parameters)
-        tiles = zip(*(whole.tensor_split(job.num_tiles) for whole in (x, dout)), strict=True)
-        done = 0
-        with ctx.setting.again(), torch.enable_grad():
-            for rows, drows in tiles:
-                rows = rows.detach().requires_grad_(dx is not None)
-                leaves = ([] if dx is None else [rows]) + parameters
-                gradients = list(torch.autograd.grad(job.forward(rows), leaves, drows, allow_unused=True))
+        totals: list[Tensor | None] = [None] * len(parameters)
+        tiles = zip(*(tensor.tensor_split(tiled_forward.num_tiles) for tensor in (x, dout)), strict=True)
+        stop = 0
+        with ctx.random_and_autocast.restore(), torch.enable_grad():
+            for tile, dtile_out in tiles:
+                tile = tile.detach().requires_grad_(dx is not None)
+                leaves = ([] if dx is None else [tile]) + parameters
+                grads = list(torch.autograd.grad(tiled_forward.forward(tile), leaves, dtile_out, allow_unused=True))
+                start, stop = stop, stop + len(tile)
                 if dx is not None:
-                    first = gradients.pop(0)
-                    dx[done : done + len(rows)] = 0 if first is None else first
-                done += len(rows)
-                _add(sums, gradients)
-        given = [None if total is None else total.to(p.dtype) for total, p in zip(sums, parameters, strict=True)]
-        return dx, None, *given
+                    dtile = grads.pop(0)
+                    dx[start:stop] = 0 if dtile is None else dtile
+                _accumulate(totals, grads)
+        pairs = zip(totals, parameters, strict=True)
+        return dx, None, *(None if total is None else total.to(p.dtype) for total, p in pairs)
 
 
-def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    for index, gradient in enumerate(gradients):
-        if gradient is None:
+def _accumulate(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Adds gradients to totals, in fp32 for half precision."""
+    for index, grad in enumerate(grads):
+        if grad is None:
             continue
-        total = sums[index]
+        total = totals[index]
         if total is None:
-            sums[index] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            totals[index] = grad.to(torch.promote_types(grad.dtype, torch.float32))
         else:
-            total += gradient
+            total += grad
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What a forward must find again to be run again: autocast, and the states of the random generators."""
+class _RandomAndAutocastState:
+    """The autocast setting and the states of the random generators, which a recomputed forward needs unchanged."""
 
     device_type: str
-    autocast: bool
-    dtype: torch.dtype
-    generator: Tensor
-    devices: tuple[list[int], list[Tensor]]
+    autocast_enabled: bool
+    autocast_dtype: torch.dtype
+    cpu_rng_state: Tensor
+    device_rng_states: tuple[list[int], list[Tensor]]  # (device indices, states)
 
     @staticmethod
-    def of(x: Tensor) -> _Setting:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind)
-        return _Setting(kind, torch.is_autocast_enabled(kind), dtype, torch.get_rng_state(), get_device_states(x))
+    def capture(x: Tensor) -> _RandomAndAutocastState:
+        device_type = x.device.type
+        return _RandomAndAutocastState(
+            device_type,
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.get_rng_state(),
+            get_device_states(x),
+        )
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        devices, states = self.devices
-        kind = self.device_type if devices else "cuda"
+    def restore(self) -> Iterator[None]:
+        devices, states = self.device_rng_states
+        fork_type = self.device_type if devices else "cuda"
         with (
-            torch.random.fork_rng(devices, device_type=kind),
-            torch.autocast(self.device_type, self.dtype, enabled=self.autocast),
+            torch.random.fork_rng(devices, device_type=fork_type),
+            torch.autocast(self.device_type, self.autocast_dtype, enabled=self.autocast_enabled),
         ):
-            torch.set_rng_state(self.generator)
-            set_device_states(devices, states, device_type=kind)
+            torch.set_rng_state(self.cpu_rng_state)
+            set_device_states(devices, states, device_type=fork_type)
             yield
 
 
 def _check_parameters(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if name and isinstance(part, FSDPModule):
+    for name, submodule in module.named_modules():
+        if name and isinstance(submodule, FSDPModule):
             raise ArgumentError(
-                f"module={type(module).__name__}: its part {name!r} is a unit of fully_shard, whose parameters come "
-                "and go with every tile; make the whole module one unit, or a part of one"
+                f"module={type(module).__name__}: its submodule {name!r} is a unit of fully_shard, which would gather "
+                "and free its parameters for every tile; make the whole module one unit, or part of a larger one"
             )
-        if any(isinstance(value, Tensor) and value.requires_grad for value in vars(part).values()):
+        if any(isinstance(value, Tensor) and value.requires_grad for value in vars(submodule).values()):
             raise ArgumentError(
-                f"module={type(module).__name__}: its part {name!r} holds a tensor that needs a gradient and is no "
-                "parameter, as under FullyShardedDataParallel; take fully_shard instead"
+                f"module={type(module).__name__}: its submodule {name!r} holds a tensor that requires a gradient and "
+                "is not a parameter, as under FullyShardedDataParallel; use fully_shard instead"
             )

@@ -1,8 +1,8 @@
-"""A small decoder, as Llama is one: grouped-query attention, rotary positions, RMSNorm, SwiGLU.
+"""A small Llama-style decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU.
 
-It knows nothing of ranks. Every layer but attention works row by row, and attention is a value that the caller gives:
-which rows a row can see, and on which ranks they lie, is its business. What describes a batch, its positions and its
-mask, travels as arguments, never as state: so each micro-batch of a pipeline has its own.
+The decoder does not know about ranks. All of its layers but attention work row by row, and the caller passes the
+attention function, which decides what each row sees and on which ranks the keys are. Positions and mask are arguments,
+not state, so each micro-batch of a pipeline has its own.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ringattn.attention.request import Masks
 from ringattn.errors import ArgumentError
+from ringattn.types import Masks
 
-# (q, k, v, mask), each tensor (B, S, heads, head_dim), to the attention's output (B, S, heads, head_dim).
-Attend = Callable[[Tensor, Tensor, Tensor, Masks], Tensor]
+# (q, k, v, mask) -> out; each tensor is (B, S, heads, head_dim).
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Masks], Tensor]
 
 
 @dataclass(frozen=True)
 class MoESpec:
-    """What the mixture-of-experts layers of a decoder are.
+    """The mixture-of-experts layers of a decoder.
 
     Args:
-        num_experts: experts in a layer.
-        top_k: how many of them each token goes to.
-        hidden: width of an expert.
-        every: each `every`-th layer is one, the last of the first `every` being the first.
-        aux_loss_weight: of the loss that balances the experts; 0 leaves it out.
+        num_experts: number of experts in a layer.
+        top_k: number of experts per token.
+        hidden: hidden width of an expert.
+        every: layers every - 1, 2 * every - 1, ... have experts; 1 means all layers.
+        aux_loss_weight: weight of the load-balancing loss; 0 turns it off.
     """
 
     num_experts: int
@@ -43,20 +43,20 @@ class MoESpec:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """How large a decoder is.
+    """The sizes of a decoder.
 
     Args:
-        vocab_size: how many tokens there are.
-        num_layers: how many layers.
+        vocab_size: number of tokens in the vocabulary.
+        num_layers: number of layers.
         dim: width of the residual stream.
-        num_heads: query heads; dim % num_heads == 0.
-        num_kv_heads: key and value heads; num_heads % num_kv_heads == 0.
-        hidden: width of the feed-forward.
-        rope_base: of the rotary positions' wavelengths.
-        norm_eps: of RMSNorm.
-        moe: what the mixture-of-experts layers are; None has none.
+        num_heads: number of query heads; must divide dim, with an even dim / num_heads.
+        num_kv_heads: number of key/value heads; must divide num_heads.
+        hidden: hidden width of the feed-forward layers.
+        rope_base: base of the rotary wavelengths.
+        norm_eps: epsilon of RMSNorm.
+        moe: the mixture-of-experts layers; None for a dense decoder.
     Raises:
-        ArgumentError: when heads do not divide, or a head's width is odd.
+        ArgumentError: when the numbers of heads do not divide, or the head width is odd.
     """
 
     vocab_size: int
@@ -70,72 +70,74 @@ class DecoderConfig:
     moe: MoESpec | None = None
 
     def __post_init__(self) -> None:
-        """Checks the heads."""
+        """Checks the numbers of heads."""
         if self.dim % self.num_heads or self.head_dim % 2:
-            raise ArgumentError(f"dim={self.dim}: must be num_heads={self.num_heads} x an even width")
+            raise ArgumentError(f"dim={self.dim}: must be num_heads={self.num_heads} x an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ArgumentError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
 
     @property
     def head_dim(self) -> int:
-        """Width of a head of queries, keys and values."""
+        """The width of a query, key or value head."""
         return self.dim // self.num_heads
 
     def is_moe(self, layer: int) -> bool:
-        """Returns whether a layer's feed-forward is a mixture of experts."""
+        """Returns whether the layer of this index has a mixture of experts as its feed-forward."""
         return self.moe is not None and (layer + 1) % self.moe.every == 0
 
 
-# What stands in a layer's feed-forward slot: (B, S, dim) to (B, S, dim).
+# Makes the feed-forward module of a mixture-of-experts layer: (B, S, dim) -> (B, S, dim).
 FeedForwardFactory = Callable[[DecoderConfig], nn.Module]
 
 
 class Decoder(nn.Module):
-    """Tokens (B, S) to logits (B, S, vocab_size).
+    """A decoder: tokens (B, S) to logits (B, S, vocab_size).
 
-    A stage of a pipeline has some of the layers, under their own names; `embed` is None but in the first, `norm` and
-    `head` are None but in the last. What is None is skipped: so a stage in the middle takes and gives (B, S, dim).
+    A pipeline stage is a decoder with some of the layers, under the names they have in the whole model. `embed` is None
+    in all stages but the first, `norm` and `head` are None in all but the last, and modules that are None are skipped:
+    a middle stage maps (B, S, dim) to (B, S, dim).
 
     Args:
-        config: how large it is.
-        moe: what makes the feed-forward of a mixture-of-experts layer; needed if config.moe is given.
+        config: the sizes.
+        moe_factory: makes the feed-forward of each mixture-of-experts layer, such as `make_moe`; required with, and
+            only with, config.moe.
     Raises:
-        ArgumentError: when one of config.moe and `moe` is given without the other.
+        ArgumentError: when one of config.moe and moe_factory is given without the other.
     """
 
     embed: nn.Embedding | None
     norm: nn.RMSNorm | None
     head: nn.Linear | None
 
-    def __init__(self, config: DecoderConfig, *, moe: FeedForwardFactory | None = None) -> None:
+    def __init__(self, config: DecoderConfig, *, moe_factory: FeedForwardFactory | None = None) -> None:
         super().__init__()
-        if (config.moe is None) != (moe is None):
-            raise ArgumentError("config.moe and moe must be given together: what the experts are, and what makes them")
+        if (config.moe is None) != (moe_factory is None):
+            raise ArgumentError("config.moe and moe_factory must be given together: pass both, or neither")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict()
         for index in range(config.num_layers):
-            feed_forward = moe(config) if moe is not None and config.is_moe(index) else FeedForward(config)
+            feed_forward = moe_factory(config) if moe_factory and config.is_moe(index) else FeedForward(config)
             self.layers[str(index)] = DecoderLayer(config, feed_forward)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: Attend) -> Tensor:
-        """Returns the logits of each next token.
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attention_fn: AttentionFn) -> Tensor:
+        """Returns the logits of the next token at each position.
 
         Args:
-            x: tokens, (B, S) int64; in a stage that is not the first, what the one before gave, (B, S, dim).
-            positions: (B, S) or (1, S), those that rotary embedding turns by: of the sequence or its document, never
-                counted from a shard's own start.
-            mask: who may attend to whom; goes to `attend` as it is.
-            attend: the attention.
+            x: tokens, (B, S) int64; in stages after the first, the output of the previous stage, (B, S, dim).
+            positions: (B, S) or (1, S) integers for the rotary embedding: positions in the sequence or in its document,
+                not in the local shard.
+            mask: the attention mask, passed to `attention_fn` unchanged.
+            attention_fn: computes attention: (q, k, v, mask) -> out, each (B, S, heads, head_dim).
         Returns:
-            (B, S, vocab_size); in a stage that is not the last, (B, S, dim).
+            (B, S, vocab_size); in stages before the last, (B, S, dim).
         """
         if self.embed is not None:
             x = self.embed(x)
         for layer in self.layers.values():
-            x = layer(x, positions=positions, mask=mask, attend=attend)
+            x = layer(x, positions=positions, mask=mask, attention_fn=attention_fn)
         if self.norm is not None:
             x = self.norm(x)
         if self.head is not None:
@@ -144,23 +146,22 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward, each added to the residual stream: (B, S, dim) to (B, S, dim)."""
+    """Attention and a feed-forward, each in a residual branch behind a norm: (B, S, dim) -> (B, S, dim)."""
 
     def __init__(self, config: DecoderConfig, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = SelfAttention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: Attend) -> Tensor:
-        """Returns the residual stream after this layer."""
-        x = x + self.attention(self.attention_norm(x), positions=positions, mask=mask, attend=attend)
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attention_fn: AttentionFn) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions=positions, mask=mask, attention_fn=attention_fn)
         return x + cast(Tensor, self.feed_forward(self.feed_forward_norm(x)))
 
 
-class Attention(nn.Module):
-    """Projections around the attention that it is given, with as many heads as its weights have rows for."""
+class SelfAttention(nn.Module):
+    """The projections around an attention function. The number of heads follows from the weights' (local) shapes."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -171,15 +172,15 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attend: Attend) -> Tensor:
-        """Returns what the rows of x, (B, S, dim), see."""
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Masks, attention_fn: AttentionFn) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
-        out = attend(rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v, mask)
+        q, k = (apply_rotary(x, positions, self.rope_base) for x in (q, k))
+        out = attention_fn(q, k, v, mask)
         return cast(Tensor, self.wo(out.flatten(2)))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: (B, S, dim) to (B, S, dim), row by row. Shazeer 2020, arXiv:2002.05202."""
+    """SwiGLU feed-forward: (B, S, dim) -> (B, S, dim). Source: Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -188,17 +189,19 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.hidden, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the rows, each through the same two layers."""
         return cast(Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary position embedding of (B, S, heads, head_dim). Su et al. 2021, arXiv:2104.09864.
+def apply_rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Applies rotary position embedding to queries or keys.
 
     Args:
-        x: queries or keys.
+        x: (B, S, heads, head_dim), head_dim even.
         positions: (B, S) or (1, S).
-        base: of the wavelengths.
+        base: base of the wavelengths.
+    Returns:
+        A tensor like x.
+    Source: Su et al. 2021, arXiv:2104.09864.
     """
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)

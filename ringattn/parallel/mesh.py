@@ -1,16 +1,16 @@
-"""One mesh for every axis of parallelism: who is whose neighbour, and which ranks share what.
+"""One device mesh with an axis for each kind of parallelism, and the process groups derived from it.
 
-    pp > dp_replicate > dp_shard > ring > ulysses > tp          slow, far apart > fast, close together
+    pp > dp_replicate > dp_shard > ring > ulysses > tp          slowest links, outermost > fastest links, innermost
 
-Ranks are numbered row by row, the last axis counting fastest. So the axes that talk most, in every layer, lie within a
-machine, and those that talk once a step lie across machines. Axes of one rank are left out of the mesh, and have no
-group; but for "ring" where "ulysses" is left out as well, since attention needs ranks to run on, be it one.
+Ranks are numbered in row-major order: the last axis varies fastest. Axes that communicate in every layer (tp, ulysses)
+therefore stay within a machine, and axes that communicate once per step (pp, dp_replicate) cross machines. The mesh
+omits axes of size 1, except that it always has "ring" or "ulysses", because attention needs a group to run on.
 
-Three more meshes are made of these axes, and borrow their ranks:
+Three more groups are derived from these axes and reuse their ranks:
 
-    fsdp   dp_shard x ring x ulysses as one axis: ranks that see other tokens, and share out one copy of the weights
-    loss   dp_replicate x fsdp as one axis: all ranks that see other tokens
-    ep     fsdp, cut again into efsdp x ep: neighbouring ranks, each with other experts
+    fsdp   dp_shard x ring x ulysses, flattened: ranks with different tokens that shard one copy of the weights
+    loss   dp_replicate x fsdp, flattened: all ranks with different tokens
+    ep     fsdp reshaped to efsdp x ep: ep ranks are neighbours and hold different experts
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ringattn.comm.group import agreed, team_of
-from ringattn.errors import ArgumentError, ArgumentTypeError
+from ringattn.comm.agreement import agree
+from ringattn.comm.topology import rank_mesh
+from ringattn.errors import ArgumentError, check_integer
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What an axis of the mesh means."""
+class AxisSpec:
+    """What a mesh axis splits, and what its ranks communicate."""
 
     name: str
     splits: str
@@ -37,20 +38,22 @@ class Axis:
 
 
 AXES = (
-    Axis("pp", "layers", "activations and their gradients, from stage to stage"),
-    Axis("dp_replicate", "sequences of the batch", "gradients: one all-reduce a step"),
-    Axis("dp_shard", "sequences, weights, optimizer state", "weights: all-gather a layer; gradients: reduce-scatter"),
-    Axis("ring", "tokens of a sequence", "keys and values, round a ring in every layer"),
-    Axis("ulysses", "tokens of a sequence", "heads against tokens, all-to-all in every layer"),
-    Axis(
-        "tp", "heads and columns of weights, the vocabulary", "activations: all-gather, reduce-scatter in every layer"
+    AxisSpec("pp", "layers", "activations and their gradients, from stage to stage"),
+    AxisSpec("dp_replicate", "sequences of the batch", "gradients: one all-reduce per step"),
+    AxisSpec(
+        "dp_shard", "sequences, weights, optimizer state", "weights: all-gather per layer; gradients: reduce-scatter"
+    ),
+    AxisSpec("ring", "tokens of a sequence", "keys and values, around a ring in every layer"),
+    AxisSpec("ulysses", "tokens of a sequence", "tokens for heads, all-to-all in every layer"),
+    AxisSpec(
+        "tp", "heads, weight columns, the vocabulary", "activations: all-gather and reduce-scatter in every layer"
     ),
 )
-EXPERT = Axis("ep", "experts (borrows dp_shard x ring x ulysses)", "tokens to their experts and back, all-to-all")
+EXPERT_AXIS = AxisSpec("ep", "experts (on the ranks of dp_shard x ring x ulysses)", "tokens, all-to-all and back")
 
-CONTEXT = ("ring", "ulysses")
-SHARDED = ("dp_shard", *CONTEXT)
-TOKENS = ("dp_replicate", *SHARDED)
+CONTEXT_AXES = ("ring", "ulysses")
+FSDP_AXES = ("dp_shard", *CONTEXT_AXES)
+LOSS_AXES = ("dp_replicate", *FSDP_AXES)
 
 
 def build_mesh(
@@ -64,29 +67,29 @@ def build_mesh(
     ep: int = 1,
     device_type: str | None = None,
 ) -> DeviceMesh:
-    """A mesh over all ranks, with an axis for each size above one.
+    """Builds a mesh over all ranks, with one axis for each size above 1.
 
-    All ranks of the default group call it together. Sizes are checked, and compared between ranks, before any group is
-    made. There is an axis "ring" or "ulysses" in any case, of one rank if both are 1: what attention runs on.
+    Collective over the default group. Sizes are checked, and compared between ranks, before any group is created. The
+    mesh always has an axis "ring" or "ulysses", of size 1 if both sizes are 1, because attention needs a group.
 
     Args:
-        pp: stages of layers.
-        dp_replicate: copies of everything, each of which sees other sequences.
-        dp_shard: ranks that see other sequences, and share out one copy of the weights.
-        ring: ranks among which the keys and values of a sequence go round.
-        ulysses: ranks among which the heads of a sequence are dealt.
-        tp: ranks that split each weight.
-        ep: ranks among which experts are dealt; a divisor of dp_shard x ring x ulysses, whose ranks they are.
-        device_type: "cpu" or "cuda"; None is the one that the default group's backend serves.
+        pp: pipeline stages: ranks with different layers.
+        dp_replicate: replicas of all weights; each sees different sequences.
+        dp_shard: ranks that see different sequences and shard one copy of the weights.
+        ring: ranks that pass the keys and values of a sequence around a ring.
+        ulysses: ranks that exchange tokens for heads within a sequence.
+        tp: ranks that split each weight matrix.
+        ep: ranks that hold different experts; a divisor of dp_shard x ring x ulysses, whose ranks it reuses.
+        device_type: "cpu" or "cuda"; None takes the one that the default group's backend serves.
     Returns:
-        a DeviceMesh, whose axes are those of `AXES` that are longer than one, and "ring" or "ulysses", in that order.
+        A DeviceMesh with the axes of `AXES` larger than 1, and "ring" or "ulysses", in the order of `AXES`.
     Raises:
-        ArgumentError: when a size is no positive integer, the sizes do not multiply to the number of ranks, or ep does
-            not divide the ranks it borrows.
-        DisagreementError: when the ranks ask for different sizes.
-    Communication: one all-gather of a few hundred bytes, and what making the groups costs.
+        ArgumentError: when a size is not a positive integer, the product of the sizes is not the number of ranks, or
+            ep does not divide dp_shard x ring x ulysses.
+        DisagreementError: when ranks pass different sizes.
+    Communication: one all-gather of a few hundred bytes, and the creation of the groups.
     """
-    team = team_of(None)
+    world = rank_mesh(None)
     sizes = {
         "pp": pp,
         "dp_replicate": dp_replicate,
@@ -97,29 +100,29 @@ def build_mesh(
     }
 
     def prepare() -> tuple[Mapping[str, str], str]:
-        _check(sizes, ep, team.size)
-        found = _device_type() if device_type is None else device_type
-        return {"the sizes of the axes": str({**sizes, "ep": ep}), "device_type": found}, found
+        _check_sizes(sizes, ep, world.size)
+        device = _default_device_type() if device_type is None else device_type
+        return {"the sizes of the axes": str({**sizes, "ep": ep}), "device_type": device}, device
 
-    device = agreed(team, None, prepare)
-    kept = {name: size for name, size in sizes.items() if size > 1 or (name == "ring" and ulysses == 1)}
-    mesh = init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
-    # Every rank makes the same groups in the same order: so all of them here, none on first use.
-    sharded, _ = _flat(mesh, SHARDED, "fsdp"), _flat(mesh, TOKENS, "loss")
+    device = agree(world, None, prepare)
+    axes = {name: size for name, size in sizes.items() if size > 1 or (name == "ring" and ulysses == 1)}
+    mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    # All ranks must create the same groups in the same order: create all of them here, and none on first use.
+    fsdp, _ = _flattened(mesh, FSDP_AXES, "fsdp"), _flattened(mesh, LOSS_AXES, "loss")
     if ep > 1:
-        assert sharded is not None
-        _borrow(mesh, sharded, ep)
+        assert fsdp is not None
+        _create_expert_meshes(mesh, fsdp, ep)
     return mesh
 
 
 def axis_size(mesh: DeviceMesh, name: str) -> int:
-    """Returns how many ranks there are along an axis; 1 if the mesh does not have it.
+    """Returns the size of an axis; 1 if the mesh does not have it.
 
     Args:
-        mesh: from `build_mesh`, or any with axes of these names.
-        name: one of `AXES`, or "ep".
+        mesh: from `build_mesh`, or any mesh with axes of these names.
+        name: the name of an axis in `AXES`, or "ep".
     """
-    if name == EXPERT.name:
+    if name == EXPERT_AXIS.name:
         experts = expert_mesh(mesh)
         return 1 if experts is None else experts.size()
     names = mesh.mesh_dim_names or ()
@@ -127,114 +130,138 @@ def axis_size(mesh: DeviceMesh, name: str) -> int:
 
 
 def axis_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
-    """Returns the mesh of one axis; None where it is not longer than one."""
+    """Returns the one-dimensional submesh of an axis; None if its size is 1.
+
+    Args:
+        mesh: from `build_mesh`.
+        name: the name of an axis in `AXES`.
+    """
     return mesh[name] if axis_size(mesh, name) > 1 else None
 
 
 def context_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Returns the ranks that hold one sequence: ("ring", "ulysses"), or one of the two.
+    """Returns the submesh over which a sequence is sharded: ("ring", "ulysses"), or one of the two.
 
+    Args:
+        mesh: from `build_mesh`, or any mesh with one of these axes.
     Raises:
-        ArgumentError: when the mesh has neither.
+        ArgumentError: when the mesh has neither axis.
     """
     names = mesh.mesh_dim_names or ()
-    axes = _longer(mesh, CONTEXT) or tuple(name for name in CONTEXT if name in names)[:1]
+    axes = _axes_above_one(mesh, CONTEXT_AXES) or tuple(name for name in CONTEXT_AXES if name in names)[:1]
     if not axes:
-        raise ArgumentError(f"mesh={mesh}: must have an axis 'ring' or 'ulysses', be it of one rank")
+        raise ArgumentError(f"mesh={mesh}: must have an axis 'ring' or 'ulysses', even if its size is 1")
     return mesh[axes]
 
 
 def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Returns the ranks that share out one copy of the weights, dp_shard x ring x ulysses, as one axis; or None."""
-    return _flat(mesh, SHARDED, "fsdp")
-
-
-def loss_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Returns the ranks that see other tokens, dp_replicate x dp_shard x ring x ulysses, as one axis; or None."""
-    return _flat(mesh, TOKENS, "loss")
-
-
-def expert_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Returns the ranks among which experts are dealt, as one axis "ep"; None where there are none."""
-    return _borrowed(mesh, "ep")
-
-
-def expert_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Returns the ranks of "fsdp" that have the same experts as this one, as one axis "efsdp"; or None."""
-    return _borrowed(mesh, "efsdp")
-
-
-def batch_place(mesh: DeviceMesh) -> tuple[int, int]:
-    """Returns which share of each batch this rank reads, and how many shares there are.
-
-    Ranks along the other axes read the same sequences.
-    """
-    place, count = 0, 1
-    for name in ("dp_replicate", "dp_shard"):
-        if (along := axis_mesh(mesh, name)) is not None:
-            place, count = place * along.size() + along.get_local_rank(), count * along.size()
-    return place, count
-
-
-def describe(mesh: DeviceMesh) -> str:
-    """Returns a table of the axes: size, what each splits, and what it communicates.
+    """Returns dp_shard x ring x ulysses, flattened: the ranks that shard one copy of the weights. None if one.
 
     Args:
         mesh: from `build_mesh`.
     """
-    sizes = {axis: axis_size(mesh, axis.name) for axis in (*AXES, EXPERT)}
+    return _flattened(mesh, FSDP_AXES, "fsdp")
+
+
+def loss_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """Returns dp_replicate x dp_shard x ring x ulysses, flattened: the ranks with different tokens. None if one.
+
+    Args:
+        mesh: from `build_mesh`.
+    """
+    return _flattened(mesh, LOSS_AXES, "loss")
+
+
+def expert_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """Returns the axis "ep": the ranks that hold different experts; None if ep is 1.
+
+    Args:
+        mesh: from `build_mesh`.
+    """
+    return _derived_mesh(mesh, "ep")
+
+
+def expert_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """Returns the axis "efsdp": the ranks of "fsdp" that hold the same experts as this rank; None if one rank.
+
+    Args:
+        mesh: from `build_mesh`.
+    """
+    return _derived_mesh(mesh, "efsdp")
+
+
+def data_parallel_rank(mesh: DeviceMesh) -> tuple[int, int]:
+    """Returns this rank's index along dp_replicate x dp_shard, and the size of that product.
+
+    The index selects the sequences that this rank reads. Ranks along the other axes read the same sequences.
+
+    Args:
+        mesh: from `build_mesh`.
+    """
+    rank, size = 0, 1
+    for name in ("dp_replicate", "dp_shard"):
+        if (axis := axis_mesh(mesh, name)) is not None:
+            rank, size = rank * axis.size() + axis.get_local_rank(), size * axis.size()
+    return rank, size
+
+
+def describe_mesh(mesh: DeviceMesh) -> str:
+    """Returns a text table of the axes above size 1: name, size, what each splits and communicates.
+
+    Args:
+        mesh: from `build_mesh`.
+    """
+    sizes = {axis: axis_size(mesh, axis.name) for axis in (*AXES, EXPERT_AXIS)}
     rows = [("axis", "ranks", "splits", "communicates")]
     rows += [(axis.name, str(size), axis.splits, axis.communicates) for axis, size in sizes.items() if size > 1]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def _check(sizes: Mapping[str, int], ep: int, world_size: int) -> None:
+def _check_sizes(sizes: Mapping[str, int], ep: int, world_size: int) -> None:
     for name, size in {**sizes, "ep": ep}.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ArgumentTypeError(f"{name}={size!r:.100}: must be an integer, not {type(size).__name__}")
-        if size < 1:
-            raise ArgumentError(f"{name}={size}: must be at least 1, which leaves the axis out")
+        check_integer(name, size, 1)
     if (product := prod(sizes.values())) != world_size:
-        told = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "no axis"
+        factors = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "no axis"
         raise ArgumentError(
-            f"{told} is {product} ranks, but {world_size} were started: the sizes must multiply to the number of ranks"
+            f"{factors} is {product} ranks, but {world_size} were started: the product of the sizes must be the number "
+            "of ranks"
         )
-    if (lent := prod(sizes[name] for name in SHARDED)) % ep:
-        told = " x ".join(f"{name}={sizes[name]}" for name in SHARDED)
-        raise ArgumentError(f"ep={ep}: must divide the ranks that it borrows, {told} = {lent}")
+    if (fsdp_size := prod(sizes[name] for name in FSDP_AXES)) % ep:
+        factors = " x ".join(f"{name}={sizes[name]}" for name in FSDP_AXES)
+        raise ArgumentError(f"ep={ep}: must divide the number of FSDP ranks, {factors} = {fsdp_size}")
 
 
-def _device_type() -> str:
+def _default_device_type() -> str:
     return "cuda" if torch.cuda.is_available() and "nccl" in dist.get_backend_config() else "cpu"
 
 
-def _longer(mesh: DeviceMesh, names: tuple[str, ...]) -> tuple[str, ...]:
+def _axes_above_one(mesh: DeviceMesh, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if axis_size(mesh, name) > 1)
 
 
-def _flat(mesh: DeviceMesh, names: tuple[str, ...], flat_name: str) -> DeviceMesh | None:
-    """These axes as one. The mesh keeps it, so that asking again gives the same group."""
-    axes = _longer(mesh, names)
+def _flattened(mesh: DeviceMesh, names: tuple[str, ...], flat_name: str) -> DeviceMesh | None:
+    """Returns these axes as one. The mesh caches it, so later calls return the same group."""
+    axes = _axes_above_one(mesh, names)
     if not axes:
         return None
     if len(axes) == 1:
         return mesh[axes[0]]
-    if axes == _longer(mesh, SHARDED):
+    if axes == _axes_above_one(mesh, FSDP_AXES):
         flat_name = "fsdp"
     return mesh[axes]._flatten(flat_name)
 
 
-def _borrow(mesh: DeviceMesh, sharded: DeviceMesh, ep: int) -> None:
-    """Cuts the axis "fsdp" again, into efsdp x ep, and has the mesh keep both."""
-    replicas = sharded.size() // ep
-    if replicas == 1:
-        sharded._flatten("ep")
+def _create_expert_meshes(mesh: DeviceMesh, fsdp: DeviceMesh, ep: int) -> None:
+    """Reshapes the axis "fsdp" to efsdp x ep, and stores both in the mesh."""
+    efsdp_size = fsdp.size() // ep
+    if efsdp_size == 1:
+        fsdp._flatten("ep")
         return
-    cut = sharded._unflatten(0, (replicas, ep), ("efsdp", "ep"))
-    # torch keeps the meshes made by _flatten in this table, but those made by _unflatten nowhere.
-    mesh._flatten_mapping.update(efsdp=cut["efsdp"], ep=cut["ep"])
+    unflattened = fsdp._unflatten(0, (efsdp_size, ep), ("efsdp", "ep"))
+    # torch stores meshes created by _flatten in this table, and meshes created by _unflatten nowhere.
+    mesh._flatten_mapping.update(efsdp=unflattened["efsdp"], ep=unflattened["ep"])
 
 
-def _borrowed(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
+def _derived_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
     return mesh._get_root_mesh()._flatten_mapping.get(name)

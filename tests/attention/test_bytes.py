@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn.attention.request import Request, prepare, sizes_of
-from ringattn.comm.group import Team, team_of
+from ringattn.attention.validate import AttentionCall, plan_call, shape_of
+from ringattn.comm.topology import RankMesh, rank_mesh
 from tests.attention.problem import (
     FLAT_WAYS,
     MESH_WAYS,
@@ -46,8 +46,8 @@ def counted_bytes() -> Iterator[list[int]]:
         dist.batch_isend_irecv = original
 
 
-def team_for(group: dist.ProcessGroup, way: Way) -> Team:
-    return team_of(group if way.mesh is None else mesh_of(group, way))
+def team_for(group: dist.ProcessGroup, way: Way) -> RankMesh:
+    return rank_mesh(group if way.mesh is None else mesh_of(group, way))
 
 
 def planned_and_sent(
@@ -62,12 +62,12 @@ def planned_and_sent(
         out, _ = attend(group, problem, q, k, v)
     with counted_bytes() as backward:
         torch.autograd.grad(out, [x for x in (q, k, v) if x.requires_grad], t.dout)
-    request = Request(
+    request = AttentionCall(
         f"{problem.way.operation}_attention", q, k, v, problem.built_mask(), layout, kv_layout, None, None, None, None,
         problem.way.stages, returns_lse=True,
     )  # fmt: skip
-    _, job = prepare(request, team_for(group, problem.way))
-    return job.bytes_sent(sizes_of(q, k, v)), (sum(forward), sum(backward))
+    _, job = plan_call(request, team_for(group, problem.way))
+    return job.bytes_sent(shape_of(q, k, v)), (sum(forward), sum(backward))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -22,11 +22,11 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn.attention import function
-from ringattn.attention.executor import Job
-from ringattn.comm.group import Team
-from ringattn.geometry.layout import layout_of
-from ringattn.geometry.masks import mask_of
+from ringattn.attention import autograd
+from ringattn.attention.executor import ExecutionPlan
+from ringattn.comm.topology import RankMesh
+from ringattn.geometry.layout import parse_layout
+from ringattn.geometry.masks import parse_mask
 from tests.attention.problem import FLAT_WAYS, MESH_WAYS, RING, Problem, Way, mesh_of, share_of
 from tests.attention.test_training import PROBLEM, leaves
 from tests.harness.cases import LAYOUT_CASES, MASK_CASES, layout_case, mask_case
@@ -152,9 +152,9 @@ def test_inductor(pool: RankPool) -> None:
 def branches(group: dist.ProcessGroup) -> None:
     """Two calls of which neither needs the other, the second freeing more memory than the first: called in order."""
     sizes = []
-    forward = function.forward
+    forward = autograd.forward
 
-    def noted(job: Job, team: Team, q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    def noted(job: ExecutionPlan, team: RankMesh, q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         sizes.append(q.shape[1])
         return forward(job, team, q, *others)
 
@@ -170,7 +170,7 @@ def branches(group: dist.ProcessGroup) -> None:
             force_disable_caches=True
         ),
     ):
-        patch.setattr(function, "forward", noted)
+        patch.setattr(autograd, "forward", noted)
         with torch.no_grad(), graphs(1):
             compiled(both, "inductor")(*(torch.randn(shape) for shape in shapes))
     assert sizes == [512, 64]
@@ -529,12 +529,12 @@ def test_wrong_options(pool: RankPool) -> None:
 def test_texts_mean_what_they_were_written_from() -> None:
     for case in MASK_CASES:
         mask = case.build(23)
-        assert mask_of(mask.text) == mask
+        assert parse_mask(mask.text) == mask
     for layout in (case.build(23, world_size) for case in LAYOUT_CASES for world_size in (1, 3, 30)):
-        assert layout_of(layout.text) == layout
-        assert str(layout_of(layout.text)) == str(layout)
+        assert parse_layout(layout.text) == layout
+        assert str(parse_layout(layout.text)) == str(layout)
     with pytest.raises(ringattn.MaskError, match="'mine' is none of"):
-        mask_of("causal() & mine(3,)")
+        parse_mask("causal() & mine(3,)")
 
 
 # ---- the operators

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ringattn.cache.pages import Pages
-from ringattn.cache.tables import NOTHING
+from ringattn.cache.page_tables import EMPTY_SLOT
+from ringattn.cache.pages import PagePools
 
 
-def check_invariants(pages: Pages) -> None:
+def check_invariants(pages: PagePools) -> None:
     """Every page is free or used, by just the tables that list it; no position is held twice by a sequence."""
     for rank in range(pages.world_size):
         listed = Counter(page for s in pages.sequences for page in pages.table(s, rank).pages)
@@ -18,11 +18,11 @@ def check_invariants(pages: Pages) -> None:
         for sequence in pages.sequences:
             table = pages.table(sequence, rank)
             assert len(table.pages) == len(set(table.pages))
-            assert table.num_tokens == int((table.slots != NOTHING).sum())
-            assert all((row != NOTHING).any() for row in table.slots)
+            assert table.num_tokens == int((table.slots != EMPTY_SLOT).sum())
+            assert all((row != EMPTY_SLOT).any() for row in table.slots)
 
 
-def held(pages: Pages, sequence: int) -> dict[int, tuple[int, int]]:
+def held(pages: PagePools, sequence: int) -> dict[int, tuple[int, int]]:
     """Returns where each position of a sequence is: (rank, place)."""
     found: dict[int, tuple[int, int]] = {}
     for rank in range(pages.world_size):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ringattn
 from ringattn import DistributedKVCache, OutOfPagesError, contiguous, striped, zigzag
-from ringattn.cache.tables import NOTHING
+from ringattn.cache.page_tables import EMPTY_SLOT
 from tests.cache.model import check_invariants
 from tests.harness.compare import assert_close
 from tests.harness.oracle import dense_attention
@@ -238,7 +238,7 @@ class Runner:
         for sequence in cache.sequences:
             table = cache.pages.table(sequence, rank)
             for page, slots in zip(table.pages, table.slots, strict=True):
-                live[page] |= torch.from_numpy(slots != NOTHING)
+                live[page] |= torch.from_numpy(slots != EMPTY_SLOT)
         for layer in range(self.setting.num_layers):
             for pool in cache.pools(layer):
                 spare = pool[live][:1] if number % 2 and live.any() else torch.nan

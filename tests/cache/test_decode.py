@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringattn
 from ringattn import DistributedKVCache, contiguous, zigzag
-from ringattn.cache.agreement import Deferred
+from ringattn.cache.call_marks import DeviceMarkCheck
 from ringattn.errors import DisagreementError
 from ringattn.geometry.masks import Term
 from tests.harness.cases import Tensors, tensors
@@ -212,7 +212,7 @@ def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
     expected = [ringattn.decode_attention(q, k, v, clean, layer, plain, scale=0.5) for layer in (0, 1)]
     ringattn.decode_attention(q, k, v, clean, 1, plain, scale=0.25)
     if deferred:
-        cache.agreement = Deferred(torch.device("cpu"))
+        cache.agreement = DeviceMarkCheck(torch.device("cpu"))
     extension = cache.extend([sequence], NEW)
     first = ringattn.decode_attention(q, k, v, cache, 0, extension, scale=0.5)
     free, digest = cache.num_free_pages, cache.pages.digest

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ringattn import LayoutError, OutOfPagesError, SequenceError, contiguous, striped, zigzag
-from ringattn.cache.pages import Extension, Pages
-from ringattn.cache.prefixes import Match, Prefixes
+from ringattn.cache.pages import PagePools, SlotAllocation
+from ringattn.cache.prefix_cache import PrefixIndex, PrefixMatch
 from ringattn.errors import ArgumentError
 from tests.cache.model import check_invariants, held
 
@@ -23,7 +23,7 @@ class Programs(RuleBasedStateMachine):
 
     @initialize(world=st.integers(1, 4), page_size=st.sampled_from([1, 3, 16, 64]), num_pages=st.integers(1, 9))
     def begin(self, world: int, page_size: int, num_pages: int) -> None:
-        self.pages = Pages(world, num_pages, page_size)
+        self.pages = PagePools(world, num_pages, page_size)
         self.pools: list[dict[int, int]] = [{} for _ in range(world)]
         self.expected: dict[int, dict[int, int]] = {}
         self.lengths: dict[int, int] = {}
@@ -37,7 +37,7 @@ class Programs(RuleBasedStateMachine):
     def some(self, data: Any) -> int:
         return int(data.draw(st.sampled_from(sorted(self.expected))))
 
-    def write(self, extension: Extension) -> None:
+    def write(self, extension: SlotAllocation) -> None:
         size = self.pages.page_size
         for rank, old, new in extension.copies:
             for slot in range(size):
@@ -153,7 +153,7 @@ TestLongPrograms.settings = settings(QUICK, max_examples=1000, stateful_step_cou
 
 
 def test_decoded_tokens_go_to_the_rank_with_the_fewest() -> None:
-    pages = Pages(3, 100, 4)
+    pages = PagePools(3, 100, 4)
     sequence = pages.new()
     pages.extend([sequence], zigzag(13, 3))
     for _ in range(200):
@@ -166,7 +166,7 @@ def test_decoded_tokens_go_to_the_rank_with_the_fewest() -> None:
 @pytest.mark.parametrize(("world", "size", "length"), [(1, 4, 9), (3, 4, 30), (4, 1, 7), (4, 16, 200), (2, 3, 6)])
 def test_decoded_tokens_are_dealt_by_pages(world: int, size: int, length: int) -> None:
     """As docs/maths.md has it: round-robin by pages, where nothing was there before."""
-    pages = Pages(world, 100, size)
+    pages = PagePools(world, 100, size)
     sequence = pages.new()
     for _ in range(length):
         pages.extend([sequence], 1)
@@ -176,7 +176,7 @@ def test_decoded_tokens_are_dealt_by_pages(world: int, size: int, length: int) -
 
 
 def test_no_rank_runs_out_early() -> None:
-    pages = Pages(4, 5, 8)
+    pages = PagePools(4, 5, 8)
     sequences = [pages.new() for _ in range(5)]
     for _ in range(32):
         pages.extend(sequences, 1)
@@ -186,7 +186,7 @@ def test_no_rank_runs_out_early() -> None:
 
 
 def test_a_prefill_stays_where_it_is_computed() -> None:
-    pages = Pages(2, 10, 4)
+    pages = PagePools(2, 10, 4)
     sequence = pages.new()
     pages.extend([sequence], striped(11, 2))
     assert pages.table(sequence, 0).held()[0].tolist() == [0, 2, 4, 6, 8, 10]
@@ -198,7 +198,7 @@ def test_a_prefill_stays_where_it_is_computed() -> None:
 
 
 def test_errors_tell_what_is_wrong_and_change_nothing() -> None:
-    pages = Pages(2, 2, 4)
+    pages = PagePools(2, 2, 4)
     sequence = pages.new()
     pages.extend([sequence], 3)
     digest = pages.digest
@@ -219,13 +219,13 @@ def test_errors_tell_what_is_wrong_and_change_nothing() -> None:
     with pytest.raises(OutOfPagesError, match="rank 0 has"):
         pages.extend([sequence], contiguous(30, 2))
     with pytest.raises(ArgumentError, match="page_size=0"):
-        Pages(1, 1, 0)
+        PagePools(1, 1, 0)
     assert pages.digest == digest
     assert pages.length(sequence) == 3
 
 
 def test_an_older_extension_is_known_as_such() -> None:
-    pages = Pages(1, 4, 4)
+    pages = PagePools(1, 4, 4)
     sequence = pages.new()
     first = pages.extend([sequence], 2)
     assert pages.is_last(first)
@@ -234,16 +234,16 @@ def test_an_older_extension_is_known_as_such() -> None:
 
 
 def test_prefixes_are_found_in_whole_blocks() -> None:
-    prefixes = Prefixes(4)
+    prefixes = PrefixIndex(4)
     prefixes.record(1, range(10))
     prefixes.record(2, [*range(8), 99, 99, 99, 99])
-    assert prefixes.longest(range(20)) == Match(1, 8)
-    assert prefixes.longest([*range(8), 99, 99, 99, 99, 1]) == Match(2, 12)
+    assert prefixes.longest(range(20)) == PrefixMatch(1, 8)
+    assert prefixes.longest([*range(8), 99, 99, 99, 99, 1]) == PrefixMatch(2, 12)
     assert prefixes.longest([5, *range(1, 20)]) is None
     assert prefixes.longest([0, 1, 2]) is None
     prefixes.keep(1, 7)
-    assert prefixes.longest(range(20)) == Match(1, 4) or prefixes.longest(range(20)) == Match(2, 8)
+    assert prefixes.longest(range(20)) == PrefixMatch(1, 4) or prefixes.longest(range(20)) == PrefixMatch(2, 8)
     prefixes.keep(2, 0)
-    assert prefixes.longest(range(20)) == Match(1, 4)
+    assert prefixes.longest(range(20)) == PrefixMatch(1, 4)
     prefixes.keep(1, 0)
     assert prefixes.longest(range(20)) is None

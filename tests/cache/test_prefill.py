@@ -23,7 +23,7 @@ from ringattn import (
     zigzag,
 )
 from ringattn.cache import prefill
-from ringattn.geometry.sizes import Payload, Sizes
+from ringattn.plan.payload import AttentionShape, Payload
 from tests.attention.test_bytes import counted_bytes
 from tests.harness.cases import tensors
 from tests.harness.compare import assert_close, assert_within_rule
@@ -50,14 +50,14 @@ def in_chunks(
     )  # fmt: skip
     sequence, start, found = cache.new(), 0, []
     layouts = (zigzag, contiguous, striped, zigzag, contiguous)
-    original = prefill.queries_travel
+    original = prefill.queries_move
     decided: list[bool] = []
 
     def deciding(*args: Any) -> bool:
         decided.append(original(*args) if forced is None else forced)
         return decided[-1]
 
-    with patch.object(prefill, "queries_travel", deciding):
+    with patch.object(prefill, "queries_move", deciding):
         for length, make in zip(CHUNKS, layouts, strict=True):
             layout: Layout = make(length, world)
             extension = cache.extend([sequence], layout)
@@ -69,7 +69,7 @@ def in_chunks(
             whole = ringattn.unshard(out, layout, group)
             queries, keys = prefill._layouts(cache, extension)
             carried = Payload.Q if decided[-1] else Payload.KV
-            sizes = Sizes(1, 8, kv_heads, 8, 6, dtype.itemsize, 8 if dtype == torch.float64 else 4)
+            sizes = AttentionShape(1, 8, kv_heads, 8, 6, dtype.itemsize, 8 if dtype == torch.float64 else 4)
             told = prefill.bytes_moved(carried, (mask,), queries, keys, sizes)
             found.append((whole, decided[-1], told, sum(sent)))
             start += length

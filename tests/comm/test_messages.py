@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn.comm.gather import gather_rows
-from ringattn.comm.messages import Message, launch
+from ringattn.comm.messages import Message, post
+from ringattn.comm.uneven_all_gather import all_gather_rows
 from tests.harness.ranks import RankPool
 
 WORLDS = (1, 2, 3, 4)
@@ -18,7 +18,7 @@ def content(rank: int, length: int) -> torch.Tensor:
 
 
 def exchange(group: dist.ProcessGroup, sends: list[Message], receives: list[Message]) -> None:
-    for flights in launch(group, sends, receives):
+    for flights in post(group, sends, receives):
         for flight in flights:
             flight.wait()
 
@@ -28,7 +28,7 @@ def pass_on(group: dist.ProcessGroup, lengths: list[int]) -> list[float]:
     rank, world = group.rank(), group.size()
     after, before = (rank + 1) % world, (rank - 1) % world
     came = torch.full((lengths[before],), torch.nan)
-    sends, receives = launch(group, [Message(content(rank, lengths[rank]), after, 0)], [Message(came, before, 0)])
+    sends, receives = post(group, [Message(content(rank, lengths[rank]), after, 0)], [Message(came, before, 0)])
     for flight in (*receives, *sends):
         flight.wait()
         flight.wait()  # again: nothing more to wait for
@@ -57,7 +57,7 @@ def exchange_two_kinds(group: dist.ProcessGroup) -> list[list[float]]:
     sends += [Message(content(rank, 9).double() - peer, peer, 1) for peer in peers]
     receives = [Message(large[peer], peer, 1) for peer in peers]  # in another order than the sends
     receives += [Message(small[peer], peer, 0) for peer in reversed(peers)]
-    sending, receiving = launch(group, sends, receives)
+    sending, receiving = post(group, sends, receives)
     for flight in receiving[: len(peers)]:
         flight.wait()
     for peer in peers:
@@ -118,7 +118,7 @@ def test_peers_are_ranks_of_the_group(pool: RankPool) -> None:
 def gather(group: dist.ProcessGroup, num_rows: list[int]) -> list[list[list[float]]]:
     rank = group.rank()
     own = content(rank, 2 * num_rows[rank]).reshape(-1, 2).requires_grad_()
-    return [rows.tolist() for rows in gather_rows(own, num_rows, group)]
+    return [rows.tolist() for rows in all_gather_rows(own, num_rows, group)]
 
 
 @pytest.mark.parametrize("world", WORLDS)

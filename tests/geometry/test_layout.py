@@ -25,11 +25,11 @@ from ringattn import (
     zigzag,
 )
 from ringattn.geometry.balance import _heaviest_first, _starts, _Swaps, _who_sees_whom
-from ringattn.geometry.exchanges import Gather
 from ringattn.geometry.layout import check_layout
-from ringattn.geometry.sizes import Payload
-from ringattn.geometry.tiles import work_of_ranges, work_of_ranks
-from ringattn.geometry.travel import Travel
+from ringattn.geometry.tiles import pairs_of_queries, work_of_ranges
+from ringattn.plan.comm_pattern import CommPattern
+from ringattn.plan.exchanges import Gather
+from ringattn.plan.payload import Payload
 from tests.geometry.strategies import examples, layouts
 from tests.harness.cases import LAYOUT_CASES, LayoutCase, case_ids
 
@@ -151,15 +151,15 @@ def test_balanced_is_even_in_tokens(mask: Mask) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize(("seq_len", "within"), [(4096, 0.02), (4097, 0.03), (100_003, 0.02)])
 def test_balanced_is_even_in_causal_work(world_size: int, seq_len: int, within: float) -> None:
-    work = work_of_ranks((causal(),), balanced(causal(), seq_len, world_size), seq_len)
+    work = pairs_of_queries((causal(),), balanced(causal(), seq_len, world_size), seq_len)
     assert sum(work) == seq_len * (seq_len + 1) // 2
     assert max(work) <= (1 + within) * sum(work) / world_size
 
 
 def test_balanced_beats_contiguous_for_uneven_documents() -> None:
     mask = documents([0, 3000, 3100, 3200, 4000]) & causal()
-    dealt = work_of_ranks((mask,), balanced(mask, 4000, 4), 4000)
-    runs = work_of_ranks((mask,), contiguous(4000, 4), 4000)
+    dealt = pairs_of_queries((mask,), balanced(mask, 4000, 4), 4000)
+    runs = pairs_of_queries((mask,), contiguous(4000, 4), 4000)
     assert max(dealt) * 4 / sum(dealt) < 1.02 < max(runs) * 4 / sum(runs)
 
 
@@ -172,7 +172,7 @@ def drawn_documents(seed: int) -> Mask:
 
 
 def rows_received(mask: Mask, layout: Layout) -> int:
-    return Gather().rows_moved(Travel(Payload.KV, (mask,), layout, layout))[0]
+    return Gather().rows_moved(CommPattern(Payload.KV, (mask,), layout, layout))[0]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -180,7 +180,7 @@ def test_balanced_is_even_for_packed_documents(seed: int) -> None:
     """Within 5 % on 8 ranks, a required bound, for a fraction of the rows of dealing by work alone."""
     mask = drawn_documents(seed)
     layout = balanced(mask, 65536, 8)
-    work = work_of_ranks((mask,), layout, 65536)
+    work = pairs_of_queries((mask,), layout, 65536)
     assert max(work) * 8 / sum(work) < 1.05
     assert {layout.num_tokens(rank) for rank in range(8)} == {8192}
     chunks = [range(a, a + 256) for a in range(0, 65536, 256)]

@@ -23,7 +23,7 @@ from ringattn import (
     prefix_lm,
     sliding_window,
 )
-from ringattn.geometry.masks import check_mask, mask_of, overlapping_pairs
+from ringattn.geometry.masks import normalize_masks, overlapping_pairs, parse_mask
 from tests.geometry.brute import Counts, slice_counts
 from tests.geometry.strategies import examples, masks, terms
 from tests.harness.cases import CROSS_MASK_CASES, MASK_CASES, MaskCase, case_ids
@@ -180,7 +180,7 @@ def test_key_range(start: int, stop: int, q_len: int, k_len: int) -> None:
     seen = np.broadcast_to((start <= k) & (k < stop), (q_len, k_len))
     for mask, expected in ((key_range(start, stop), seen), (key_range(start, stop) & causal(), seen & (k <= q))):
         np.testing.assert_array_equal(slice_counts(mask.slices(q_len, k_len), q_len, k_len), expected)
-    assert mask_of((key_range(start, stop) & causal()).text) == key_range(start, stop) & causal()
+    assert parse_mask((key_range(start, stop) & causal()).text) == key_range(start, stop) & causal()
 
 
 def test_key_range_cannot_end_before_it_starts() -> None:
@@ -231,17 +231,17 @@ def test_slices_cannot_be_written_to() -> None:
 
 def test_check_mask() -> None:
     a, b = causal(), full()
-    assert check_mask(None, 3) == (full(),)
-    assert check_mask(a, 3) == (a,)
-    assert check_mask([a, b], 2) == (a, b)
-    assert check_mask((a, b), 2) == (a, b)
-    assert check_mask([a, causal()], 2) == (a,)
-    assert check_mask([], 0) == (full(),)
+    assert normalize_masks(None, 3) == (full(),)
+    assert normalize_masks(a, 3) == (a,)
+    assert normalize_masks([a, b], 2) == (a, b)
+    assert normalize_masks((a, b), 2) == (a, b)
+    assert normalize_masks([a, causal()], 2) == (a,)
+    assert normalize_masks([], 0) == (full(),)
     with pytest.raises(MaskError, match="list of 2 masks, but the batch has 3"):
-        check_mask([a, b], 3)
+        normalize_masks([a, b], 3)
     for bad in ("causal", True, torch.ones(3, 3), [a, None], [causal]):
         with pytest.raises(ArgumentError, match="mask="):
-            check_mask(bad, 2)
+            normalize_masks(bad, 2)
 
 
 @given(st.data())

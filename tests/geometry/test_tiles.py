@@ -16,10 +16,10 @@ from ringattn.geometry.tiles import (
     Tile,
     Tiles,
     areas,
-    needs,
+    needed_blocks,
+    pairs_of_queries,
     tiles_of_rank,
     work_of_ranges,
-    work_of_ranks,
 )
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, layouts, masks, tiles
@@ -92,8 +92,8 @@ def test_holds_exactly_the_masks_pairs(data: st.DataObject, seq_len: int, world:
     cases = data.draw(st.lists(masks(seq_len), min_size=batch, max_size=batch))
     built = tuple(case.build(seq_len) for case in cases)
     allowed = [case.allowed(seq_len, seq_len) for case in cases]
-    needed = needs(built, layout, layout)
-    work = work_of_ranks(built, layout, seq_len)
+    needed = needed_blocks(built, layout, layout)
+    work = pairs_of_queries(built, layout, seq_len)
     for rank in range(world):
         found = tiles_of_rank(built, layout, layout, rank)
         check_rank(rank, found, allowed, layout, layout)
@@ -107,8 +107,8 @@ def test_cross_attention(data: st.DataObject, q_len: int, k_len: int, world: int
     layout, kv_layout = data.draw(layouts(q_len, world)), data.draw(layouts(k_len, world))
     case = data.draw(masks(max(q_len, k_len), cross=True))
     built = (case.build(max(q_len, k_len)),)
-    needed = needs(built, layout, kv_layout)
-    work = work_of_ranks(built, layout, k_len)
+    needed = needed_blocks(built, layout, kv_layout)
+    work = pairs_of_queries(built, layout, k_len)
     for rank in range(world):
         found = tiles_of_rank(built, layout, kv_layout, rank)
         check_rank(rank, found, [case.allowed(q_len, k_len)], layout, kv_layout)

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from ringattn.comm.messages import Flight
+from ringattn.comm.messages import PendingMessage
 
 T = TypeVar("T")
 
@@ -293,11 +293,11 @@ def _watch_flights() -> list[str]:
     """Enters every message that is let go of while it is under way: gloo hangs over it, later and elsewhere."""
     dropped: list[str] = []
 
-    def let_go(flight: Flight) -> None:
+    def let_go(flight: PendingMessage) -> None:
         if flight._work is not None:
             dropped.append(str(flight._message))
 
-    Flight.__del__ = let_go  # type: ignore[attr-defined]
+    PendingMessage.__del__ = let_go  # type: ignore[attr-defined]
     return dropped
 
 

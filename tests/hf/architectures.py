@@ -1,4 +1,4 @@
-"""The architectures that are tested: a tiny model of each, and what its layers ask for. `images` has those that see."""
+"""The tested architectures: a tiny model of each, and its attention features; `multimodal_models` has the others."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny random model: its class, its config's class by the same prefix, and what is special to it."""
+    """A tiny random model: its class, the class of its config, its attention features and its config options."""
 
     model: str
     config: str
-    asks_for: str
+    features: str
     options: dict[str, Any] = field(default_factory=dict)
-    # Whether one process of transformers keeps packed documents apart; if not, each is run by itself to compare.
-    packs: bool = True
+    # Whether transformers masks packed documents; if not, the reference runs them one by one.
+    supports_packing: bool = True
 
     def __str__(self) -> str:
         return self.model
 
     @property
-    def encodes(self) -> bool:
-        """Whether it is an encoder-decoder, into whose rows documents cannot be packed."""
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model is an encoder-decoder; documents cannot be packed into its rows."""
         return self.model.endswith("ForConditionalGeneration")
 
     def build(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -73,11 +73,11 @@ ARCHITECTURES = (
         "a sliding window in some layers",
         {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
     ),
-    Architecture("Qwen3ForCausalLM", "Qwen3Config", "norms of queries and keys; head_dim of its own", {"head_dim": 10}),
+    Architecture("Qwen3ForCausalLM", "Qwen3Config", "norms of queries and keys; its own head_dim", {"head_dim": 10}),
     Architecture(
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        "softcap, a scale of its own, a sliding window in every other layer",
+        "softcap, its own scale, a sliding window in every other layer",
         {
             "head_dim": 8,
             "sliding_window": 4,
@@ -89,7 +89,7 @@ ARCHITECTURES = (
     Architecture(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
-        "sliding windows in most layers, rotary bases by the kind of layer",
+        "sliding windows in most layers, a rotary base per layer type",
         {"head_dim": 8, "sliding_window": 4, "layer_types": _WINDOWED, "query_pre_attn_scalar": 20},
     ),
     Architecture(
@@ -104,12 +104,12 @@ ARCHITECTURES = (
             "num_experts_per_tok": 2,
             "rope_parameters": _ROPE,
         },
-        packs=False,
+        supports_packing=False,
     ),
     Architecture(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
-        "chunks in some layers; a temperature that grows with the position in the others; experts",
+        "chunks in some layers, a temperature that grows with the position in the others; experts",
         {
             "head_dim": 8,
             "attention_chunk_size": 4,
@@ -125,7 +125,7 @@ ARCHITECTURES = (
     Architecture(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
-        "multi-head latent attention: values of another head_dim than keys; experts",
+        "multi-head latent attention: values with another head_dim than keys; experts",
         {
             "num_key_value_heads": 4,
             "q_lora_rank": 8,
@@ -143,18 +143,21 @@ ARCHITECTURES = (
     ),
     Architecture("Phi3ForCausalLM", "Phi3Config", "one projection for queries, keys and values"),
     Architecture("Olmo2ForCausalLM", "Olmo2Config", "norms after attention; norms of queries and keys"),
-    Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", "rotary embedding of a part of each head; biases"),
+    Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", "rotary embedding on a part of each head; biases"),
     Architecture("GPT2LMHeadModel", "GPT2Config", "learned positions", {"n_embd": 24, "n_layer": 2, "n_head": 4}),
     Architecture(
         "ModernBertForMaskedLM",
         "ModernBertConfig",
         "bidirectional; a window to both sides in most layers",
         {"local_attention": 6, "global_attn_every_n_layers": 2},
-        packs=False,
+        supports_packing=False,
     ),
-    Architecture("BertForMaskedLM", "BertConfig", "bidirectional; learned positions", packs=False),
+    Architecture("BertForMaskedLM", "BertConfig", "bidirectional; learned positions", supports_packing=False),
     Architecture(
-        "RobertaForMaskedLM", "RobertaConfig", "bidirectional; positions counted from the padding token", packs=False
+        "RobertaForMaskedLM",
+        "RobertaConfig",
+        "bidirectional; positions counted from the padding token",
+        supports_packing=False,
     ),
     Architecture(
         "BartForConditionalGeneration",
@@ -190,7 +193,7 @@ ROTARIES = {
 
 
 def architecture(model: str) -> Architecture:
-    """Returns the entry of this model, or of these rotary embeddings: an entry travels to a rank by its name."""
+    """Returns the entry of this model, or of these rotary embeddings: entries are passed to ranks by name."""
     if model in ROTARIES:
         options = {"max_position_embeddings": 8, "rope_parameters": ROTARIES[model]}
         return Architecture("LlamaForCausalLM", "LlamaConfig", f"{model} rotary embeddings", options)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.harness.ranks import RankPool, import_early
 
-PROGRAMS = ("tests.hf.programs", "tests.hf.training")
+PROGRAMS = ("tests.hf.comparison", "tests.hf.training")
 for program in PROGRAMS:
     import_early(program)
 

@@ -1,4 +1,4 @@
-"""float64 all through: models of transformers compute norms, softmax and losses in fp32, whatever their dtype."""
+"""float64 throughout: models of transformers compute norms, softmax and losses in fp32, whatever their dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Exact(TorchFunctionMode):
-    """Within it, what would be cast to fp32 is cast to float64."""
+    """A torch function mode in which casts to fp32 become casts to float64."""
 
     def __torch_function__(
         self,
@@ -28,7 +28,7 @@ class Exact(TorchFunctionMode):
 
 
 def exact_in(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Within it, float64 stays float64; what is computed in another dtype is computed as ever."""
+    """Returns `Exact` for float64, and a context that changes nothing for other dtypes."""
     return Exact() if dtype is torch.float64 else nullcontext()
 
 

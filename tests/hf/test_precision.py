@@ -10,7 +10,7 @@ import ringattn.hf as rhf
 from tests.harness.compare import FLOOR_FACTOR, assert_within_rule
 from tests.harness.ranks import RankPool
 from tests.hf.architectures import architecture
-from tests.hf.programs import UNEVEN_LABELS, one_process, sharded
+from tests.hf.comparison import UNEVEN_LABELS, one_process, sharded
 
 
 def _within_the_rule(group: dist.ProcessGroup, name: str, dtype: torch.dtype) -> None:

@@ -57,14 +57,18 @@ def test_four_ranks(pool: RankPool, cp_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "told"),
+    ("model", "options", "message"),
     [
         ("Qwen2ForCausalLM", {"label_smoothing_factor": 0.1}, "labels are shifted before they are sharded"),
-        ("Qwen2ForCausalLM", {"average_tokens_across_devices": False}, "the loss is that of all ranks' tokens"),
+        (
+            "Qwen2ForCausalLM",
+            {"average_tokens_across_devices": False},
+            "the loss is normalised by the tokens of all ranks",
+        ),
         ("BertForMaskedLM", {}, "write a loop with handle.loss"),
     ],
     ids=["smoothing", "averaging", "loss"],
 )
-def test_refusals(pair: RankPool, model: str, options: dict[str, object], told: str) -> None:
+def test_refusals(pair: RankPool, model: str, options: dict[str, object], message: str) -> None:
     for error in pair.expect_error(refused, 2, model, options):
-        assert told in error.message
+        assert message in error.message

@@ -1,4 +1,4 @@
-"""What every rank does to train: through Trainer, in a plain loop, by accelerate; and the same in one process."""
+"""Training runs: through Trainer on every rank, and in one process."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Training:
 
 @dataclass
 class Trained:
-    """What a run showed, on one rank."""
+    """The results of a run on one rank."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Trained:
 
 
 def finish(trainer: Trainer, training: Training) -> Trained:
-    """Trains, evaluates, and tells."""
+    """Trains and evaluates; returns the results."""
     with Exact():
         trainer.train()
         predictions = trainer.predict(samples(2 * training.batch + 1, training.packed))  # type: ignore[arg-type]
@@ -104,8 +104,8 @@ def finish(trainer: Trainer, training: Training) -> Trained:
 
 @contextmanager
 def as_launched(rank: int, world_size: int) -> Iterator[None]:
-    """What torchrun tells a process; and accelerate, which remembers its first setting, forgets it before and after."""
-    told = {
+    """Sets the environment variables of torchrun, and resets the global state of accelerate before and after."""
+    environment = {
         **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size)),
         "MASTER_ADDR": "localhost",
@@ -113,7 +113,7 @@ def as_launched(rank: int, world_size: int) -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
     }
     forget()
-    with mock.patch.dict(os.environ, told if world_size > 1 else {}):
+    with mock.patch.dict(os.environ, environment if world_size > 1 else {}):
         try:
             yield
         finally:
@@ -152,7 +152,7 @@ def by_trainer(group: dist.ProcessGroup, training: Training, cp_size: int) -> Tr
 
 
 def refused(group: dist.ProcessGroup, model: str, options: dict[str, Any]) -> None:
-    """Asks Trainer for what ranks cannot do together."""
+    """Trains with an option that is not supported."""
     with as_launched(group.rank(), group.size()), tempfile.TemporaryDirectory() as folder:
         training = Training(model)
         arguments = training.arguments(folder, group.size())

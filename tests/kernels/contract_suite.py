@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Call, Spec, refusals
-from ringattn.softmax import accumulation_dtype
+from ringattn.kernels import (
+    BACKENDS,
+    BackwardQueries,
+    BlockKernel,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    refusals,
+)
+from ringattn.score import Score
+from ringattn.softmax import accumulation_dtype, empty_state
 from tests.geometry.brute import tile_counts
 from tests.harness import oracle
 from tests.harness.cases import Tensors, tensors
@@ -42,11 +53,12 @@ class Case:
     tile_by_tile: bool = False
     narrowed: bool = False  # from float64: too small, or too steep, for plain PyTorch to be a fair measure
 
-    def spec(self, *, lse_grad: bool = False) -> Spec:
-        return Spec(self.scale, self.softcap, lse_grad)
+    @property
+    def score(self) -> Score:
+        return Score(self.scale, self.softcap)
 
-    def call(self, device: str) -> Call:
-        return Call(device, self.dtype, self.heads, self.kv_heads, self.dim, self.v_dim, True, self.spec())
+    def call(self, device: str) -> ProblemSpec:
+        return ProblemSpec(device, self.dtype, self.heads, self.kv_heads, self.dim, self.v_dim, True, self.score)
 
     def allowed(self) -> Tensor:
         """(B, rows, blocks * cols) bool; the tiles must be disjoint."""
@@ -117,22 +129,43 @@ def run(
     k = place(t.k.masked_fill(~k_seen, torch.nan), case, device)
     v = place(t.v.masked_fill(~k_seen, torch.nan), case, device)
     out = place(torch.zeros(t.dout.shape, dtype=acc), case, device)
-    lse = place(torch.full(t.dlse.shape, -torch.inf, dtype=acc), case, device)
+    state = State(out, place(torch.full(t.dlse.shape, -torch.inf, dtype=acc), case, device))
     final_lse = expected.lse.to(acc).to(device)
     delta = (t.dout.double() * expected.out).sum(-1).transpose(1, 2)
     delta = (delta - t.dlse.double() if case.lse_grad else delta).to(acc).to(device)
-    held = [place(torch.full(x.shape, float(case.previous), dtype=acc), case, device) for x in (t.q, t.k, t.v)]
+    queries = BackwardQueries(q, dout, final_lse, delta, case.lse_grad)
+    dq, dk, dv = [place(torch.full(x.shape, float(case.previous), dtype=acc), case, device) for x in (t.q, t.k, t.v)]
     for index, tiles in enumerate(case.blocks):
         here = slice(index * case.cols, (index + 1) * case.cols)
         for some in [(tile,) for tile in tiles] if case.tile_by_tile else [tiles]:
             listed = Tiles.of(*some)
-            kernel.forward(q, k[:, here], v[:, here], listed, case.spec(), out, lse)
-            kernel.backward(
-                dout, q, k[:, here], v[:, here], final_lse, delta, listed, case.spec(lse_grad=case.lse_grad),
-                held[0], held[1][:, here], held[2][:, here],
-            )  # fmt: skip
-    dq, dk, dv = (x - float(case.previous) for x in held)
-    return tuple(x.cpu() for x in (out, lse, dq, dk, dv))
+            keys, held = Keys(k[:, here], v[:, here]), Gradients(dq, dk[:, here], dv[:, here])
+            kernel.forward(Queries(q), keys, listed, case.score, state)
+            kernel.backward(queries, keys, listed, case.score, held)
+    added = (x - float(case.previous) for x in (dq, dk, dv))
+    return tuple(x.cpu() for x in (*state, *added))
+
+
+def run_once(kernel: BlockKernel, case: Case) -> tuple[Tensor, ...]:
+    """(out, lse, dq, dk, dv) of one forward and one backward over the first block, from an empty state, in fp32."""
+    t, tiles = case.tensors(), Tiles.of(*case.blocks[0])
+    return run_tensors(kernel, t, tiles, case.score)
+
+
+def run_tensors(kernel: BlockKernel, t: Tensors, tiles: Tiles, score: Score) -> tuple[Tensor, ...]:
+    """The same, of tensors."""
+    state = forward(kernel, t.q, t.k, t.v, tiles, score)
+    delta = (t.dout.float() * state.out).sum(-1).transpose(1, 2).contiguous()
+    held = Gradients(*(torch.zeros(x.shape) for x in (t.q, t.k, t.v)))
+    kernel.backward(BackwardQueries(t.q, t.dout, state.lse, delta), Keys(t.k, t.v), tiles, score, held)
+    return *state, *held
+
+
+def forward(kernel: BlockKernel, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, score: Score) -> State:
+    """The state of one forward, from an empty one."""
+    state = empty_state(q, v.shape[3])
+    kernel.forward(Queries(q), Keys(k, v), tiles, score, state)
+    return state
 
 
 def place(x: Tensor, case: Case, device: str) -> Tensor:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels import flash_library
+from ringattn.kernels import flash_import
 from ringattn.softmax import accumulation_dtype
 
 NO_LIMIT = 1 << 40
@@ -366,8 +366,8 @@ def installed(*modules: ModuleType) -> Iterator[None]:
                 patch.setitem(sys.modules, package.__name__, package)
             module.__spec__ = ModuleSpec(module.__name__, None)
             patch.setitem(sys.modules, module.__name__, module)
-        flash_library.library.cache_clear()
+        flash_import.import_flash.cache_clear()
         try:
             yield
         finally:
-            flash_library.library.cache_clear()
+            flash_import.import_flash.cache_clear()

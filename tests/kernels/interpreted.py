@@ -9,25 +9,21 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Call, Spec, select
-from ringattn.softmax import empty_state
+from ringattn.kernels import BACKENDS, Keys, ProblemSpec, Queries, State, select
+from ringattn.score import Score
 from tests.harness import oracle
 from tests.harness.cases import Tensors, tensors
 from tests.harness.compare import assert_within_rule
+from tests.kernels.contract_suite import forward, run_tensors
 
-SPEC = Spec(0.4)
+SCORE = Score(0.4)
 CAUSAL = Tiles.of(Tile(0, 5, 0, 4, -(1 << 40), 0))
 KERNEL = BACKENDS["triton"]
 
 
 def run(t: Tensors, tiles: Tiles) -> tuple[Tensor, ...]:
     """(out, lse, dq, dk, dv) of one forward and one backward."""
-    out, lse = empty_state(t.q, t.v.shape[3])
-    KERNEL.forward(t.q, t.k, t.v, tiles, SPEC, out, lse)
-    grads = [torch.zeros(x.shape) for x in (t.q, t.k, t.v)]
-    delta = (t.dout.float() * out).sum(-1).transpose(1, 2).contiguous()
-    KERNEL.backward(t.dout, t.q, t.k, t.v, lse, delta, tiles, SPEC, *grads)
-    return out, lse, *grads
+    return run_tensors(KERNEL, t, tiles, SCORE)
 
 
 def spread(x: Tensor, dim: int, file: Path) -> Tensor:
@@ -64,7 +60,7 @@ def test_rows_outside_the_tiles_keep_their_bits() -> None:
     out = torch.randn(1, 12, 2, 16, generator=torch.Generator().manual_seed(1))
     lse = torch.randn(1, 2, 12, generator=torch.Generator().manual_seed(2))
     before = out.clone(), lse.clone()
-    KERNEL.forward(t.q, t.k, t.v, Tiles.of(Tile(3, 6, 0, 4, -9, 9)), SPEC, out, lse)
+    KERNEL.forward(Queries(t.q), Keys(t.k, t.v), Tiles.of(Tile(3, 6, 0, 4, -9, 9)), SCORE, State(out, lse))
     outside = [0, 1, 2, *range(6, 12)]
     assert torch.equal(out[:, outside], before[0][:, outside])
     assert torch.equal(lse[:, :, outside], before[1][:, :, outside])
@@ -76,8 +72,7 @@ def test_small_softcaps_are_exact() -> None:
     t = tensors(8, 1, 6, 6, 2, 2, 16, 16, torch.float32)
     whole = Tiles.of(Tile(0, 6, 0, 6, -9, 9))
     for softcap in (0.05, 1e4):
-        out, lse = empty_state(t.q, 16)
-        KERNEL.forward(t.q, t.k, t.v, whole, Spec(0.4, softcap), out, lse)
+        out, lse = forward(KERNEL, t.q, t.k, t.v, whole, Score(0.4, softcap))
         allowed = torch.ones(6, 6, dtype=torch.bool)
         exact, exact_lse = oracle.dense_attention(t.q, t.k, t.v, allowed, scale=0.4, softcap=softcap)
         plain, plain_lse = oracle.plain_attention(t.q, t.k, t.v, allowed, scale=0.4, softcap=softcap)
@@ -86,6 +81,6 @@ def test_small_softcaps_are_exact() -> None:
 
 
 def test_runs_on_the_cpu_where_the_interpreter_is_on() -> None:
-    call = Call("cpu", torch.float32, 2, 2, 16, 16, True, SPEC)
+    call = ProblemSpec("cpu", torch.float32, 2, 2, 16, 16, True, SCORE)
     assert select("triton", call) is KERNEL
     assert not KERNEL.available()

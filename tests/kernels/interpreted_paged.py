@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ringattn.kernels.contract import Call, Spec
-from ringattn.kernels.paged import PAGED_BACKENDS, PageTables, Sight, select_paged
+from ringattn.kernels.contract import ProblemSpec, Queries, State
+from ringattn.kernels.paged import PAGED_BACKENDS, PageTables, Pools, VisibleKeys, select_paged
+from ringattn.score import Score
 from tests.kernels.test_paged import SHAPES, Problem
 
 KERNEL = PAGED_BACKENDS["triton"]
@@ -60,13 +61,13 @@ def test_rows_that_see_nothing_keep_their_bits() -> None:
     before = out.clone(), lse.clone()
     slots = torch.arange(16, dtype=torch.int32).reshape(2, 8)
     tables = PageTables(torch.tensor([2, 0]).int(), slots, torch.tensor([0, 2]).int())
-    sight = Sight(torch.tensor([[0, 0]]).int(), torch.tensor([[0, 9]]).int())
-    KERNEL.forward(q, k, v, tables, sight, Spec(0.4), out, lse)
+    visible = VisibleKeys(torch.tensor([[0, 0]]).int(), torch.tensor([[0, 9]]).int())
+    KERNEL.forward(Queries(q), Pools(k, v), tables, visible, Score(0.4), State(out, lse))
     assert torch.equal(out[:, 0], before[0][:, 0])
     assert torch.equal(lse[..., 0], before[1][..., 0])
     assert not torch.isclose(lse[..., 1], before[1][..., 1]).any()
 
 
 def test_runs_on_the_cpu_where_the_interpreter_is_on() -> None:
-    call = Call("cpu", torch.float32, 2, 2, 16, 16, False, Spec(0.4))
+    call = ProblemSpec("cpu", torch.float32, 2, 2, 16, 16, False, Score(0.4))
     assert select_paged("triton", call) is KERNEL

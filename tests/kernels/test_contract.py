@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, Keys, Queries, State
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.score import Score
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, tiles
 from tests.kernels.contract_suite import CASES, Case, check, fitted, why_not
@@ -65,8 +65,8 @@ def test_a_backend_that_ignores_a_tile_is_caught() -> None:
     case = next(case for case in CASES if case.name == "several tiles")
 
     class Forgetful(ReferenceKernel):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-            super().forward(q, k, v, Tiles(tiles.table[1:]), spec, out, lse)
+        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+            super().forward(queries, keys, Tiles(tiles.table[1:]), score, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BACKENDS, "reference", Forgetful())

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, BackwardQueries, Gradients, Keys, Queries, State
+from ringattn.score import Score
 from tests.kernels.contract_suite import CASES, Case
 from tests.kernels.elsewhere.machine import WITH_BF16, Elsewhere, Machine, PagedElsewhere, not_to_be_emulated
 from tests.kernels.test_native import (  # with another `isa` than there
@@ -45,17 +45,14 @@ def _lacking() -> None:
 class Interpreted(Elsewhere):
     """What is computed is computed by instructions that are interpreted, or the call fails."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         before = self.machine.interpreted
-        super().forward(q, k, v, tiles, spec, out, lse)
+        super().forward(queries, keys, tiles, score, state)
         assert self.machine.interpreted > before or not tiles
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, spec: Spec,
-        dq: Tensor, dk: Tensor, dv: Tensor,
-    ) -> None:  # fmt: skip
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
         before = self.machine.interpreted
-        super().backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+        super().backward(queries, keys, tiles, score, gradients)
         assert self.machine.interpreted > before or not tiles
 
 

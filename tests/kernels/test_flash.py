@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BACKENDS, Call, Spec, flash, flash_ops, refusals, varlen
+from ringattn.kernels import BACKENDS, ProblemSpec, flash, flash_ops, refusals, varlen
 from ringattn.kernels.flash import FlashKernel
-from ringattn.kernels.flash_library import missing
+from ringattn.kernels.flash_import import missing_parts
 from ringattn.kernels.flash_ops import Flash2, Flash3, Flash4
 from ringattn.kernels.varlen import Window
+from ringattn.score import Score
 from ringattn.softmax import merge_
-from tests.kernels.contract_suite import CASES, LARGE, Case, check, tile
+from tests.kernels.contract_suite import CASES, LARGE, Case, check, forward, tile
 from tests.kernels.flash_standins import installed, module2, module3, module4
 
 GENERATIONS = ("flash2", "flash3", "flash4")
@@ -114,7 +114,7 @@ def mutate_single_queries(patch: pytest.MonkeyPatch) -> None:
     """FlashAttention-2 told of segments of one query."""
     real = Flash2._told
 
-    def told(self: Flash2, segments: flash_ops.Segments, window: Window) -> dict[str, object]:
+    def told(self: Flash2, segments: flash_ops.VarlenArgs, window: Window) -> dict[str, object]:
         return real(self, segments, window) | {"max_seqlen_q": segments.max_q}
 
     patch.setattr(Flash2, "_told", told)
@@ -124,7 +124,7 @@ def mutate_lengths(patch: pytest.MonkeyPatch) -> None:
     """FlashAttention-2 told of fewer keys than a limit reaches over."""
     real = Flash2._told
 
-    def told(self: Flash2, segments: flash_ops.Segments, window: Window) -> dict[str, object]:
+    def told(self: Flash2, segments: flash_ops.VarlenArgs, window: Window) -> dict[str, object]:
         return real(self, segments, window) | {"max_seqlen_k": segments.max_k}
 
     patch.setattr(Flash2, "_told", told)
@@ -185,13 +185,13 @@ def test_a_mistake_is_caught(
 
 
 def test_refuses_what_it_cannot_take() -> None:
-    call = Call("cuda", torch.bfloat16, 4, 2, 128, 128, True, Spec(0.1, 30.0))
+    call = ProblemSpec("cuda", torch.bfloat16, 4, 2, 128, 128, True, Score(0.1, 30.0))
     for name in GENERATIONS:
         kernel = BACKENDS[name]
         assert kernel.unsupported(call) == []
         assert kernel.unsupported(replace(call, head_dim=192)) == []
         assert kernel.unsupported(replace(call, device_type="cpu")) == ["runs on cuda, not on cpu"]
-        told = kernel.unsupported(Call("cuda", torch.float64, 4, 2, 257, 64, True, Spec(0.0)))
+        told = kernel.unsupported(ProblemSpec("cuda", torch.float64, 4, 2, 257, 64, True, Score(0.0)))
         assert len(told) == 3
         for words in ("float64", "257", "positive scale"):
             assert sum(words in reason for reason in told) == 1
@@ -221,9 +221,9 @@ def test_devices(name: str, capability: tuple[int, int], wanted: str | None, mon
 def test_softcap_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
-    call = Call("cuda", torch.bfloat16, 4, 2, 128, 128, True, Spec(0.1, 30.0))
+    call = ProblemSpec("cuda", torch.bfloat16, 4, 2, 128, 128, True, Score(0.1, 30.0))
     assert BACKENDS["flash4"].unsupported(call) == ["has no gradient of softcap on compute capability 12.0"]
-    for other in (replace(call, needs_grad=False), replace(call, spec=Spec(0.1))):
+    for other in (replace(call, needs_grad=False), replace(call, score=Score(0.1))):
         assert BACKENDS["flash4"].unsupported(other) == []
 
 
@@ -231,7 +231,7 @@ def test_softcap_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_determinism(name: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    call = Call("cuda", torch.bfloat16, 4, 2, 256, 256, True, Spec(0.1))
+    call = ProblemSpec("cuda", torch.bfloat16, 4, 2, 256, 256, True, Score(0.1))
     assert BACKENDS[name].unsupported(call) == []
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert [reason[:30] for reason in BACKENDS[name].unsupported(call)] == ["has no deterministic gradients"]
@@ -250,11 +250,11 @@ def test_another_version() -> None:
     older = ModuleType("flash_attn.cute.interface")
     older._flash_attn_fwd = module4()._flash_attn_fwd  # type: ignore[attr-defined]
     with installed(older):
-        assert "has no _flash_attn_bwd" in str(missing(Flash4.module, Flash4.functions))
+        assert "has no _flash_attn_bwd" in str(missing_parts(Flash4.module, Flash4.functions))
         older._flash_attn_bwd = lambda q, cu_seqlens_q, window_size_left, softcap, dq: None  # type: ignore[attr-defined]
-        assert "_flash_attn_bwd has no dlse" in str(missing(Flash4.module, Flash4.functions))
+        assert "_flash_attn_bwd has no dlse" in str(missing_parts(Flash4.module, Flash4.functions))
     for op in (Flash2, Flash3, Flash4):
-        assert missing(op.module, op.functions) is None
+        assert missing_parts(op.module, op.functions) is None
 
 
 def test_torch_operators_tell_their_parameters() -> None:
@@ -267,7 +267,7 @@ def test_torch_operators_tell_their_parameters() -> None:
 
     module._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]
     with installed(module):
-        assert "has no cu_seqlens_q" in str(missing(Flash3.module, Flash3.functions))
+        assert "has no cu_seqlens_q" in str(missing_parts(Flash3.module, Flash3.functions))
 
 
 def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,14 +280,15 @@ IMPORTS = """
 import sys
 import torch
 import ringattn, ringattn.cli
-from ringattn.kernels import BACKENDS, Call, Spec, refusals, select
-from ringattn.kernels.flash_library import missing
+from ringattn.kernels import BACKENDS, ProblemSpec, refusals, select
+from ringattn.score import Score
+from ringattn.kernels.flash_import import missing_parts
 print(ringattn.cli.info())
-select(None, Call("cpu", torch.bfloat16, 4, 2, 64, 64, True, Spec(0.1)))
+select(None, ProblemSpec("cpu", torch.bfloat16, 4, 2, 64, 64, True, Score(0.1)))
 assert not [name for name in sys.modules if name.startswith("flash_attn")], "imported before it was asked for"
 for name in ("flash2", "flash3", "flash4"):
     op = BACKENDS[name].op
-    print(missing(op.module, op.functions))
+    print(missing_parts(op.module, op.functions))
 """
 
 
@@ -312,16 +313,15 @@ def test_nothing_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     real = type(kernel.op).forward
 
-    def forward(self: flash_ops.FlashOp, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        seen.extend(x.untyped_storage().data_ptr() for x in (q, k, v))
-        return real(self, q, k, v, *others)
+    def forward_once(self: flash_ops.FlashOp, operands: flash_ops.FlashOperands) -> tuple[Tensor, Tensor]:
+        seen.extend(x.untyped_storage().data_ptr() for x in operands[:3])
+        return real(self, operands)
 
-    monkeypatch.setattr(type(kernel.op), "forward", forward)
+    monkeypatch.setattr(type(kernel.op), "forward", forward_once)
     for batch, tiles in ((2, (tile(range(4, 13), range(3, 11)),)), (2, DOCUMENTS), (1, WINDOWS)):
         q, k, v = (torch.randn(batch, rows, 2, 16, dtype=torch.bfloat16) for rows in (13, 11, 11))
-        out, lse = torch.zeros(batch, 13, 2, 16), torch.full((batch, 2, 13), -torch.inf)
         seen.clear()
-        kernel.forward(q, k, v, Tiles.of(*tiles), Spec(0.1), out, lse)
+        forward(kernel, q, k, v, Tiles.of(*tiles), Score(0.1))
         assert seen == [x.untyped_storage().data_ptr() for x in (q, k, v)], "one call, on the tensors themselves"
 
 
@@ -331,5 +331,5 @@ def test_a_stand_in_without_a_spec_is_not_installed(monkeypatch: pytest.MonkeyPa
 
 
 def test_not_chosen_on_a_cpu() -> None:
-    call = Call("cpu", torch.bfloat16, 4, 2, 64, 64, True, Spec(0.1))
+    call = ProblemSpec("cpu", torch.bfloat16, 4, 2, 64, 64, True, Score(0.1))
     assert all(refusals(name, call) for name in GENERATIONS)

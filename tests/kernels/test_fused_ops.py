@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringattn.kernels.fused_ops import CudaFlash, CudnnFlash, FusedOp
+from ringattn.kernels.fused_ops import CudaFlash, CudnnFlash, DenseOperands, FusedOp
 
 # (batch, heads, rows, dim), all different, keys more than queries: a tensor in another's place shows.
 BATCH, HEADS, Q_ROWS, K_ROWS, DIM = 1, 2, 8, 16, 64
@@ -65,7 +65,7 @@ OPS: list[tuple[FusedOp, str]] = [
 @pytest.mark.parametrize(("op", "name"), OPS, ids=["flash", "cudnn"])
 def test_forward(op: FusedOp, name: str, causal: bool, t: types.SimpleNamespace) -> None:
     with Recorder() as seen:
-        out, lse = op.forward(t.q, t.k, t.v, causal, None, SCALE)
+        out, lse = op.forward(DenseOperands(t.q, t.k, t.v, causal, None, SCALE))
     assert (out.shape, out.dtype) == (t.q.shape, torch.bfloat16)
     assert (lse.shape, lse.dtype) == (t.q.shape[:3], torch.float32)
     given = seen.calls[name]
@@ -85,7 +85,7 @@ def test_forward(op: FusedOp, name: str, causal: bool, t: types.SimpleNamespace)
 @pytest.mark.parametrize(("op", "name"), OPS, ids=["flash", "cudnn"])
 def test_backward(op: FusedOp, name: str, causal: bool, t: types.SimpleNamespace) -> None:
     with Recorder() as seen:
-        grads = op.backward(t.dout, t.q, t.k, t.v, t.out, t.lse, causal, None, SCALE)
+        grads = op.backward(DenseOperands(t.q, t.k, t.v, causal, None, SCALE), t.dout, t.out, t.lse)
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, torch.bfloat16) for x in (t.q, t.k, t.v)]
     given = seen.calls[f"{name}_backward"]
     for argument, tensor in {"grad_out": t.dout, "query": t.q, "key": t.k, "value": t.v, "out": t.out}.items():

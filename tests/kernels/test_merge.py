@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels.delta import out_for_delta
 from ringattn.kernels.merge import merge_part_
+from ringattn.kernels.out_from_delta import out_for_delta
 from tests.harness.compare import assert_close
 
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -106,7 +106,7 @@ def test_a_part_that_is_nan_shows() -> None:
 
 def check_delta(dim: int, dtype: torch.dtype) -> None:
     """The Triton kernel against the definition, and against tensor operations."""
-    from ringattn.kernels.triton.delta import out_for_rows
+    from ringattn.kernels.triton.delta_kernel import out_for_rows
 
     generator = torch.Generator().manual_seed(dim)
     dout = torch.randn(BATCH, HEADS, ROWS, dim + 8, generator=generator).to(dtype).transpose(1, 2)[..., :dim]
@@ -133,7 +133,7 @@ def interpreted() -> None:
 
 
 def check_merge() -> None:
-    from ringattn.kernels.triton.merge import merge_rows_
+    from ringattn.kernels.triton.merge_kernel import merge_rows_
 
     cases = ((128, torch.bfloat16), (64, torch.float16), (80, torch.float32), (1, torch.float32))
     for indexed in (False, True):
@@ -175,11 +175,12 @@ def source_of(name: str, part: str, dim: int, indexed: bool) -> Any:
     import triton
 
     from benchmarks.triton_report import source
-    from ringattn.kernels.triton import delta, merge
-    from ringattn.kernels.triton.values import Rows
+    from ringattn.kernels.triton import delta_kernel as delta
+    from ringattn.kernels.triton import merge_kernel as merge
+    from ringattn.kernels.triton.args import StridedRows
 
-    def rows(dtype: str, stride: str | int = "i32:16") -> Rows:
-        return Rows(f"*{dtype}:16", "i32:16", stride, "i32:16")
+    def rows(dtype: str, stride: str | int = "i32:16") -> StridedRows:
+        return StridedRows(f"*{dtype}:16", "i32:16", stride, "i32:16")
 
     sizes, constants = ["i32:16"] * 3, (dim, merge.BLOCK_SIZE // triton.next_power_of_2(dim))
     if name == "delta":
@@ -194,7 +195,7 @@ def compiled(name: str, backend: str, arch: int | str, warp: int, dim: int, inde
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from ringattn.kernels.triton.merge import NUM_WARPS
+    from ringattn.kernels.triton.merge_kernel import NUM_WARPS
 
     target = GPUTarget(backend, arch, warp)
     return dict(

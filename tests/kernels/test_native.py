@@ -13,14 +13,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels import BACKENDS, Spec
+from ringattn.kernels import BACKENDS, BackwardQueries, Gradients, Keys, Queries, State
 from ringattn.kernels.native import NativeKernel, instruction_sets
+from ringattn.score import Score
 from tests.geometry.brute import tile_counts
 from tests.geometry.strategies import examples, tiles
 from tests.harness import oracle
 from tests.harness.cases import tensors
 from tests.harness.compare import assert_close, assert_within_rule
-from tests.kernels.contract_suite import BANDS, CASES, CAUSAL, MIXED, WHOLE, Case, check, fitted, tile, why_not
+from tests.kernels.contract_suite import (
+    BANDS,
+    CASES,
+    CAUSAL,
+    MIXED,
+    WHOLE,
+    Case,
+    check,
+    fitted,
+    forward,
+    run_once,
+    tile,
+    why_not,
+)
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable", "emulated_bf16")
 ANYWHERE = ("portable", "emulated_bf16")
@@ -89,9 +103,8 @@ def test_huge_scores_take_the_largest(isa: str) -> None:
     scores = torch.einsum("bqhd,bkd->bhqk", t.q.double(), t.k[:, :, 0].double())
     best = scores.topk(2, -1)
     sure = best.values[..., 0] - best.values[..., 1] > 1e-2
-    out, lse = torch.zeros(t.dout.shape), torch.full(t.dlse.shape, -torch.inf)
-    kernel = BACKENDS["native"]
-    kernel.forward(t.q, t.k, t.v, Tiles.of(tile(range(50), range(70))), Spec(1e12), out, lse)
+    listed = Tiles.of(tile(range(50), range(70)))
+    out, lse = forward(BACKENDS["native"], t.q, t.k, t.v, listed, Score(1e12))
     batch = torch.arange(2)[:, None, None]
     expected = t.v[:, :, 0][batch, best.indices[..., 0]].float().transpose(1, 2)
     assert sure.float().mean() > 0.9
@@ -131,13 +144,7 @@ def test_random_large_tiles(name: str, data: st.DataObject) -> None:
 def results(case: Case, *, threads: int) -> tuple[Tensor, ...]:
     """(out, lse, dq, dk, dv) of a case with one block."""
     torch.set_num_threads(threads)
-    t, kernel, listed = case.tensors(), BACKENDS["native"], Tiles.of(*case.blocks[0])
-    out, lse = torch.zeros(t.dout.shape), torch.full(t.dlse.shape, -torch.inf)
-    kernel.forward(t.q, t.k, t.v, listed, case.spec(), out, lse)
-    delta = (t.dout * out).sum(-1).transpose(1, 2).contiguous()
-    held = tuple(torch.zeros(x.shape) for x in (t.q, t.k, t.v))
-    kernel.backward(t.dout, t.q, t.k, t.v, lse, delta, listed, case.spec(), *held)
-    return out, lse, *held
+    return run_once(BACKENDS["native"], case)
 
 
 WIDE = Case("threads", ((tile(range(200), range(333), hi=133),),), 200, 333, 1, 3, 1, 24, 17, torch.float32)
@@ -178,7 +185,7 @@ def test_merges_with_a_state_of_rows_seen_and_unseen(isa: str) -> None:
     wanted, plainly = out.double() * before + new * after, out.double() * before + plain.double() * after
     unseen = wanted_lse == -torch.inf
     assert unseen.any()
-    BACKENDS["native"].forward(t.q, t.k, t.v, Tiles.of(band), Spec(0.3), out, lse)
+    BACKENDS["native"].forward(Queries(t.q), Keys(t.k, t.v), Tiles.of(band), Score(0.3), State(out, lse))
     assert_within_rule(out, wanted, plainly.to(dtype), name="merged out", check_dtype=False)
     finite = ~unseen
     plainly_lse = torch.logaddexp(lse.double(), plain_lse.double())
@@ -197,8 +204,7 @@ def test_small_halves(isa: str, exponent: int) -> None:
     v = (t.v * 2.0**exponent).half()
     q, k = t.q.half(), t.k.half()
     assert (v.abs() < torch.finfo(torch.float16).tiny).any() == (exponent < -14 + 3)
-    out, lse = torch.zeros(t.dout.shape), torch.full((1, 1, 40), -torch.inf)
-    BACKENDS["native"].forward(q, k, v, Tiles.of(tile(range(40), range(50))), Spec(0.3), out, lse)
+    out, _ = forward(BACKENDS["native"], q, k, v, Tiles.of(tile(range(40), range(50))), Score(0.3))
     every = torch.ones(40, 50, dtype=torch.bool)
     wanted, _ = oracle.dense_attention(q.double(), k.double(), v.double(), every, scale=0.3)
     assert_close(out.double(), wanted, atol=1e-5 * float(wanted.abs().max()), name="out of small halves")
@@ -210,8 +216,7 @@ def test_infinities_stay_with_who_sees_them(isa: str) -> None:
     t = tensors(13, 1, 120, 120, 1, 1, 8, 8, dtype)
     t.v[:, 110], t.v[:, 59], t.k[:, 115:] = torch.inf, torch.inf, torch.inf
     first, second = tile(range(60), range(59)), tile(range(60, 120), range(60, 115))
-    out, lse = torch.zeros(t.dout.shape), torch.full((1, 1, 120), -torch.inf)
-    BACKENDS["native"].forward(t.q, t.k, t.v, Tiles.of(first, second), Spec(0.3), out, lse)
+    out, lse = forward(BACKENDS["native"], t.q, t.k, t.v, Tiles.of(first, second), Score(0.3))
     assert out[:, :60].isfinite().all()
     assert (out[:, 60:] == torch.inf).all()
     assert lse.isfinite().all()
@@ -233,9 +238,10 @@ def test_offsets_beyond_32_bits(isa: str, tmp_path: Path) -> None:
     q, k, v, dout = (sparse(tmp_path, x.shape, row, dtype).copy_(x) for x in (t.q, t.k, t.v, t.dout))
     out, dq, dk, dv = (sparse(tmp_path, x.shape, row, torch.float32).zero_() for x in (t.dout, t.q, t.k, t.v))
     lse = torch.full((1, 1, rows), -torch.inf)
-    BACKENDS["native"].forward(q, k, v, listed, case.spec(), out, lse)
+    BACKENDS["native"].forward(Queries(q), Keys(k, v), listed, case.score, State(out, lse))
     delta = (t.dout * near[0]).sum(-1).transpose(1, 2).contiguous()
-    BACKENDS["native"].backward(dout, q, k, v, lse, delta, listed, case.spec(), dq, dk, dv)
+    queries = BackwardQueries(q, dout, lse, delta)
+    BACKENDS["native"].backward(queries, Keys(k, v), listed, case.score, Gradients(dq, dk, dv))
     for name, far, expected in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, dq, dk, dv), near, strict=True):
         assert torch.equal(far, expected), name
 

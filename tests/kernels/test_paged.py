@@ -1,4 +1,4 @@
-"""Every kernel over pages keeps the promises of kernels/paged/contract.py, on every device that is here."""
+"""Every kernel over pages keeps the promises of kernels/paged/paged_contract.py, on every device that is here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels.choice import refused_by
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec, Queries
 from ringattn.kernels.native import instruction_sets
-from ringattn.kernels.paged import PAGED_BACKENDS, PagedKernel, PageTables, Sight
-from ringattn.kernels.paged.native import NativePaged
+from ringattn.kernels.paged import PAGED_BACKENDS, PagedKernel, PageTables, Pools, VisibleKeys
+from ringattn.kernels.paged.native_paged import NativePaged
+from ringattn.kernels.select_kernel import reasons_against
+from ringattn.score import Score
+from ringattn.softmax import empty_state
 from tests.harness.compare import assert_close, assert_within_rule
 from tests.harness.oracle import dense_attention, plain_attention
 
@@ -75,7 +77,7 @@ class Problem:
         self.tables = PageTables(order[:entries].int(), slots, starts)
         stop = torch.tensor(lengths)[:, None] - torch.arange(s.tokens).flip(0)[None, :]
         first = (stop - 60).clamp(min=0) * torch.tensor([0, 0, 1, 0, 1])[:, None]
-        self.sight = Sight(first.int(), stop.clamp(min=0).int())
+        self.visible = VisibleKeys(first.int(), stop.clamp(min=0).int())
         self._poison(live)
 
     def _poison(self, live: bool) -> None:
@@ -90,12 +92,12 @@ class Problem:
         """The pages of a sequence, and which of their slots each of its queries sees, (T, slots)."""
         entries = slice(int(self.tables.starts[b]), int(self.tables.starts[b + 1]))
         at = self.tables.slots[entries].flatten()
-        seen = (at >= self.sight.first[b][:, None]) & (at < self.sight.stop[b][:, None])
+        seen = (at >= self.visible.first[b][:, None]) & (at < self.visible.stop[b][:, None])
         return self.tables.pages[entries].long(), seen
 
-    def call(self, device: str) -> Call:
+    def call(self, device: str) -> ProblemSpec:
         s = self.shape
-        return Call(device, self.dtype, s.heads, s.kv_heads, s.dim, s.v_dim, False, Spec(0.3, s.softcap))
+        return ProblemSpec(device, self.dtype, s.heads, s.kv_heads, s.dim, s.v_dim, False, Score(0.3, s.softcap))
 
     def halves(self) -> Iterator[PageTables]:
         """The tables in two parts, each of which has a part of each sequence."""
@@ -109,15 +111,13 @@ class Problem:
     def attended(self, kernel: PagedKernel, device: str) -> tuple[Tensor, Tensor]:
         """What a kernel finds, half by half."""
         s = self.shape
-        acc = torch.float64 if self.dtype == torch.float64 else torch.float32
-        out = torch.zeros(len(self.lengths), s.tokens, s.heads, s.v_dim, dtype=acc, device=device)
-        lse = torch.full((len(self.lengths), s.heads, s.tokens), -torch.inf, dtype=acc, device=device)
-        q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
-        sight = Sight(*(x.to(device) for x in self.sight))
+        queries, pools = Queries(self.q.to(device)), Pools(self.k.to(device), self.v.to(device))
+        state = empty_state(queries.q, s.v_dim)
+        visible = VisibleKeys(*(x.to(device) for x in self.visible))
         for half in self.halves():
             tables = PageTables(*(x.to(device) for x in half))
-            kernel.forward(q, k, v, tables, sight, Spec(0.3, s.softcap), out, lse)
-        return out.cpu(), lse.cpu()
+            kernel.forward(queries, pools, tables, visible, Score(0.3, s.softcap), state)
+        return state.out.cpu(), state.lse.cpu()
 
     def check(self, out: Tensor, lse: Tensor, name: str) -> None:
         """Against dense attention in float64."""
@@ -150,7 +150,7 @@ def variants(backend: str, dtype: torch.dtype) -> list[PagedKernel]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_contract(shape: str, poison: str, dtype: torch.dtype, backend: str, device: str) -> None:
     problem = Problem(SHAPES[shape], dtype, live=poison == "live")
-    reasons = refused_by(PAGED_BACKENDS[backend], problem.call(device))
+    reasons = reasons_against(PAGED_BACKENDS[backend], problem.call(device))
     if (backend, device) in NEVER_SKIPPED and dtype != torch.float64:
         assert not reasons
     if reasons:

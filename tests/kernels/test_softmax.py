@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels.paged.native import NativePaged
-from ringattn.kernels.paged.reference import ReferencePaged
-from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_, sink_gradient
-from ringattn.softmax import merged as parts_merged
+from ringattn.kernels.paged.native_paged import NativePaged
+from ringattn.kernels.paged.reference_paged import ReferencePaged
+from ringattn.softmax import accumulation_dtype, add_sink_, empty_state, merge_, merge_parts, sink_gradient
 from tests.harness.compare import assert_close, assert_within_rule
 
 State = tuple[Tensor, Tensor]
@@ -203,11 +202,11 @@ def test_parts_of_many_ranks_at_once(num_parts: int, with_sink: bool) -> None:
     scores = lses.double() if sink is None else torch.cat([lses, sink[:, None].expand_as(lses[:1])]).double()
     weights = scores.softmax(0).nan_to_num(nan=0.0)[:num_parts].transpose(2, 3)[..., None]
     expected = (weights * outs.double()).sum(0)
-    assert_close(parts_merged(outs.double(), lses.double(), sink=sink), expected, atol=1e-12, name="float64")
+    assert_close(merge_parts(outs.double(), lses.double(), sink=sink), expected, atol=1e-12, name="float64")
     assert NativePaged().available() == []
     for merge in (ReferencePaged().merge, NativePaged().merge):
         whole = merge(outs, lses, 0, sink)
-        assert_within_rule(whole, expected, parts_merged(outs, lses, sink=sink), name="fp32")
+        assert_within_rule(whole, expected, merge_parts(outs, lses, sink=sink), name="fp32")
         for first in range(num_parts):  # in whatever place the part lies that stands first
             order = [first, *(i for i in range(num_parts) if i != first)]
             assert torch.equal(merge(outs[order], lses[order], first, sink), whole)

@@ -15,14 +15,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from ringattn.kernels import BACKENDS, Call, Spec
+from ringattn.kernels import BACKENDS, ProblemSpec
+from ringattn.score import Score
 from tests.kernels.contract_suite import CASES
 
 pytest.importorskip("triton", reason="triton is made for Linux")
 
 ROOT = Path(__file__).parents[2]
 CONTRACT, INTERPRETED = "tests/kernels/test_contract.py", "tests/kernels/interpreted.py"
-CALL = Call("cpu", torch.float32, 2, 2, 16, 16, True, Spec(0.3))
+CALL = ProblemSpec("cpu", torch.float32, 2, 2, 16, 16, True, Score(0.3))
 # Each line of the kernels is reached by these: the interpreter is slow.
 QUICK = (
     "several tiles",
@@ -87,7 +88,7 @@ def test_never_runs_on_a_cpu_by_itself() -> None:
 
 
 def test_is_told_what_it_refuses() -> None:
-    call = replace(CALL, device_type="cuda", dtype=torch.float64, head_dim=257, spec=Spec(-1.0))
+    call = replace(CALL, device_type="cuda", dtype=torch.float64, head_dim=257, score=Score(-1.0))
     reasons = BACKENDS["triton"].unsupported(call)
     assert len(reasons) == 3
     for words in ("float64", "257", "positive scale, not -1.0"):

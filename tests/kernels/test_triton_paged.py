@@ -12,15 +12,16 @@ pytest.importorskip("triton", reason="triton is made for Linux")
 
 from benchmarks.paged_report import PagedBuild, builds, combined, report
 from benchmarks.triton_report import told_by
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import ProblemSpec
 from ringattn.kernels.paged import PAGED_BACKENDS, select_paged
 from ringattn.kernels.triton.configs import TARGETS
+from ringattn.score import Score
 from tests.kernels.test_paged import DTYPES, SHAPES
 from tests.kernels.test_triton import assert_all_ran, interpret
 from tests.kernels.test_triton_compile import MATRIX, SHARED_BYTES
 
 SUITE, INTERPRETED = "tests/kernels/test_paged.py", "tests/kernels/interpreted_paged.py"
-CALL = Call("cuda", torch.bfloat16, 8, 2, 128, 128, False, Spec(0.3))
+CALL = ProblemSpec("cuda", torch.bfloat16, 8, 2, 128, 128, False, Score(0.3))
 
 # Each line of the kernels is reached by these: the interpreter is slow.
 QUICK = [

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn.geometry.tiles import Tile, Tiles
-from ringattn.kernels.triton.schedule import Schedule, build, heads_together, transposed
+from ringattn.kernels.triton.work_list import WorkList, build, heads_together, transposed
 from tests.geometry.brute import Counts, tile_counts
 from tests.geometry.strategies import examples, tiles
 
 BATCH = 2
 
 
-def pairs(schedule: Schedule, rows: int, cols: int, block: int, step: int) -> Counts:
+def pairs(schedule: WorkList, rows: int, cols: int, block: int, step: int) -> Counts:
     """How often a program meets each (batch row, own row, other row), as the kernels do."""
     counts = np.zeros((BATCH, rows, cols), dtype=np.int64)
     i, j = np.arange(rows)[:, None], np.arange(cols)[None, :]

@@ -1,4 +1,4 @@
-"""A module over tiles of rows beside the same module in one piece."""
+"""A module over tiles of rows equals the same module without tiles."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Gated(nn.Module):
 
 
 class Block(nn.Module):
-    """An MLP in a residual branch, in `num_tiles` tiles; None for one piece."""
+    """An MLP in a residual branch, over `num_tiles` tiles; None for no tiling."""
 
     def __init__(self, num_tiles: int | None) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def gradients(module: nn.Module, x: Tensor, out: Tensor, dout: Tensor) -> dict[s
 
 @pytest.mark.parametrize("shape", [(2, 7), (13,), (1, 1), (3, 0)], ids=str)
 @pytest.mark.parametrize("num_tiles", [1, 3, 5])
-def test_is_that_of_one_piece(shape: tuple[int, ...], num_tiles: int) -> None:
+def test_equals_untiled(shape: tuple[int, ...], num_tiles: int) -> None:
     module = model(out=4)
     x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
     dout = torch.randn(*shape, 4, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_is_that_of_one_piece(shape: tuple[int, ...], num_tiles: int) -> None:
         assert_close(tiled(module, x, num_tiles=num_tiles), expected["out"], atol=ATOL, name="without gradients")
 
 
-def test_frozen_parts() -> None:
+def test_frozen_parameters() -> None:
     module = model()
     module.up.requires_grad_(False)
     x = torch.randn(9, DIM, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_frozen_parts() -> None:
 
 @pytest.mark.parametrize("num_tiles", [4, 64])
 def test_half_precision_is_summed_in_fp32(num_tiles: int) -> None:
-    """As many tiles as rows: in bf16 the sum of 64 gradients would lose what the rule allows."""
+    """With 64 tiles, a sum of their gradients in bf16 would exceed the error bound."""
     module = model(dtype=torch.bfloat16)
     x = torch.randn(64, DIM).bfloat16().requires_grad_()
     dout = torch.rand(64, DIM).bfloat16()
@@ -123,11 +123,11 @@ def test_autocast_reaches_the_backward() -> None:
 
 
 def test_dropout_is_the_same_in_backward() -> None:
-    """The gradient by x of a sum is nonzero just where the output is: with an identity before, row by row."""
+    """For x = 1, the gradient of the output's sum equals the output if backward draws the same dropout mask."""
     module = nn.Dropout(0.5)
     x = torch.ones(200, 3, dtype=torch.float64, requires_grad=True)
     out = tiled(module, x, num_tiles=7)
-    torch.rand(5)  # so that the generator is elsewhere when backward comes
+    torch.rand(5)  # advances the generator before the backward
     before = torch.get_rng_state()
     (dx,) = torch.autograd.grad(out.sum(), [x])
     assert 0 < int((out == 0).sum()) < out.numel()
@@ -146,7 +146,7 @@ def test_within_a_checkpoint() -> None:
         assert_close(found[name], expected[name], atol=ATOL, name=name)
 
 
-def test_hooks_of_parameters_fire_once() -> None:
+def test_parameter_hooks_run_once() -> None:
     module = model()
     fired: list[str] = []
     for name, parameter in module.named_parameters():
@@ -159,7 +159,7 @@ def test_hooks_of_parameters_fire_once() -> None:
     assert sorted(fired) == sorted(name for name, _ in module.named_parameters())
 
 
-def test_parameters_that_change_before_backward_raise() -> None:
+def test_parameters_changed_before_backward_raise() -> None:
     module = model()
     out = tiled(module, torch.randn(8, DIM, dtype=torch.float64), num_tiles=4)
     with torch.no_grad():
@@ -168,8 +168,8 @@ def test_parameters_that_change_before_backward_raise() -> None:
         torch.autograd.backward(out.sum())
 
 
-def over_ranks(group: dist.ProcessGroup, way: str) -> dict[str, Tensor]:
-    """Gradients of a model over ranks that hold different numbers of rows, in tiles; one rank holds none."""
+def run_on_ranks(group: dist.ProcessGroup, way: str) -> dict[str, Tensor]:
+    """Gradients of a tiled model over ranks with different numbers of rows; one rank has none."""
     torch.manual_seed(0)
     net = nn.Sequential(Block(3), Block(3)).double()
     rows = torch.randn(9, DIM, dtype=torch.float64)
@@ -183,7 +183,7 @@ def over_ranks(group: dist.ProcessGroup, way: str) -> dict[str, Tensor]:
             fully_shard(block, mesh=mesh, mp_policy=half)
         fully_shard(net, mesh=mesh, mp_policy=half)
         wrapped = net
-    for _ in range(2):  # the second adds to the first, as in gradient accumulation
+    for _ in range(2):  # the second backward accumulates onto the first
         torch.autograd.backward(wrapped(mine).square().sum())
     return {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
@@ -198,14 +198,14 @@ def test_over_ranks(pool: RankPool, way: str) -> None:
     net = nn.Sequential(Block(None), Block(None)).double()
     rows = torch.randn(9, DIM, dtype=torch.float64)
     torch.autograd.backward(net(rows).square().sum())
-    for found in pool.run(over_ranks, 2, way):
+    for found in pool.run(run_on_ranks, 2, way):
         for name, parameter in net.named_parameters():
             assert parameter.grad is not None
-            # Two passes, averaged over two ranks.
+            # Two backwards, averaged over two ranks.
             assert_close(found[name], parameter.grad, atol=ATOL, name=name)
 
 
-def test_activations_are_not_held() -> None:
+def test_peak_memory_is_one_tile() -> None:
     rows, inner = 1024, 512
     module = Gated(16, inner, 16)
     x = torch.randn(rows, 16, requires_grad=True)
@@ -215,7 +215,7 @@ def test_activations_are_not_held() -> None:
         torch.autograd.backward(out.sum())
 
     whole, in_tiles = peak_bytes(lambda: once(None)), peak_bytes(lambda: once(32))
-    activations = 4 * rows * inner  # bytes of one of them
+    activations = 4 * rows * inner  # bytes of one activation tensor
     assert whole >= 4 * activations
     assert in_tiles <= activations
 
@@ -241,12 +241,12 @@ def test_errors() -> None:
         tiled(views, x, num_tiles=2)
 
 
-def units_within(group: dist.ProcessGroup) -> None:
+def tile_with_inner_fsdp_unit(group: dist.ProcessGroup) -> None:
     module = Gated()
     fully_shard(module.up, mesh=DeviceMesh.from_group(group, "cpu"))
     tiled(module, torch.zeros(4, DIM), num_tiles=2)
 
 
-def test_units_of_fully_shard_within_are_refused(pool: RankPool) -> None:
-    for error in pool.expect_error(units_within, 2):
+def test_inner_fsdp_units_raise(pool: RankPool) -> None:
+    for error in pool.expect_error(tile_with_inner_fsdp_unit, 2):
         assert "'up' is a unit of fully_shard" in error.message

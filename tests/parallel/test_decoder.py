@@ -1,4 +1,4 @@
-"""The decoder: its layers in parts are the whole, documents are apart, and what is wrong raises."""
+"""The decoder: stages in sequence equal the whole, packed documents are independent, invalid sizes raise."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.attention.request import Masks
 from ringattn.errors import ArgumentError
-from ringattn.parallel.decoder import Decoder, DecoderConfig, MoESpec
+from ringattn.parallel import Decoder, DecoderConfig, MoESpec
+from ringattn.types import Masks
 from tests.harness.oracle import plain_attention
 
 CONFIG = DecoderConfig(vocab_size=37, num_layers=3, dim=24, num_heads=6, num_kv_heads=2, hidden=40)
@@ -20,7 +20,7 @@ ENDS = [0, 5, 6, 17]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Masks) -> Tensor:
-    """Packed and causal: what `mask` is, in tensors."""
+    """Causal attention within documents, with the mask as a dense tensor."""
     at = torch.arange(q.shape[1])
     document = torch.searchsorted(torch.tensor(ENDS), at, right=True)
     allowed = (at[None] <= at[:, None]) & (document[None] == document[:, None])
@@ -35,11 +35,11 @@ def _model() -> Decoder:
 def _run(model: Decoder, x: Tensor) -> Tensor:
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(ENDS)])[None]
     mask = ringattn.documents(ENDS) & ringattn.causal()
-    logits: Tensor = model(x, positions=positions, mask=mask, attend=_attend)
+    logits: Tensor = model(x, positions=positions, mask=mask, attention_fn=_attend)
     return logits
 
 
-def test_parts_in_a_row_are_the_whole() -> None:
+def test_stages_in_sequence_equal_the_whole() -> None:
     whole = _model()
     tokens = torch.randint(CONFIG.vocab_size, (2, ENDS[-1]))
     first, middle, last = (copy.deepcopy(whole) for _ in range(3))
@@ -51,7 +51,7 @@ def test_parts_in_a_row_are_the_whole() -> None:
     assert torch.equal(_run(last, _run(middle, _run(first, tokens))), _run(whole, tokens))
 
 
-def test_a_packed_document_is_as_if_alone() -> None:
+def test_packed_documents_are_independent() -> None:
     model = _model()
     tokens = torch.randint(CONFIG.vocab_size, (1, ENDS[-1]))
     logits = _run(model, tokens)
@@ -61,17 +61,17 @@ def test_a_packed_document_is_as_if_alone() -> None:
     assert not torch.equal(_run(model, changed)[:, :6], logits[:, :6])
 
 
-def test_sizes_that_do_not_divide_raise() -> None:
+def test_indivisible_sizes_raise() -> None:
     with pytest.raises(ArgumentError, match="dim=24: must be num_heads=5"):
         DecoderConfig(vocab_size=5, num_layers=1, dim=24, num_heads=5, num_kv_heads=5, hidden=8)
     with pytest.raises(ArgumentError, match="num_heads=6: must be a multiple of num_kv_heads=4"):
         DecoderConfig(vocab_size=5, num_layers=1, dim=24, num_heads=6, num_kv_heads=4, hidden=8)
 
 
-def test_experts_and_what_makes_them_come_together() -> None:
+def test_moe_and_moe_factory_must_be_given_together() -> None:
     moe = MoESpec(num_experts=4, top_k=2, hidden=8)
     config = DecoderConfig(vocab_size=5, num_layers=1, dim=24, num_heads=6, num_kv_heads=2, hidden=8, moe=moe)
     with pytest.raises(ArgumentError, match="together"):
         Decoder(config)
     with pytest.raises(ArgumentError, match="together"):
-        Decoder(CONFIG, moe=lambda config: torch.nn.Identity())
+        Decoder(CONFIG, moe_factory=lambda config: torch.nn.Identity())

@@ -1,4 +1,4 @@
-"""The mesh: who shares an axis with whom, which ranks an axis borrows, and sizes that cannot be."""
+"""The mesh: the ranks of each axis and of the derived groups; invalid sizes raise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.parallel import build_mesh
 from ringattn.parallel import mesh as meshes
-from ringattn.parallel.mesh import build_mesh
 from tests.harness.ranks import RankPool
 
 RANKS = 4
@@ -27,13 +27,13 @@ def _shapes(group: dist.ProcessGroup, sizes: dict[str, int]) -> dict[str, object
         "loss": _members(meshes.loss_mesh(mesh)),
         "ep": _members(meshes.expert_mesh(mesh)),
         "efsdp": _members(meshes.expert_fsdp_mesh(mesh)),
-        "batch": meshes.batch_place(mesh),
+        "batch": meshes.data_parallel_rank(mesh),
         "again": meshes.fsdp_mesh(mesh) == meshes.fsdp_mesh(mesh),
-        "table": meshes.describe(mesh),
+        "table": meshes.describe_mesh(mesh),
     }
 
 
-def test_the_fast_axes_are_neighbours(pool: RankPool) -> None:
+def test_innermost_axes_are_neighbours(pool: RankPool) -> None:
     shapes = pool.run(_shapes, RANKS, {"dp_shard": 2, "tp": 2})
     assert [s["axes"] for s in shapes] == [("dp_shard", "ring", "tp")] * RANKS
     assert [s["fsdp"] for s in shapes] == [[0, 2], [1, 3], [0, 2], [1, 3]]
@@ -42,7 +42,7 @@ def test_the_fast_axes_are_neighbours(pool: RankPool) -> None:
     assert all(s["ep"] is None for s in shapes)
 
 
-def test_experts_borrow_the_ranks_that_share_out_the_weights(pool: RankPool) -> None:
+def test_ep_reuses_the_fsdp_ranks(pool: RankPool) -> None:
     shapes = pool.run(_shapes, RANKS, {"ring": 2, "ulysses": 2, "ep": 2})
     assert [s["context"] for s in shapes] == [(("ring", "ulysses"), [0, 1, 2, 3])] * RANKS
     assert [s["fsdp"] for s in shapes] == [[0, 1, 2, 3]] * RANKS
@@ -58,7 +58,7 @@ def test_experts_borrow_the_ranks_that_share_out_the_weights(pool: RankPool) -> 
     ]
 
 
-def test_replicas_see_other_tokens_but_share_out_nothing(pool: RankPool) -> None:
+def test_replicas_are_in_loss_but_not_in_fsdp(pool: RankPool) -> None:
     shapes = pool.run(_shapes, RANKS, {"dp_replicate": 2, "ring": 2, "ep": 2})
     assert [s["fsdp"] for s in shapes] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [s["ep"] for s in shapes] == [[0, 1], [0, 1], [2, 3], [2, 3]]
@@ -68,26 +68,26 @@ def test_replicas_see_other_tokens_but_share_out_nothing(pool: RankPool) -> None
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "message"),
     [
         ({"ring": 3}, "ring=3 is 3 ranks, but 4 were started"),
         ({}, "no axis is 1 ranks, but 4 were started"),
         ({"ring": 2, "tp": 4}, "ring=2 x tp=4 is 8 ranks"),
-        ({"ring": 4, "ep": 3}, "ep=3: must divide the ranks that it borrows, dp_shard=1 x ring=4 x ulysses=1 = 4"),
+        ({"ring": 4, "ep": 3}, "ep=3: must divide the number of FSDP ranks, dp_shard=1 x ring=4 x ulysses=1 = 4"),
         ({"tp": 4, "ep": 2}, "ep=2: must divide"),
-        ({"ring": 0}, "ring=0: must be at least 1"),
-        ({"ring": 2.0}, "ring=2.0: must be an integer, not float"),
+        ({"ring": 0}, "ring=0: must be an integer of 1 or more"),
+        ({"ring": 2.0}, "ring=2.0: must be an integer of 1 or more"),
     ],
 )
-def test_sizes_that_cannot_be_raise_on_every_rank(pool: RankPool, sizes: dict[str, int], told: str) -> None:
+def test_invalid_sizes_raise_on_every_rank(pool: RankPool, sizes: dict[str, int], message: str) -> None:
     errors = pool.expect_error(_shapes, RANKS, sizes)
-    assert all("ArgumentError" in error.mro_names and told in error.message for error in errors)
+    assert all("ArgumentError" in error.mro_names and message in error.message for error in errors)
 
 
 def _differ(group: dist.ProcessGroup) -> None:
     build_mesh(**{"ring" if group.rank() else "tp": RANKS}, device_type="cpu")
 
 
-def test_ranks_that_ask_for_other_sizes_raise(pool: RankPool) -> None:
+def test_different_sizes_raise_disagreement(pool: RankPool) -> None:
     errors = pool.expect_error(_differ, RANKS)
     assert all(error.type_name == "DisagreementError" and "the sizes of the axes" in error.message for error in errors)

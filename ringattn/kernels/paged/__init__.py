@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ringattn.kernels.choice import choose
-from ringattn.kernels.contract import Call
-from ringattn.kernels.paged.contract import PagedKernel, PageTables, Sight
-from ringattn.kernels.paged.native import NativePaged
-from ringattn.kernels.paged.reference import ReferencePaged
-from ringattn.kernels.paged.triton import TritonPaged
+from ringattn.kernels.contract import ProblemSpec
+from ringattn.kernels.paged.native_paged import NativePaged
+from ringattn.kernels.paged.paged_contract import PagedKernel, PageTables, Pools, VisibleKeys
+from ringattn.kernels.paged.reference_paged import ReferencePaged
+from ringattn.kernels.paged.triton_paged import TritonPaged
+from ringattn.kernels.select_kernel import select_from
 
-__all__ = ["PAGED_BACKENDS", "PageTables", "PagedKernel", "Sight", "select_paged"]
+__all__ = ["PAGED_BACKENDS", "PageTables", "PagedKernel", "Pools", "VisibleKeys", "select_paged"]
 
 # In the order of preference. A new kernel is one line here.
 PAGED_BACKENDS: dict[str, PagedKernel] = {
@@ -20,6 +20,10 @@ PAGED_BACKENDS: dict[str, PagedKernel] = {
 
 
 @lru_cache(maxsize=256)
-def select_paged(backend: str | None, call: Call) -> PagedKernel:
-    """Returns the kernel for a call; see choice.choose."""
-    return choose(PAGED_BACKENDS, backend, call)
+def select_paged(backend: str | None, problem: ProblemSpec) -> PagedKernel:
+    """Returns the kernel for a problem: the named one, or the first of PAGED_BACKENDS that can run it.
+
+    Raises:
+        BackendError: when the backend is unknown, or cannot run the problem, with every reason.
+    """
+    return select_from(PAGED_BACKENDS, backend, problem)

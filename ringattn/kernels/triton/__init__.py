@@ -19,20 +19,29 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import (
+    BackwardQueries,
+    Gradients,
+    Keys,
+    ProblemSpec,
+    Queries,
+    State,
+    unsupported_terms,
+)
 from ringattn.kernels.triton.configs import MAX_DIM, TARGETS, architecture
+from ringattn.score import Score
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class TritonKernel:
-    """See contract.BlockKernel."""
+    """A `BlockKernel` in Triton, for CUDA and ROCm: one launch per forward, two per backward."""
 
     name = "triton"
     about = "kernels of our own, in Triton, for CUDA and ROCm: every mask in one launch, softcap; no float64"
+    score_terms = frozenset({"softcap"})
 
     def available(self) -> list[str]:
         """Needs triton, and a GPU that configurations are known for, or triton's interpreter."""
@@ -46,47 +55,32 @@ class TritonKernel:
             return [f"has configurations for {', '.join(TARGETS)}, not for {torch.cuda.get_device_name()}"]
         return []
 
-    def unsupported(self, call: Call) -> list[str]:
-        """See contract.BlockKernel.unsupported."""
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
         reasons = []
-        if call.device_type != "cuda" and not (call.device_type == "cpu" and _interpreting()):
-            reasons.append(f"runs on cuda, not on {call.device_type}")
-        if call.dtype not in DTYPES:
-            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {call.dtype}")
-        if call.spec.scale <= 0:
+        if problem.device_type != "cuda" and not (problem.device_type == "cpu" and _interpreting()):
+            reasons.append(f"runs on cuda, not on {problem.device_type}")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {problem.dtype}")
+        reasons += unsupported_terms(problem, self.score_terms)
+        if problem.score.factor <= 0:
             # The largest score is found before scores are scaled.
-            reasons.append(f"takes a positive scale, not {call.spec.scale}")
-        dim = max(call.head_dim, call.v_head_dim)
+            reasons.append(f"takes a positive scale, not {problem.score.factor}")
+        dim = max(problem.head_dim, problem.v_head_dim)
         if dim > MAX_DIM:
             reasons.append(f"takes head dims up to {MAX_DIM}, not {dim}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-        """See contract.BlockKernel.forward."""
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         from ringattn.kernels.triton import launch
 
-        if tiles and q.shape[0]:
-            launch.forward(q, k, v, tiles, spec, out, lse)
+        if tiles and queries.q.shape[0]:
+            launch.forward(queries, keys, tiles, score, state)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        tiles: Tiles,
-        spec: Spec,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """See contract.BlockKernel.backward."""
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
         from ringattn.kernels.triton import launch
 
-        if tiles and q.shape[0]:
-            launch.backward(dout, q, k, v, lse, delta, tiles, spec, dq, dk, dv)
+        if tiles and queries.q.shape[0]:
+            launch.backward(queries, keys, tiles, score, gradients)
 
 
 def _interpreting() -> bool:

@@ -9,62 +9,58 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.contract import Spec
-from ringattn.kernels.triton.backward import dkdv_kernel, dq_kernel
+from ringattn.kernels.contract import BackwardQueries, Gradients, Keys, Queries, State
+from ringattn.kernels.triton.args import QueryArgs, ScoreArgs, StridedRows, WorkArgs
+from ringattn.kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
 from ringattn.kernels.triton.configs import INTERPRETER, Config, Pass, architecture, config, described, padded
-from ringattn.kernels.triton.forward import forward_kernel
-from ringattn.kernels.triton.schedule import build, heads_together, transposed
-from ringattn.kernels.triton.values import Queries, Rows, Scores, Work
+from ringattn.kernels.triton.forward_kernel import forward_kernel
+from ringattn.kernels.triton.work_list import build, heads_together, transposed
+from ringattn.score import Score
 
 # What heads that run together may read: well within the second-level cache of any data centre's GPU.
 CACHE_BYTES = 24 << 20
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
-    """See contract.BlockKernel.forward."""
-    chosen = _config(q, v, spec, "forward")
+def forward(queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+    """Merges attention over the tiles into the state: `BlockKernel.forward` in one launch."""
+    (q, _), (k, v, _), (out, lse) = queries, keys, state
+    chosen = _config(q, v, score, "forward")
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
     items, runs = _tables(tiles, q.shape[1], q.shape[0], chosen.block_m, chosen.block_n, False, q.device)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         forward_kernel[(len(items) * heads,)](
-            Rows.of(q), Rows.of(k), Rows.of(v), *_described(chosen.block_n, k, v), Rows.of(out), Rows.of_entries(lse),
-            Work(items, runs, q.shape[1], heads, group, section), Scores.of(spec), **_constants(q, v, chosen),
+            StridedRows.of(q), StridedRows.of(k), StridedRows.of(v), *_described(chosen.block_n, k, v),
+            StridedRows.of(out), StridedRows.of_entries(lse),
+            WorkArgs(items, runs, q.shape[1], heads, group, section), ScoreArgs.of(score), **_constants(q, v, chosen),
         )  # fmt: skip
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    tiles: Tiles,
-    spec: Spec,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """See contract.BlockKernel.backward."""
+def backward(queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
+    """Adds the gradients over the tiles: `BlockKernel.backward` in two launches."""
+    q, dout, lse, delta = queries[:4]
+    (k, v, _), (dq, dk, dv) = keys, gradients
     batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     group = heads // kv_heads
-    queries = Queries(Rows.of(q), Rows.of(dout), Rows.of_entries(lse), Rows.of_entries(delta))
-    keys, values, scores = Rows.of(k), Rows.of(v), Scores.of(spec)
+    query_rows = QueryArgs(
+        StridedRows.of(q), StridedRows.of(dout), StridedRows.of_entries(lse), StridedRows.of_entries(delta)
+    )
+    key_rows, value_rows, scores = StridedRows.of(k), StridedRows.of(v), ScoreArgs.of(score)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        chosen = _config(q, v, spec, "dq")
+        chosen = _config(q, v, score, "dq")
         section = heads_together(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
         items, runs = _tables(tiles, q.shape[1], batch, chosen.block_m, chosen.block_n, False, q.device)
         dq_kernel[(len(items) * heads,)](
-            queries, keys, values, *_described(chosen.block_n, k, v), Rows.of(dq),
-            Work(items, runs, q.shape[1], heads, group, section), scores, **_constants(q, v, chosen),
+            query_rows, key_rows, value_rows, *_described(chosen.block_n, k, v), StridedRows.of(dq),
+            WorkArgs(items, runs, q.shape[1], heads, group, section), scores, **_constants(q, v, chosen),
         )  # fmt: skip
-        chosen = _config(q, v, spec, "dkdv")
+        chosen = _config(q, v, score, "dkdv")
         section = heads_together(kv_heads, 1, group * (_bytes_per_head(q) + _bytes_per_head(dout)), CACHE_BYTES)
         items, runs = _tables(tiles, k.shape[1], batch, chosen.block_n, chosen.block_m, True, q.device)
         dkdv_kernel[(len(items) * kv_heads,)](
-            queries, keys, values, *_described(chosen.block_m, q, dout), Rows.of(dk), Rows.of(dv),
-            Work(items, runs, k.shape[1], kv_heads, group, section), scores, **_constants(q, v, chosen),
+            query_rows, key_rows, value_rows, *_described(chosen.block_m, q, dout),
+            StridedRows.of(dk), StridedRows.of(dv), WorkArgs(items, runs, k.shape[1], kv_heads, group, section),
+            scores, **_constants(q, v, chosen),
         )  # fmt: skip
 
 
@@ -100,9 +96,9 @@ def _described(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[3])]) for x in tensors]
 
 
-def _config(q: Tensor, v: Tensor, spec: Spec, which: Pass) -> Config:
+def _config(q: Tensor, v: Tensor, score: Score, which: Pass) -> Config:
     widths = padded(q.shape[3]), padded(v.shape[3])
-    return config(arch_of(q.device), q.dtype.itemsize, *widths, which, capped=spec.softcap is not None)
+    return config(arch_of(q.device), q.dtype.itemsize, *widths, which, capped=score.softcap is not None)
 
 
 def _constants(q: Tensor, v: Tensor, chosen: Config) -> dict[str, int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from ringattn.kernels.contract import Spec
-from ringattn.kernels.paged.contract import PageTables, Sight
+from ringattn.kernels.contract import Queries, State
+from ringattn.kernels.paged.paged_contract import PageTables, Pools, VisibleKeys
+from ringattn.kernels.triton.args import PageArgs, PagedSizes, PartialArgs, ScoreArgs, StridedRows
 from ringattn.kernels.triton.configs import padded, paged_config
 from ringattn.kernels.triton.launch import arch_of
-from ringattn.kernels.triton.paged import combine_kernel, paged_kernel
-from ringattn.kernels.triton.values import Counts, Pages, Parts, Rows, Scores
+from ringattn.kernels.triton.paged_kernels import combine_kernel, paged_kernel
+from ringattn.score import Score
 
 # A chunk of fewer slots is not worth a program: its part would be as many bytes as its keys.
 LEAST_SLOTS = 256
@@ -21,9 +21,10 @@ COMBINED, COMBINE_WARPS = 4096, 4
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tables: PageTables, sight: Sight, spec: Spec, out: Tensor, lse: Tensor
+    queries: Queries, pools: Pools, tables: PageTables, visible: VisibleKeys, score: Score, state: State
 ) -> None:
-    """See paged.contract.PagedKernel.forward."""
+    """Merges attention to the visible keys into the state: `PagedKernel.forward` in two launches."""
+    (q, _), (k, v), (out, lse) = queries, pools, state
     (batch, tokens, heads, dim), v_dim, kv_heads = q.shape, v.shape[3], k.shape[2]
     group, page_size = heads // kv_heads, k.shape[1]
     num_rows = tokens * group
@@ -34,17 +35,17 @@ def forward(
     num_chunks = max(1, min(wanted, len(tables.pages) * page_size // LEAST_SLOTS))
     shape = (num_chunks + batch - 1, kv_heads, num_rows)
     part_out, part_lse = torch.empty((*shape, v_dim), device=q.device), torch.empty(shape, device=q.device)
-    tables, sight = PageTables(*(x.contiguous() for x in tables)), Sight(*(x.contiguous() for x in sight))
+    tables, visible = PageTables(*(x.contiguous() for x in tables)), VisibleKeys(*(x.contiguous() for x in visible))
     q = q if q.stride(3) == 1 else q.contiguous()
-    parts, counts = Parts(part_out, part_lse), Counts(batch, num_chunks, kv_heads, group, num_rows)
+    parts, counts = PartialArgs(part_out, part_lse), PagedSizes(batch, num_chunks, kv_heads, group, num_rows)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         paged_kernel[(num_chunks * side_by_side,)](
-            Rows.of(q), Pages.of(k), Pages.of(v), tables, sight, parts, counts, Scores.of(spec),
+            StridedRows.of(q), PageArgs.of(k), PageArgs.of(v), tables, visible, parts, counts, ScoreArgs.of(score),
             DIM=dim, V_DIM=v_dim, PAGE_SIZE=page_size, TOKENS=tokens, BLOCK_M=block_m, BLOCK_N=chosen.block_n,
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
         combine_kernel[(batch * kv_heads * num_rows,)](
-            parts, tables.starts, Rows.of(out), Rows.of_entries(lse), counts,
+            parts, tables.starts, StridedRows.of(out), StridedRows.of_entries(lse), counts,
             V_DIM=v_dim, PARTS=COMBINED // padded(v_dim), num_warps=COMBINE_WARPS,
         )  # fmt: skip
 

@@ -17,10 +17,11 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels.build import FLAGS, sources
-from ringattn.kernels.contract import Call, Spec
+from ringattn.kernels.contract import BackwardQueries, Gradients, Keys, ProblemSpec, Queries, State
 from ringattn.kernels.native import NativeKernel, instruction_sets
-from ringattn.kernels.paged.contract import PageTables, Sight
-from ringattn.kernels.paged.native import NativePaged
+from ringattn.kernels.paged.native_paged import NativePaged
+from ringattn.kernels.paged.paged_contract import PageTables, Pools, VisibleKeys
+from ringattn.score import Score
 from ringattn.softmax import merge_
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,54 +112,53 @@ class Machine:
         assert self.process.wait(60) == 0
 
 
-def header(operation: int, q: Tensor, kv: Tensor, v_dim: int, keys: int, tiles: int, spec: Spec, isa: int) -> bytes:
+def header(operation: int, q: Tensor, kv: Tensor, v_dim: int, keys: int, tiles: int, score: Score, isa: int) -> bytes:
     """The header of driver.cpp; `kv` are keys, or a pool of them, and `isa` is one of the processor's, by number."""
     batch, rows, heads, dim = q.shape
     sizes = (batch, rows, keys, heads, kv.shape[2], dim, v_dim, kv.shape[0], kv.shape[1])
     numbers = (operation, _DTYPES.index(q.dtype), isa, tiles, *sizes)
-    return struct.pack("=13q2d", *numbers, spec.scale, spec.softcap or 0.0)
+    return struct.pack("=13q2d", *numbers, score.factor, score.softcap or 0.0)
 
 
 @dataclass(frozen=True)
 class Elsewhere(NativeKernel):
-    """See NativeKernel; what it computes is computed there."""
+    """A `NativeKernel` that computes on the machine."""
 
     machine: Machine = field(kw_only=True)
 
-    def unsupported(self, call: Call) -> list[str]:
-        """See NativeKernel.unsupported."""
-        reasons = NativeKernel().unsupported(call)
-        if self.isa.endswith("bf16") and call.dtype is not torch.bfloat16:
+    def unsupported(self, problem: ProblemSpec) -> list[str]:
+        reasons = NativeKernel().unsupported(problem)
+        if self.isa.endswith("bf16") and problem.dtype is not torch.bfloat16:
             reasons.append(f"has isa={self.isa!r}, which takes bfloat16 only")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         if tiles:
-            told = header(_FORWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.machine.number(self.isa))
-            self.machine.call(told, [torch.from_numpy(tiles.table.copy()), q, k, v, out, lse], [out, lse])
+            (q, _), (k, v, _) = queries, keys
+            start = header(_FORWARD, q, k, v.shape[3], k.shape[1], len(tiles), score, self.machine.number(self.isa))
+            self.machine.call(start, [torch.from_numpy(tiles.table.copy()), q, k, v, *state], state)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, spec: Spec,
-        dq: Tensor, dk: Tensor, dv: Tensor,
-    ) -> None:  # fmt: skip
+    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
         if tiles:
-            told = header(_BACKWARD, q, k, v.shape[3], k.shape[1], len(tiles), spec, self.machine.number(self.isa))
+            (q, dout, lse, delta), (k, v, _) = queries[:4], keys
+            start = header(_BACKWARD, q, k, v.shape[3], k.shape[1], len(tiles), score, self.machine.number(self.isa))
             table = torch.from_numpy(tiles.table.copy())
-            self.machine.call(told, [table, dout, q, k, v, lse, delta, dq, dk, dv], [dq, dk, dv])
+            self.machine.call(start, [table, dout, q, k, v, lse, delta, *gradients], gradients)
 
 
 @dataclass(frozen=True)
 class PagedElsewhere(NativePaged):
-    """See NativePaged; what is found there is merged into the state here."""
+    """A `NativePaged` that computes on the machine; the result is merged into the state here."""
 
     machine: Machine = field(kw_only=True)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: PageTables, sight: Sight, spec: Spec, out: Tensor, lse: Tensor
+        self, queries: Queries, pools: Pools, tables: PageTables, visible: VisibleKeys, score: Score, state: State
     ) -> None:
-        told = header(_DECODE, q, k, v.shape[3], tables.pages.numel(), 0, spec, self.machine.number(self.isa))
+        (q, _), (k, v), (out, lse) = queries, pools, state
+        start = header(_DECODE, q, k, v.shape[3], tables.pages.numel(), 0, score, self.machine.number(self.isa))
         batch, tokens, heads, v_dim = out.shape
         rows = (batch, k.shape[2], tokens, heads // k.shape[2])
         part, part_lse = torch.empty(*rows, v_dim), torch.empty(rows)
-        self.machine.call(told, [q, k, v, *tables, *sight], [part, part_lse])
+        self.machine.call(start, [q, k, v, *tables, *visible], [part, part_lse])
         merge_(out, lse, part.transpose(1, 2).reshape(out.shape), part_lse.transpose(2, 3).reshape(lse.shape))

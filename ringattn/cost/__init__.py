@@ -1,0 +1,1 @@
+"""Floor 2: what a plan takes: links, compute, lower bounds, choosing."""

@@ -1,0 +1,131 @@
+"""Cutting tiles into what a fused kernel can express: rectangles, triangles, and small masked blocks.
+
+Fused attention kernels know `full` and `causal` (top-left: j <= i). A tile between two diagonals is cut so that
+nothing outside its band is computed:
+
+    upper diagonal only:  ▉▉▉◣      a rectangle and a causal triangle
+    lower diagonal only:  ◥▉▉▉      a triangle that is causal when its rows and columns are reversed, a rectangle
+    both, a band:         ◥▉◣       strips of a few rows, each with the keys that any of its rows sees and a dense
+                            ◥▉◣     mask; all strips are alike, so that batched calls take many together
+
+A strip computes more than its band by the share of its own height. Small tiles become one such block, too: there
+triangles would cost more in calls than they save. Measured against triangles as high as the band is wide, in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
+
+from ringattn.geometry.tiles import Tile, Tiles
+
+# Strips of a band are a quarter as high as it is wide, within these bounds; a tile no larger than the smaller one is
+# masked whole. Batches of strips bound the memory of overlapping gradients.
+MIN_STRIP, MAX_STRIP = 64, 256
+STRIPS_PER_BATCH = 16
+
+
+class TileShape(Enum):
+    """Which pairs of a piece may attend, in its own rows and columns."""
+
+    FULL = "full"
+    CAUSAL = "causal"  # j <= i
+    REVERSED = "reversed"  # j >= i: causal, when rows and columns are reversed; square
+    MASKED = "masked"  # lo <= j - i <= hi
+
+
+class DenseTile(NamedTuple):
+    """`copies` equal blocks of rows x cols, each `stride` rows and columns further down the diagonal."""
+
+    shape: TileShape
+    q_start: int
+    k_start: int
+    rows: int
+    cols: int
+    batch: int
+    copies: int = 1
+    stride: int = 0
+    lo: int = 0
+    hi: int = 0
+
+
+@lru_cache(maxsize=512)
+def dense_tiles(tiles: Tiles) -> tuple[DenseTile, ...]:
+    """Returns disjoint pieces that hold exactly the pairs of the tiles."""
+    return tuple(piece for tile in tiles for piece in _decompose(tile))
+
+
+@lru_cache(maxsize=512)
+def masked_tiles(tiles: Tiles) -> Tiles:
+    """Returns the masked pieces of the tiles, as tiles."""
+    return Tiles.of(
+        *(
+            Tile(
+                piece.q_start + strip * piece.stride,
+                piece.q_start + strip * piece.stride + piece.rows,
+                piece.k_start + strip * piece.stride,
+                piece.k_start + strip * piece.stride + piece.cols,
+                piece.lo + piece.k_start - piece.q_start,
+                piece.hi + piece.k_start - piece.q_start,
+                piece.batch,
+            )
+            for piece in dense_tiles(tiles)
+            if piece.shape is TileShape.MASKED
+            for strip in range(piece.copies)
+        )
+    )
+
+
+def _decompose(tile: Tile) -> list[DenseTile]:
+    rows, cols = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
+    corner = tile.k_start - tile.q_start
+    lo, hi = tile.lo - corner, tile.hi - corner
+    # Rows before `low` are not cut by the lower diagonal, rows from `high` on not by the upper one.
+    low = min(max(1 - lo, 0), rows)
+    high = min(max(cols - 1 - hi, 0), rows)
+    # The outermost uncut row lies on a diagonal's end: it completes the triangle, or the band, that it borders on.
+    if high < low:
+        high += high > 0
+        low -= high < low < rows
+    elif high < rows:
+        high += 1
+    if rows <= MIN_STRIP and cols <= MIN_STRIP and (low, high) != (rows, 0) and not (lo <= 1 - rows and hi == 0):
+        return [DenseTile(TileShape.MASKED, tile.q_start, tile.k_start, rows, cols, tile.batch, lo=lo, hi=hi)]
+
+    found: list[DenseTile] = []
+
+    def add(shape: TileShape, i: int, j: int, height: int, width: int, copies: int = 1, **band: int) -> None:
+        if height > 0 and width > 0 and copies > 0:
+            found.append(
+                DenseTile(shape, tile.q_start + i, tile.k_start + j, height, width, tile.batch, copies, **band)
+            )
+
+    def upper(i: int, stop: int) -> None:
+        add(TileShape.FULL, i, 0, stop - i, i + hi)
+        add(TileShape.CAUSAL, i, i + hi, stop - i, stop - i)
+
+    def lower(i: int, stop: int) -> None:
+        add(TileShape.REVERSED, i, i + lo, stop - i, stop - i)
+        add(TileShape.FULL, i, stop + lo, stop - i, cols - stop - lo)
+
+    def band(i: int, stop: int) -> None:
+        width = hi - lo
+        height = min(max(width // 4, MIN_STRIP), MAX_STRIP)
+        count, rest = divmod(stop - i, height)
+        for first in range(0, count, STRIPS_PER_BATCH):
+            row, copies = i + first * height, min(STRIPS_PER_BATCH, count - first)
+            add(TileShape.MASKED, row, row + lo, height, height + width, copies, stride=height, hi=width)
+        add(TileShape.MASKED, stop - rest, stop - rest + lo, rest, rest + width, hi=width)
+
+    if low <= high:
+        upper(0, low)
+        if low < high:
+            band(low, high)
+        lower(high, rows)
+    else:
+        upper(0, high)
+        add(TileShape.FULL, high, 0, low - high, cols)
+        lower(low, rows)
+    return found

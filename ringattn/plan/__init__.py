@@ -1,0 +1,1 @@
+"""Floor 2: who sends what to whom, when. Integers only."""

@@ -1,0 +1,162 @@
+"""Demand: how many rows, and how many pairs, two ranks have to do with each other. Tables of all ranks.
+
+The sums over either rank of a pair are had without the table, from intervals of positions: of thousands of ranks, too.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from ringattn.geometry.layout import Layout
+from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, overlapping_pairs
+from ringattn.geometry.rows import halves
+from ringattn.geometry.tiles import areas, lowered_by_ranks, work_of_intervals
+from ringattn.types import Ints
+
+
+@lru_cache(maxsize=32)
+def rows_needed(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> Ints:
+    """Returns how many rows of one side have an allowed pair with each rank of the other: (world, world) int64.
+
+    Args:
+        column: K_START counts key rows, [their rank, the queries' rank]; Q_START query rows, [theirs, the keys'].
+    """
+    world = layout.world_size
+    counts = np.zeros(world * world)
+    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
+        counted, seeing = (k_owner, q_owner) if column == K_START else (q_owner, k_owner)
+        pair = counted * world + seeing
+        # Rows of each pair of ranks apart from those of all others, so that one sweep counts every union.
+        base = pair * (max(layout.seq_len, kv_layout.seq_len) + 1)
+        start, stop = base + table[:, column], base + table[:, column + 1]
+        order = np.argsort(start, kind="stable")
+        reach = np.maximum.accumulate(stop[order])
+        new = np.maximum(reach - np.maximum(start[order], np.append(0, reach[:-1])), 0) if len(order) else reach
+        np.add.at(counts, pair[order], new)
+    found = counts.astype(np.int64).reshape(world, world)
+    found.setflags(write=False)
+    return found
+
+
+@lru_cache(maxsize=32)
+def pairs_by_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Ints:
+    """Returns how many allowed pairs two ranks have: (world, world) int64, [the queries' rank, the keys' rank]."""
+    pairs = np.zeros((layout.world_size, layout.world_size), dtype=np.int64)
+    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
+        np.add.at(pairs, (q_owner, k_owner), areas(table))
+    pairs.setflags(write=False)
+    return pairs
+
+
+@lru_cache(maxsize=32)
+def pairs_by_half(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> tuple[Ints, Ints]:
+    """Returns the same of each half of the blocks of one side, as `rows.halves` cuts them.
+
+    Args:
+        column: whose blocks: K_START or Q_START.
+    """
+    held = kv_layout if column == K_START else layout
+    whole = pairs_by_rank(masks, layout, kv_layout)
+    middle = np.zeros_like(whole)
+    runs = [halves(held.num_tokens(rank))[1] for rank in range(held.world_size)]
+    start, stop = (
+        np.array([getattr(r[0], end) if r else 0 for r in runs], dtype=np.int64) for end in ("start", "stop")
+    )
+    for table, q_owner, k_owner in lowered_by_ranks(masks, layout, kv_layout):
+        owner = k_owner if column == K_START else q_owner
+        part = table.copy()
+        part[:, column] = np.maximum(part[:, column], start[owner])
+        part[:, column + 1] = np.minimum(part[:, column + 1], stop[owner])
+        np.add.at(middle, (q_owner, k_owner), areas(part))
+    outer = whole - middle
+    for found in (outer, middle):
+        found.setflags(write=False)
+    return outer, middle
+
+
+@lru_cache(maxsize=32)
+def pairs_of_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> Ints:
+    """Returns how many allowed pairs each rank's rows of one side have: (world,) int64, a sum over `pairs_by_rank`.
+
+    Args:
+        column: Q_START counts those of a rank's queries, K_START those of its keys.
+    """
+    held = layout if column == Q_START else kv_layout
+    own = held.segments
+    pairs = np.zeros(held.world_size, dtype=np.int64)
+    for mask in masks:
+        np.add.at(pairs, own.owner, work_of_intervals(_slices(mask, layout, kv_layout, column), own.start, own.stop))
+    pairs.setflags(write=False)
+    return pairs
+
+
+@lru_cache(maxsize=32)
+def rows_exchanged(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> tuple[Ints, Ints]:
+    """Returns how many rows of one side each rank needs of others, and they of it: (world,) int64, as by `rows_needed`.
+
+    Args:
+        column: whose rows: K_START or Q_START.
+    """
+    held = kv_layout if column == K_START else layout
+    own, width, world = held.segments, held.seq_len + 1, held.world_size
+    # One line for all: what a rank sees, and what it holds, stands behind that of the ranks before it.
+    start, stop = _united(*_seen(masks, layout, kv_layout, column, width))
+    first, last = own.start + own.owner * width, own.stop + own.owner * width
+    sees, has = start // width, overlapping_pairs(start, stop, first, last)
+    both = np.minimum(stop[has[0]], last[has[1]]) - np.maximum(start[has[0]], first[has[1]])
+    home = np.bincount(own.owner[has[1]], both, world)
+    start, stop = start - sees * width, stop - sees * width
+    rows = _up_to(stop, own.start, own.stop) - _up_to(start, own.start, own.stop)
+    views = _up_to(own.stop, start, stop) - _up_to(own.start, start, stop)
+    needs, gives = (np.bincount(*of, world) - home for of in ((sees, rows), (own.owner, views)))
+    found = needs.astype(np.int64), gives.astype(np.int64)
+    for counts in found:
+        counts.setflags(write=False)
+    return found
+
+
+def _slices(mask: Mask, layout: Layout, kv_layout: Layout, column: int) -> Ints:
+    """A mask's slices; transposed if those who look on are keys."""
+    slices = mask.slices(layout.seq_len, kv_layout.seq_len)
+    if column == Q_START:
+        return slices
+    turned: Ints = slices[:, [K_START, K_STOP, Q_START, Q_STOP, HI, LO]] * np.array([1, 1, 1, 1, -1, -1])
+    return turned
+
+
+def _seen(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int, width: int) -> tuple[Ints, Ints]:
+    """The positions of one side that each rank sees, as intervals, those of rank r moved by r * width."""
+    eyes, other = (layout.segments, Q_START) if column == K_START else (kv_layout.segments, K_START)
+    starts, stops = [], []
+    for mask in masks:
+        slices = _slices(mask, layout, kv_layout, other)
+        segment, index = overlapping_pairs(eyes.start, eyes.stop, slices[:, Q_START], slices[:, Q_STOP])
+        s = slices[index]
+        # Queries that see something; what consecutive ones see is consecutive.
+        first = np.maximum.reduce([s[:, Q_START], eyes.start[segment], s[:, K_START] - s[:, HI]])
+        last = np.minimum.reduce([s[:, Q_STOP], eyes.stop[segment], s[:, K_STOP] - s[:, LO]]) - 1
+        start, stop = np.maximum(s[:, K_START], first + s[:, LO]), np.minimum(s[:, K_STOP], last + s[:, HI] + 1)
+        some = (first <= last) & (start < stop)
+        behind = eyes.owner[segment] * width
+        starts.append((start + behind)[some])
+        stops.append((stop + behind)[some])
+    return np.concatenate(starts), np.concatenate(stops)
+
+
+def _united(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
+    """The union of intervals, as intervals that do not touch."""
+    order = np.argsort(start, kind="stable")
+    start, reach = start[order], np.maximum.accumulate(stop[order])
+    new = np.flatnonzero(np.append(True, start[1:] > reach[:-1])[: len(start)])
+    return start[new], reach[np.append(new[1:] - 1, len(start) - 1)[: len(new)]]
+
+
+def _up_to(position: Ints, start: Ints, stop: Ints) -> Ints:
+    """How many positions of the intervals, counted with repetition, lie before each of these."""
+    total = np.zeros_like(position)
+    for ends, sign in ((np.sort(start), 1), (np.sort(stop), -1)):
+        before = np.searchsorted(ends, position)
+        total += sign * (before * position - np.append(0, np.cumsum(ends))[before])
+    return total

@@ -70,11 +70,23 @@ sanitize: $(READY)  ## the native kernel's tests, with addresses and undefined b
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(POISON) PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest -p tests.sanitize -s $(SANITIZED) -k native
 
-lint: $(READY)  ## ruff, mypy --strict, and the floors
+# Prints the command that compiles a file of csrc.
+COMPILE := $(BIN)/python -c "import shlex; from ringattn.kernels import build; print(shlex.join(build.compile_command()))"
+# Optimisation stays on: without it, GCC leaves out the warnings that need data flow, such as -Wmaybe-uninitialized.
+WARNINGS := -Wall -Wextra -Werror -S -o /dev/null
+
+lint: $(READY)  ## ruff, mypy --strict, import rules, and the format and compiler warnings of csrc
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror csrc/cpu/*
+	@if command -v $(firstword $(CXX)) > /dev/null; then \
+		echo "$(CXX) $(WARNINGS) csrc/cpu/*.cpp"; \
+		printf '%s\n' csrc/cpu/*.cpp | xargs -P $(JOBS) -n 1 $$($(COMPILE)) $(WARNINGS); \
+	else \
+		echo "csrc is not compiled: there is no C++ compiler $(firstword $(CXX))"; \
+	fi
 
 bench: $(READY)  ## speed, memory and accuracy beside one process and other libraries
 	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.attention --out results/attention

@@ -16,7 +16,7 @@ from benchmarks.measure import progress
 from benchmarks.session import Session
 from ringattn.cache.call_marks import mark_check_on
 from ringattn.cache.decode import exchange_results_by_head, gather_results, result_fields
-from ringattn.comm.collectives import PersistentCollective, buffer_bytes_for
+from ringattn.comm.collectives import PersistentCollective, capacity_bytes_for
 from ringattn.kernels import ProblemSpec
 from ringattn.kernels.paged import select_paged
 from ringattn.score import Score
@@ -69,29 +69,29 @@ def ways(heads: int, head_dim: int, here: Session) -> dict[str, Callable[[], Ten
     generator = torch.Generator().manual_seed(here.rank)
     out = torch.randn(1, 1, heads, head_dim, generator=generator).to(here.device)
     lse = torch.randn(1, heads, 1, generator=generator).to(here.device)
-    agreement = mark_check_on(here.device)
+    mark_check = mark_check_on(here.device)
     group = dist.group.WORLD
     assert group is not None
     fields = result_fields(torch.Size((1, 1, heads)), head_dim, torch.float32)
-    meetings = [
-        made(fields, buffer_bytes_for(fields, group), group, here.device)
+    collectives = [
+        made(fields, capacity_bytes_for(fields, group), group, here.device)
         for made in (gather_results, exchange_results_by_head)
     ]
     dims = (heads, heads, head_dim, head_dim)
     kernel = select_paged(None, ProblemSpec(here.device.type, torch.float32, *dims, False, Score(1.0)))
 
-    for meeting in meetings:
-        for place, x in zip(meeting.local[1:], (out, lse), strict=True):
+    for collective in collectives:
+        for place, x in zip(collective.local[1:], (out, lse), strict=True):
             place.copy_(x)  # where a kernel puts them
 
-    def ours(meeting: PersistentCollective) -> Tensor:
-        agreement.tell(meeting.local[0].view(torch.int32), 0, 0)
-        meeting.hold()
-        marks, outs, lses = meeting.parts
-        agreement.compare(marks.view(torch.int32))
-        return kernel.merge(outs, lses, meeting.first, None)
+    def ours(collective: PersistentCollective) -> Tensor:
+        mark_check.write(collective.local[0].view(torch.int32), 0, 0)
+        collective.run()
+        marks, outs, lses = collective.received
+        mark_check.compare(marks.view(torch.int32))
+        return kernel.merge(outs, lses, collective.first_rank, None)
 
-    gather, by_heads = (partial(ours, meeting) for meeting in meetings)
+    gather, by_heads = (partial(ours, collective) for collective in collectives)
     found: dict[str, Callable[[], Tensor]] = {
         GATHER: gather,
         TREE: Tree(out, lse, together=False),

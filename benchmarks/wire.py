@@ -6,12 +6,14 @@ The same place serves to send nothing at all, so that what a call costs without 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch.distributed as dist
+
+from ringattn.comm import messages
 
 
 class _Landed:
@@ -29,22 +31,22 @@ def watched(silent: Collection[dist.ProcessGroup] = ()) -> Iterator[list[int]]:
         silent: groups whose messages are not sent: all are done at once, and zeros have been received.
     """
     sent: list[int] = []
-    original = dist.batch_isend_irecv
+    original = messages.start
 
-    def posting(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
-        if p2p_op_list[0].group in silent:
-            for op in p2p_op_list:
-                if op.op is dist.irecv:
-                    op.tensor.zero_()
-            return [cast(dist.Work, _Landed()) for _ in p2p_op_list]
-        sent.extend(op.tensor.nbytes for op in p2p_op_list if op.op is dist.isend)
-        return original(p2p_op_list)
+    def posting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+        if group in silent:
+            for op in operations:
+                if not op.is_send:
+                    op.message.tensor.zero_()
+            return [cast(dist.Work, _Landed()) for _ in operations]
+        sent.extend(op.message.tensor.nbytes for op in operations if op.is_send)
+        return original(group, operations)
 
-    dist.batch_isend_irecv = posting
+    messages.start = posting
     try:
         yield sent
     finally:
-        dist.batch_isend_irecv = original
+        messages.start = original
 
 
 def device_bytes() -> tuple[int, int]:

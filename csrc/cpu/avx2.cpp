@@ -1,4 +1,4 @@
-// Vectors of 256 bits: AVX2 with FMA.
+// 256-bit vectors: AVX2 with FMA and F16C.
 #if defined(__x86_64__)
 #define RINGATTN_ISA avx2
 #define RINGATTN_X86
@@ -8,11 +8,11 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels AVX2;
-const Kernels AVX2 = avx2::table<avx2::Wide>("avx2");
+extern const KernelTable AVX2;
+const KernelTable AVX2 = avx2::make_kernel_table<avx2::Fp32Dot>("avx2");
 }  // namespace ringattn
 #if defined(__clang__)
 #pragma clang attribute pop

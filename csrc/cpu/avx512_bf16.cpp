@@ -1,19 +1,20 @@
-// Vectors of 512 bits, and products of pairs of bfloat16: Cooper Lake, Sapphire Rapids, Zen 4.
+// 512-bit vectors with dot products of bf16 pairs: Cooper Lake, Sapphire Rapids, Zen 4.
 #if defined(__x86_64__)
 #define RINGATTN_ISA avx512_bf16
 #define RINGATTN_X86
 #define RINGATTN_AVX512
 #define RINGATTN_BF16
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels AVX512_BF16;
-const Kernels AVX512_BF16 = avx512_bf16::table<avx512_bf16::Pairs>("avx512_bf16");
+extern const KernelTable AVX512_BF16;
+const KernelTable AVX512_BF16 = avx512_bf16::make_kernel_table<avx512_bf16::Bf16PairDot>("avx512_bf16");
 }  // namespace ringattn
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,222 +1,230 @@
-// Forward: blocks of queries stay in cache while chunks of keys go by; the running softmax is merged as they do.
+// The forward kernel: query blocks stay in cache while a loop passes over key blocks and updates the online softmax.
 //
-// A vector's lanes are queries. So scores need no reduction across lanes, and keys and values are used as they lie in
-// memory, an element broadcast at a time. Dao 2023, arXiv:2307.08691, for the order of the loops.
+// A vector's lanes are queries. So the softmax needs no reduction across lanes, and keys and values keep their layout:
+// each of their elements is broadcast. The order of the loops is FlashAttention-2's (Dao 2023, arXiv:2307.08691).
 #pragma once
-#include "product.h"
+#include "arena.h"
+#include "band_mask.h"
 
 namespace ringattn::RINGATTN_ISA {
 
-template <class Arithmetic>
-struct Forward {
-  static constexpr int64_t CHUNK = 64;  // keys
-  static constexpr int64_t ASKED = 12;  // of the next chunk, while a block computes
-  static constexpr int PER_WORD = Arithmetic::PER_WORD;
+template <class Dot>
+struct ForwardKernel {
+  static constexpr int64_t BLOCK_N = 64;        // keys of a key block
+  static constexpr int64_t PREFETCH_ROWS = 12;  // rows of the next key block to prefetch per query block
+  static constexpr int PACK_FACTOR = Dot::PACK_FACTOR;
 
-  struct Sizes {
+  struct BufferDims {
     int64_t words;    // of a row of q and k
-    int64_t k_pitch;  // q rows, too: whole vectors, as transposing wants
-    int64_t v_pitch;
-    int64_t blocks;   // of a task, so that its queries and outputs fill about half of a second-level cache
-    explicit Sizes(const Problem& p)
-        : words((p.dim + PER_WORD - 1) / PER_WORD),
-          k_pitch(round_up(words, W)),
-          v_pitch(round_up(p.v_dim, TILE)),
-          blocks(most(1, least(16, (512 << 10) / (4 * BLOCK * (words + v_pitch))))) {}
+    int64_t k_pitch;  // words from row to row of k, and of q before its transpose: whole vectors
+    int64_t v_pitch;  // words from row to row of v: whole register tiles
+    int64_t blocks;   // query blocks of a task: their q and out fill about half of a second-level cache
+    explicit BufferDims(const AttentionParams& p)
+        : words((p.dim + PACK_FACTOR - 1) / PACK_FACTOR),
+          k_pitch(round_up(words, LANES)),
+          v_pitch(round_up(p.v_dim, TILE_ROWS)),
+          blocks(max(1, min(16, (512 << 10) / (4 * BLOCK_M * (words + v_pitch))))) {}
   };
 
-  // What a task keeps of a block of queries.
-  struct Block {
+  struct QueryBlock {
     int64_t head, row, stop;
-    float *q, *out;    // (words, BLOCK), (v_pitch, BLOCK)
-    float *top, *sum;  // (BLOCK): the largest score so far, and the sum of weights beside it
+    float *q, *out;  // (words, BLOCK_M), (v_pitch, BLOCK_M)
+    float *m, *l;    // (BLOCK_M): the running maximum of the scores, and the running sum of exp(score - m)
 
-    // The same without the first vectors of queries.
-    Block from(int64_t vector) const {
-      const int64_t lane = vector * W;
-      return {head, row + lane, stop, q + lane, out + lane, top + lane, sum + lane};
+    // The same block without its first vectors.
+    QueryBlock from(int64_t vector) const {
+      const int64_t lane = vector * LANES;
+      return {head, row + lane, stop, q + lane, out + lane, m + lane, l + lane};
     }
   };
 
-  // Whether the scale is so small that every score is 0 beside 1.
-  static bool is_flat(const Problem& p) { return __builtin_fabsf(p.scale) < 1e-20f; }
+  struct Buffers {
+    float *k, *v;   // (BLOCK_N, k_pitch), (BLOCK_N / PACK_FACTOR, v_pitch) in the VNNI layout
+    float* scores;  // (BLOCK_N, BLOCK_M); then probabilities, in the VNNI layout
+    float* q_rows;  // (BLOCK_M, k_pitch): q before its transpose
+    QueryBlock* blocks;
 
-  // Scores are kept unscaled, but where they are capped, in powers of two.
-  static float factor_of(const Problem& p) {
-    return p.softcap != 0.0f || is_flat(p) ? 1.0f : __builtin_fabsf(p.scale) * LOG2_E;
-  }
-
-  static int64_t blocks_per_task(const Problem& p) { return Sizes(p).blocks; }
-
-  static int64_t scratch(const Problem& p) {
-    const Sizes s(p);
-    const int64_t floats = s.blocks * BLOCK * (s.words + s.v_pitch + 2) + CHUNK * (s.k_pitch + s.v_pitch + BLOCK) +
-                           BLOCK * s.k_pitch;
-    return 4 * floats + 64 * (5 + 5 * s.blocks) + s.blocks * (int64_t)sizeof(Block);
-  }
-
-  const Problem& p;
-  const ForwardTask& task;
-  const Sizes s;
-  const float factor;  // of scores as they are kept, in powers of two
-  float *k, *v, *scores, *rows;
-  Block* blocks;
-
-  Forward(const Problem& problem, const ForwardTask& t, void* memory)
-      : p(problem), task(t), s(problem), factor(factor_of(problem)) {
-    Arena arena{static_cast<char*>(memory)};
-    k = arena.take(CHUNK * s.k_pitch);
-    v = arena.take(CHUNK * s.v_pitch);
-    scores = arena.take(CHUNK * BLOCK);
-    rows = arena.take(BLOCK * s.k_pitch);
-    blocks = reinterpret_cast<Block*>(arena.take(s.blocks * sizeof(Block) / 4 + 1));
-    for (int64_t i = 0; i < task.count; ++i) {
-      Block& b = blocks[i];
-      const int64_t index = task.first + i;
-      b.row = task.segment->q_start + index / p.group() * BLOCK;
-      b.stop = least(b.row + BLOCK, task.segment->q_stop);
-      b.head = task.kv_head * p.group() + index % p.group();
-      b.q = arena.take(s.words * BLOCK);
-      b.out = arena.take(s.v_pitch * BLOCK);
-      b.top = arena.take(BLOCK);
-      b.sum = arena.take(BLOCK);
-    }
-  }
-
-  void run() {
-    for (int64_t i = 0; i < task.count; ++i) begin(blocks[i]);
-    const int64_t row = blocks[0].row, stop = blocks[task.count - 1].stop;
-    for (int64_t i = 0; i < task.segment->num_tiles; ++i) {
-      const Tile& tile = *task.segment->tiles[i];
-      const int64_t first = most(tile.k_start, row + tile.lo), last = least(tile.k_stop, stop + tile.hi);
-      for (int64_t start = first; start < last; start += CHUNK) {
-        const int64_t n = least(CHUNK, last - start), n_pad = round_up(n, TILE);
-        Arithmetic::copy_rows(k, s.k_pitch, {p.k, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.dim});
-        Arithmetic::stack_rows(v, s.v_pitch, {p.v, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.v_dim});
-        // While blocks compute with this chunk, the next one is asked of memory, a few rows for each.
-        int64_t asked = start + n;
-        for (int64_t b = 0; b < task.count; ++b) {
-          const Band band{blocks[b].row, blocks[b].stop, start, n, tile};
-          if (band.begin() >= band.end()) continue;
-          for (const int64_t until = least(asked + ASKED, least(last, start + n + CHUNK)); asked < until; ++asked) {
-            prefetch(p.k, p.dtype, task.batch, asked, task.kv_head, p.dim);
-            prefetch(p.v, p.dtype, task.batch, asked, task.kv_head, p.v_dim);
-          }
-          attend(blocks[b], band);
-        }
+    Buffers(Arena& arena, const BufferDims& dims) {
+      k = arena.take(BLOCK_N * dims.k_pitch);
+      v = arena.take(BLOCK_N / PACK_FACTOR * dims.v_pitch);
+      scores = arena.take(BLOCK_N * BLOCK_M);
+      q_rows = arena.take(BLOCK_M * dims.k_pitch);
+      blocks = arena.take<QueryBlock>(dims.blocks);
+      for (int64_t i = 0; i < dims.blocks; ++i) {
+        QueryBlock b{};
+        b.q = arena.take(dims.words * BLOCK_M);
+        b.out = arena.take(dims.v_pitch * BLOCK_M);
+        b.m = arena.take(BLOCK_M);
+        b.l = arena.take(BLOCK_M);
+        if (blocks) blocks[i] = b;
       }
     }
-    for (int64_t i = 0; i < task.count; ++i) end(blocks[i]);
+  };
+
+  static int64_t blocks_per_task(const AttentionParams& p) { return BufferDims(p).blocks; }
+  static int64_t scratch(const AttentionParams& p) { return scratch_bytes<Buffers>(BufferDims(p)); }
+
+  const AttentionParams& p;
+  const ForwardTask& task;
+  const BufferDims dims;
+  const Buffers buf;
+  const float scale_log2;  // turns stored scores into base 2 logarithms
+
+  ForwardKernel(const AttentionParams& params, const ForwardTask& t, void* memory)
+      : p(params), task(t), dims(params), buf(allocate<Buffers>(memory, dims)), scale_log2(stored_scale_log2(params)) {}
+
+  void run() {
+    for (int64_t i = 0; i < task.count; ++i) load_block(buf.blocks[i], task.first + i);
+    const int64_t row = buf.blocks[0].row, stop = buf.blocks[task.count - 1].stop;
+    for (int64_t i = 0; i < task.segment->num_tiles; ++i) {
+      const Tile& tile = *task.segment->tiles[i];
+      const int64_t first = max(tile.k_start, row + tile.lo), last = min(tile.k_stop, stop + tile.hi);
+      for (int64_t start = first; start < last; start += BLOCK_N) process_key_block(tile, start, last);
+    }
+    for (int64_t i = 0; i < task.count; ++i) store_block(buf.blocks[i]);
   }
 
-  // Loads a block's queries, and the state that it goes on from: as if one key of weight 1 had been seen.
-  void begin(Block& b) {
+  // Keys from `start` on, at most BLOCK_N and none from `last` on, against all query blocks of the task.
+  void process_key_block(const Tile& tile, int64_t start, int64_t last) {
+    const int64_t n = min(BLOCK_N, last - start), n_pad = round_up(n, TILE_ROWS);
+    Dot::copy_rows(buf.k, dims.k_pitch, {p.k, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.dim});
+    Dot::copy_rows_vnni(buf.v, dims.v_pitch, {p.v, p.dtype, task.batch, task.kv_head, start, n, n_pad, p.v_dim});
+    int64_t prefetched = start + n;
+    for (int64_t b = 0; b < task.count; ++b) {
+      QueryBlock& block = buf.blocks[b];
+      const BandMask mask{block.row, block.stop, start, n, tile};
+      if (mask.begin() >= mask.end()) continue;
+      // Each query block prefetches a few rows of the next key block, which arrive during its computation.
+      const int64_t until = min(prefetched + PREFETCH_ROWS, min(last, start + n + BLOCK_N));
+      for (; prefetched < until; ++prefetched) {
+        prefetch_row(p.k, p.dtype, task.batch, prefetched, task.kv_head, p.dim);
+        prefetch_row(p.v, p.dtype, task.batch, prefetched, task.kv_head, p.v_dim);
+      }
+      for_each_visible_run(mask, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
+        QueryBlock vectors = block.from(vector);
+        update<count.value>(vectors, mask.vectors(vector, count.value), begin, end);
+      });
+    }
+  }
+
+  // Whether the scale is so small that exp(score) is 1 for every score.
+  static bool scale_is_negligible(const AttentionParams& p) { return __builtin_fabsf(p.scale) < 1e-20f; }
+
+  // Scores are stored unscaled. Capped scores are stored scaled, as base 2 logarithms.
+  static float stored_scale_log2(const AttentionParams& p) {
+    return p.softcap != 0.0f || scale_is_negligible(p) ? 1.0f : __builtin_fabsf(p.scale) * LOG2_E;
+  }
+
+  // Loads a block's queries and the state (out, lse), which counts as one key with probability 1: m = lse and l = 1.
+  void load_block(QueryBlock& b, int64_t index) {
+    b.row = task.segment->q_start + index / p.group() * BLOCK_M;
+    b.stop = min(b.row + BLOCK_M, task.segment->q_stop);
+    b.head = task.kv_head * p.group() + index % p.group();
     const int64_t n = b.stop - b.row;
-    if (PER_WORD == 1 && p.dtype == Dtype::float32) {
-      const void* first = row_of(p.q, p.dtype, task.batch, b.row, b.head);
-      rows_to_lanes(b.q, static_cast<const float*>(first), p.q.row, n, s.words);
+    load_queries(b, n);
+    bool has_state = false;
+    for (int64_t i = 0; i < BLOCK_M; ++i) {
+      const float lse = i < n ? *lse_ptr(b, i) : -INF;
+      b.m[i] = lse * LOG2_E / scale_log2;
+      b.l[i] = lse == -INF ? 0.0f : 1.0f;
+      has_state |= lse != -INF;
+    }
+    for (int64_t i = 0; i < dims.v_pitch * BLOCK_M; i += LANES) store(b.out + i, vec{});
+    if (has_state) transpose_to_lanes(b.out, out_ptr(b, 0), p.out.row, n, p.v_dim);
+  }
+
+  void load_queries(QueryBlock& b, int64_t n) {
+    if (PACK_FACTOR == 1 && p.dtype == Dtype::float32) {
+      const void* first = row_ptr(p.q, p.dtype, task.batch, b.row, b.head);
+      transpose_to_lanes(b.q, static_cast<const float*>(first), p.q.row, n, dims.words);
     } else {
-      Arithmetic::copy_rows(rows, s.k_pitch, {p.q, p.dtype, task.batch, b.head, b.row, n, n, p.dim});
-      rows_to_lanes(b.q, rows, s.k_pitch, n, s.words);
+      Dot::copy_rows(buf.q_rows, dims.k_pitch, {p.q, p.dtype, task.batch, b.head, b.row, n, n, p.dim});
+      transpose_to_lanes(b.q, buf.q_rows, dims.k_pitch, n, dims.words);
     }
     if (p.scale < 0) {
-      // The sign goes to the queries, so that the largest product is the largest score.
-      const ivec signs = broadcast((int32_t)(PER_WORD == 2 ? 0x80008000 : 0x80000000));
-      for (int64_t i = 0; i < s.words * BLOCK; i += W) store(b.q + i, (vec)((ivec)load(b.q + i) ^ signs));
+      // A negative scale negates the queries, so that the largest product is the largest score.
+      const ivec signs = broadcast((int32_t)(PACK_FACTOR == 2 ? 0x80008000 : 0x80000000));
+      for (int64_t i = 0; i < dims.words * BLOCK_M; i += LANES) store(b.q + i, (vec)((ivec)load(b.q + i) ^ signs));
     }
-    if (is_flat(p)) {
-      for (int64_t i = 0; i < s.words * BLOCK; i += W) store(b.q + i, vec{});
+    if (scale_is_negligible(p)) {
+      for (int64_t i = 0; i < dims.words * BLOCK_M; i += LANES) store(b.q + i, vec{});
     }
-    bool seen = false;
-    for (int64_t i = 0; i < BLOCK; ++i) {
-      const float lse = i < n ? *lse_of(b, i) : -INFINITE;
-      b.top[i] = lse * LOG2_E / factor;
-      b.sum[i] = lse == -INFINITE ? 0.0f : 1.0f;
-      seen |= lse != -INFINITE;
-    }
-    for (int64_t i = 0; i < s.v_pitch * BLOCK; i += W) store(b.out + i, vec{});
-    if (seen) rows_to_lanes(b.out, out_of(b, 0), p.out.row, n, p.v_dim);
   }
 
-  void end(Block& b) {
+  // Writes a block's out and lse.
+  void store_block(QueryBlock& b) {
     const int64_t n = b.stop - b.row;
-    float inverse[BLOCK];
+    float inverse[BLOCK_M];
     for (int64_t i = 0; i < n; ++i) {
-      inverse[i] = b.sum[i] == 0.0f ? 0.0f : 1.0f / b.sum[i];
-      *lse_of(b, i) = b.sum[i] == 0.0f ? -INFINITE : LN_2 * factor * b.top[i] + __builtin_logf(b.sum[i]);
+      inverse[i] = b.l[i] == 0.0f ? 0.0f : 1.0f / b.l[i];
+      *lse_ptr(b, i) = b.l[i] == 0.0f ? -INF : LN_2 * scale_log2 * b.m[i] + __builtin_logf(b.l[i]);
     }
-    lanes_to_rows(b.out, n, p.v_dim, [&](int64_t i, int64_t d, vec values, int64_t count) {
-      store(out_of(b, i) + d, values * inverse[i], count);
+    transpose_from_lanes(b.out, n, p.v_dim, [&](int64_t i, int64_t d, vec values, int64_t count) {
+      store(out_ptr(b, i) + d, values * inverse[i], count);
     });
   }
 
-  void attend(Block& b, const Band& band) {
-    runs(band, [&](auto count, int64_t vector, int64_t begin, int64_t end) {
-      Block part = b.from(vector);
-      attend<count.value>(part, band.part(vector, count.value), begin, end);
-    });
-  }
-
+  // One step of the online softmax: C vectors of queries against keys [begin, end) of the key block.
   template <int C>
-  void attend(Block& b, const Band& band, int64_t begin, int64_t end) {
-    vec top[C];
-    const bool masked = score<C>(b, band, begin, end, top);
+  void update(QueryBlock& b, const BandMask& mask, int64_t begin, int64_t end) {
+    vec m[C];
+    const bool masked = compute_scores<C>(b, mask, begin, end, m);
     vec rescale[C];
     RINGATTN_UNROLL
     for (int c = 0; c < C; ++c) {
-      const vec before = load(b.top + c * W), now = max(before, top[c]);
-      // Nothing seen yet, neither before nor now: any finite number will do, for there is nothing to rescale.
-      top[c] = select(now == broadcast(-INFINITE), vec{}, now);
-      rescale[c] = exp2((before - top[c]) * factor);
-      store(b.top + c * W, now);
-      store(b.sum + c * W, load(b.sum + c * W) * rescale[c]);
+      const vec m_old = load(b.m + c * LANES), m_new = max(m_old, m[c]);
+      // While a query has seen no key, m is -inf. Any finite number may replace it, since out and l are 0.
+      m[c] = select(m_new == broadcast(-INF), vec{}, m_new);
+      rescale[c] = exp2((m_old - m[c]) * scale_log2);
+      store(b.m + c * LANES, m_new);
+      store(b.l + c * LANES, load(b.l + c * LANES) * rescale[c]);
     }
     if (masked) {
-      weigh<C, true>(b, begin, end, top);
+      compute_probs<C, true>(b, begin, end, m);
     } else {
-      weigh<C, false>(b, begin, end, top);
+      compute_probs<C, false>(b, begin, end, m);
     }
-    for (int64_t d = 0; d < s.v_pitch; d += TILE) {
-      vec sums[TILE][C];
-      fill(sums, vec{});
-      multiply<Arithmetic>(sums, v + begin / PER_WORD * s.v_pitch + d, 1, s.v_pitch, scores + begin / PER_WORD * BLOCK,
-                           BLOCK, (end - begin) / PER_WORD);
+    for (int64_t d = 0; d < dims.v_pitch; d += TILE_ROWS) {
+      vec acc[TILE_ROWS][C];
+      fill(acc, vec{});
+      multiply_accumulate<Dot>(acc, buf.v + begin / PACK_FACTOR * dims.v_pitch + d, 1, dims.v_pitch,
+                               buf.scores + begin / PACK_FACTOR * BLOCK_M, BLOCK_M, (end - begin) / PACK_FACTOR);
       RINGATTN_UNROLL
-      for (int r = 0; r < TILE; ++r) {
+      for (int r = 0; r < TILE_ROWS; ++r) {
         RINGATTN_UNROLL
         for (int c = 0; c < C; ++c) {
-          float* out = b.out + (d + r) * BLOCK + c * W;
-          store(out, fma(load(out), rescale[c], sums[r][c]));
+          float* out = b.out + (d + r) * BLOCK_M + c * LANES;
+          store(out, fma(load(out), rescale[c], acc[r][c]));
         }
       }
     }
   }
 
-  // Writes the products of keys and queries, -inf where the mask forbids, and their largest; says whether it forbids any.
-  // With a softcap, it is the capped scores, in powers of two.
+  // Writes the scores of keys [begin, end), -inf where masked, and their maximum per query. Returns whether any is
+  // masked.
   template <int C>
-  bool score(const Block& b, const Band& band, int64_t begin, int64_t end, vec (&top)[C]) {
+  bool compute_scores(const QueryBlock& b, const BandMask& mask, int64_t begin, int64_t end, vec (&m)[C]) {
     bool masked = false;
     RINGATTN_UNROLL
-    for (int c = 0; c < C; ++c) top[c] = broadcast(-INFINITE);
-    for (int64_t j = begin; j < end; j += TILE) {
-      vec sums[TILE][C];
-      fill(sums, vec{});
-      multiply<Arithmetic>(sums, k + j * s.k_pitch, s.k_pitch, 1, b.q, BLOCK, s.words);
-      if (__builtin_expect(p.softcap != 0.0f, 0)) cap(sums);
-      if (__builtin_expect(!band.whole(j, TILE), 0)) {
+    for (int c = 0; c < C; ++c) m[c] = broadcast(-INF);
+    for (int64_t j = begin; j < end; j += TILE_ROWS) {
+      vec acc[TILE_ROWS][C];
+      fill(acc, vec{});
+      multiply_accumulate<Dot>(acc, buf.k + j * dims.k_pitch, dims.k_pitch, 1, b.q, BLOCK_M, dims.words);
+      if (__builtin_expect(p.softcap != 0.0f, 0)) apply_softcap(acc);
+      if (__builtin_expect(!mask.all_visible(j, TILE_ROWS), 0)) {
         masked = true;
-        for (int r = 0; r < TILE; ++r) {
-          const LaneRange lanes = band.lanes(j + r);
-          for (int c = 0; c < C; ++c) sums[r][c] = select(LaneRange::mask(lanes, c), sums[r][c], broadcast(-INFINITE));
+        for (int r = 0; r < TILE_ROWS; ++r) {
+          const LaneRange lanes = mask.visible_lanes(j + r);
+          for (int c = 0; c < C; ++c) acc[r][c] = select(LaneRange::mask(lanes, c), acc[r][c], broadcast(-INF));
         }
       }
       RINGATTN_UNROLL
-      for (int r = 0; r < TILE; ++r) {
+      for (int r = 0; r < TILE_ROWS; ++r) {
         RINGATTN_UNROLL
         for (int c = 0; c < C; ++c) {
-          top[c] = max(top[c], sums[r][c]);
-          store(scores + (j + r) * BLOCK + c * W, sums[r][c]);
+          m[c] = max(m[c], acc[r][c]);
+          store(buf.scores + (j + r) * BLOCK_M + c * LANES, acc[r][c]);
         }
       }
     }
@@ -224,44 +232,45 @@ struct Forward {
   }
 
   template <int C>
-  __attribute__((noinline)) void cap(vec (&sums)[TILE][C]) {
+  __attribute__((noinline)) void apply_softcap(vec (&scores)[TILE_ROWS][C]) {
     const float inner = __builtin_fabsf(p.scale) / p.softcap, outer = p.softcap * LOG2_E;
-    for (int r = 0; r < TILE; ++r) {
-      for (int c = 0; c < C; ++c) sums[r][c] = tanh(sums[r][c] * inner) * outer;
+    for (int r = 0; r < TILE_ROWS; ++r) {
+      for (int c = 0; c < C; ++c) scores[r][c] = tanh(scores[r][c] * inner) * outer;
     }
   }
 
-  // Turns scores into weights, in place, and adds them to the blocks' sums.
+  // Replaces scores by unnormalised probabilities exp(score - m), and adds these to l.
   template <int C, bool MASKED>
-  void weigh(Block& b, int64_t begin, int64_t end, const vec (&top)[C]) {
+  void compute_probs(QueryBlock& b, int64_t begin, int64_t end, const vec (&m)[C]) {
     vec sums[C];
     RINGATTN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = vec{};
     for (int64_t j = begin; j < end; j += 2) {
-      float *even = scores + j * BLOCK, *odd = even + BLOCK, *to = scores + j / PER_WORD * BLOCK;
+      float *even = buf.scores + j * BLOCK_M, *odd = even + BLOCK_M;
+      float* probs = buf.scores + j / PACK_FACTOR * BLOCK_M;
       RINGATTN_UNROLL
       for (int c = 0; c < C; ++c) {
-        const vec a = weight<MASKED>(load(even + c * W), top[c]);
-        const vec z = weight<MASKED>(load(odd + c * W), top[c]);
-        sums[c] += a + z;
-        Arithmetic::put_across(to + c * W, BLOCK, a, z);
+        const vec even_prob = prob<MASKED>(load(even + c * LANES), m[c]);
+        const vec odd_prob = prob<MASKED>(load(odd + c * LANES), m[c]);
+        sums[c] += even_prob + odd_prob;
+        Dot::store_rows_vnni(probs + c * LANES, BLOCK_M, even_prob, odd_prob);
       }
     }
     RINGATTN_UNROLL
-    for (int c = 0; c < C; ++c) store(b.sum + c * W, load(b.sum + c * W) + sums[c]);
+    for (int c = 0; c < C; ++c) store(b.l + c * LANES, load(b.l + c * LANES) + sums[c]);
   }
 
   template <bool MASKED>
-  vec weight(vec score, vec top) const {
-    // Scaled after the difference: the largest has weight 1, however large it is.
-    const vec w = exp2((score - top) * factor);
-    return MASKED ? select(score == broadcast(-INFINITE), vec{}, w) : w;
+  vec prob(vec score, vec m) const {
+    // The scale multiplies the difference, so that the largest score has probability 1 however large it is.
+    const vec x = exp2((score - m) * scale_log2);
+    return MASKED ? select(score == broadcast(-INF), vec{}, x) : x;
   }
 
-  float* out_of(const Block& b, int64_t i) const {
+  float* out_ptr(const QueryBlock& b, int64_t i) const {
     return p.out.data + task.batch * p.out.batch + (b.row + i) * p.out.row + b.head * p.out.head;
   }
-  float* lse_of(const Block& b, int64_t i) const {
+  float* lse_ptr(const QueryBlock& b, int64_t i) const {
     return p.lse.data + task.batch * p.lse.batch + (b.row + i) * p.lse.row + b.head * p.lse.head;
   }
 };

@@ -1,8 +1,8 @@
-// Vectors of 128 bits, which every 64-bit processor has: SSE2, NEON.
+// 128-bit vectors, which every 64-bit processor has: SSE2, NEON.
 #define RINGATTN_ISA portable
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace ringattn {
-extern const Kernels PORTABLE;
-const Kernels PORTABLE = portable::table<portable::Wide>("portable");
+extern const KernelTable PORTABLE;
+const KernelTable PORTABLE = portable::make_kernel_table<portable::Fp32Dot>("portable");
 }  // namespace ringattn

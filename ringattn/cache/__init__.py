@@ -1,1 +1,1 @@
-"""Floor 4: inference. Which rank keeps which tokens, their keys and values, and attention to them."""
+"""Floor 5: the distributed KV cache, and attention to it in prefill and decoding."""

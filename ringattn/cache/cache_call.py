@@ -1,9 +1,9 @@
-"""What decoding and prefill have in common: options, checks, and comparing notes before anything is sent."""
+"""The arguments of decoding and prefill: their checks, and the comparison with the other ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -21,22 +21,31 @@ Kernel = TypeVar("Kernel")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What a call asks for besides its tensors."""
+    """The options of a call.
+
+    Args:
+        operation: the name of the public function.
+        mask: None is causal().
+        score: scale, softcap and sink, as the caller gave them.
+        backend: None selects the first kernel that supports the call.
+    """
 
     operation: str
     mask: Mask | None
-    scale: float | None
-    softcap: float | None
+    score: Score
     backend: str | None
+
+    def signature(self) -> tuple[object, ...]:
+        """Returns what decides a call apart from the contents of the tensors; hashable if the options are."""
+        return self.operation, self.mask, self.score.signature(), self.backend
 
 
 class CacheCall(NamedTuple):
-    """What is asked of a cache: the arguments of decoding and of prefill."""
+    """The arguments of `decode_attention` or `prefill_attention`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    sink: Tensor | None
     cache: DistributedKVCache
     layer: int
     extension: SlotAllocation
@@ -46,68 +55,77 @@ class CacheCall(NamedTuple):
 def prepare_call(
     call: CacheCall,
     *,
-    key: Hashable,
+    signature: Hashable,
     check: Callable[[], None],
     select: Callable[[str | None, ProblemSpec], Kernel],
-    alike: Callable[[Kernel], Mapping[str, str]],
+    fingerprint: Callable[[Kernel], Mapping[str, str]],
 ) -> tuple[Kernel, Score]:
-    """Checks a call, compares notes with the other ranks, and returns what runs it.
+    """Checks a call, compares it with the other ranks, and returns the kernel and the resolved score.
 
     Args:
-        call: what is asked for.
-        key: its signature, the same on every rank; see `agree`.
-        check: raises unless queries and extension suit the operation and each other.
-        select: finds the kernel in the operation's table.
-        alike: what all ranks of the operation must have in common besides options, heads and the cache's form.
+        call: the arguments.
+        signature: see `agree`.
+        check: raises unless the queries and the extension suit the operation and each other.
+        select: returns the kernel for a backend name and a problem.
+        fingerprint: returns what all ranks must have in common besides the options, the heads and the cache's spec.
+    Raises:
+        RingAttnError: on every rank, if an argument is not valid or the ranks differ.
+    Communication: see `agree`.
     """
-
-    q, k, v, sink, cache, layer, extension, options = call
+    q, k, v, cache, layer, extension, options = call
 
     def prepare() -> tuple[Mapping[str, str], tuple[Kernel, Score]]:
-        cache.check(layer, extension)
-        score = check_queries(q, sink, cache, options.scale, options.softcap)
-        if options.mask is not None and not isinstance(options.mask, Mask):
-            raise ArgumentTypeError(f"mask={options.mask!r:.200}: must be a Mask such as sliding_window(99), or None")
+        cache.check_extension(layer, extension)
+        score = _check_queries(q, cache, options.score)
+        mask, spec = options.mask, cache.spec
+        if mask is not None and not isinstance(mask, Mask):
+            raise ArgumentTypeError(f"mask={mask!r:.200}: must be a Mask such as sliding_window(99), or None")
         check()
-        form = cache.form
-        cache.check_new("k", k, extension, form.head_dim)
-        cache.check_new("v", v, extension, form.v_head_dim)
-        asked = ProblemSpec(
-            q.device.type, q.dtype, q.shape[2], form.num_kv_heads, form.head_dim, form.v_head_dim, False, score
+        cache.check_new_rows("k", k, extension, spec.head_dim)
+        cache.check_new_rows("v", v, extension, spec.v_head_dim)
+        problem = ProblemSpec(
+            q.device.type,
+            q.dtype,
+            q.shape[2],
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.v_head_dim,
+            False,
+            score,
         )
-        kernel = select(options.backend, asked)
-        digest = None if options.mask is None else options.mask.digest
-        sink_shape = None if sink is None else tuple(sink.shape)
-        told = {"the call": f"{options} {digest} heads={q.shape[2]} sink={sink_shape} {form}"}
-        return {**told, **alike(kernel)}, (kernel, score)
+        kernel = select(options.backend, problem)
+        digest = None if mask is None else mask.digest
+        text = f"{options.operation} mask={mask} #{digest} backend={options.backend} heads={q.shape[2]} {spec}"
+        # The result is stored for later calls of this signature, which have other sinks.
+        return {"the call": text, **score.describe(), **fingerprint(kernel)}, (kernel, replace(score, sink=None))
 
-    cache.check(layer, extension)
-    return agree(cache.team, key, prepare)
+    cache.check_extension(layer, extension)
+    kernel, score = agree(cache.mesh, signature, prepare)
+    return kernel, replace(score, sink=options.score.sink)
 
 
-def hashable_key(key: Hashable) -> Hashable | None:
-    """Returns a key, or None if something in it cannot be told apart by a hash."""
+def hashable_or_none(signature: Hashable) -> Hashable | None:
+    """Returns the signature, or None if a part of it is not hashable."""
     try:
-        hash(key)
+        hash(signature)
     except TypeError:
         return None
-    return key
+    return signature
 
 
-def check_queries(
-    q: Tensor, sink: Tensor | None, cache: DistributedKVCache, scale: float | None, softcap: float | None
-) -> Score:
-    """Checks queries and options against a cache; returns the resolved score."""
-    form = cache.form
+def _check_queries(q: Tensor, cache: DistributedKVCache, score: Score) -> Score:
+    """Checks queries and score against a cache; returns the resolved score."""
+    spec = cache.spec
     if not isinstance(q, Tensor) or q.ndim != 4:
         raise ArgumentError("q: must be a tensor (batch, tokens, heads, head_dim)")
-    if q.dtype != form.dtype or q.device.type != cache.device.type:
-        raise ArgumentError(f"q is {q.dtype} on {q.device}: the cache is {form.dtype} on {cache.device}")
+    if q.dtype != spec.dtype or q.device.type != cache.device.type:
+        raise ArgumentError(f"q is {q.dtype} on {q.device}: the cache is {spec.dtype} on {cache.device}")
     heads = q.shape[2]
-    if heads < 1 or heads % form.num_kv_heads:
-        raise ArgumentError(f"q has {heads} heads: must be a multiple of the {form.num_kv_heads} kv heads of the cache")
-    if q.shape[3] != form.head_dim:
-        raise ArgumentError(f"q has head_dim {q.shape[3]}: the cache has {form.head_dim}")
+    if heads < 1 or heads % spec.num_kv_heads:
+        raise ArgumentError(f"q has {heads} heads: must be a multiple of the {spec.num_kv_heads} kv heads of the cache")
+    if q.shape[3] != spec.head_dim:
+        raise ArgumentError(f"q has head_dim {q.shape[3]}: the cache has {spec.head_dim}")
+    sink = score.sink
     if sink is not None and (not isinstance(sink, Tensor) or sink.shape != (heads,) or not sink.is_floating_point()):
         raise ArgumentError(f"sink: must be a floating tensor ({heads},), one logit per query head, or None")
-    return Score(scale, softcap).resolve(form.head_dim)
+    return score.resolve(spec.head_dim)

@@ -1,7 +1,7 @@
-"""Attention of new tokens, which every rank has, to a cache of which every rank has a part: one collective a layer.
+"""Attention of new tokens, which every rank has, to a cache distributed over the ranks: one collective per layer.
 
-Each rank attends to the keys that it holds. What comes of it, an output and a log-sum-exp for each row, is all that
-is exchanged, and merged in the order of ranks. So what all ranks have computed is the same to the bit.
+Each rank attends to the keys that it stores. The ranks exchange only these partial results, an output and a
+log-sum-exp per row, and merge them in order of rank. So the result is the same to the bit on all ranks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_key, prepare_call
+from ringattn.cache.cache_call import CacheCall, CacheOptions, hashable_or_none, prepare_call
 from ringattn.cache.call_marks import MarkCheck, mark_field
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.pages import SlotAllocation
-from ringattn.comm.collectives import PersistentCollective, all_gather, all_to_all, buffer_bytes_for
+from ringattn.comm.collectives import PersistentCollective, all_gather, all_to_all, capacity_bytes_for
 from ringattn.comm.packet import Field, Packet
 from ringattn.errors import ArgumentError
 from ringattn.geometry.layout import contiguous
@@ -46,47 +46,47 @@ def decode_attention(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of the new tokens of some sequences to all that the cache holds of them, the new ones included.
+    """Writes the keys and values of new tokens to a cache, and attends from the tokens to all keys of their sequences.
 
-    Puts k and v in their places first. All ranks of the cache's group call it together, with the same tensors; the
-    result is the same to the bit on all of them. It takes no part in autograd.
+    The new tokens see each other too, as the mask says. All ranks of the cache's group call this together with the same
+    tensors; the result is the same to the bit on all of them. It is not differentiable.
 
     Args:
-        q: queries of the new tokens, (B, T, H, D), B sequences with T tokens each, in the cache's dtype; H % H_kv == 0.
-        k: their keys, (B, T, H_kv, D).
-        v: their values, (B, T, H_kv, Dv).
-        cache: where they go, and what they attend to.
-        layer: which, from 0.
-        extension: what `cache.extend(sequences, T)` returned; the B sequences are its.
-        mask: who sees whom, in global positions, over the sequence as long as it is now; None is causal(). Each query
-            must see one run of positions; what was evicted is not there to be seen.
-        scale: softmax scale, dimensionless; D ** -0.5 if None.
+        q: queries of the new tokens, (B, T, H, D), for B sequences with T tokens each, in the cache's dtype;
+            H % H_kv == 0.
+        k: keys of the new tokens, (B, T, H_kv, D).
+        v: values of the new tokens, (B, T, H_kv, Dv).
+        cache: stores the keys and values.
+        layer: from 0.
+        extension: the result of `cache.extend(sequences, T)` for the B sequences.
+        mask: which keys each query sees, in global positions over the sequence as long as it is now; None is causal().
+            Each query must see one run of positions. Evicted keys are not seen.
+        scale: factor on q·k before the softmax, dimensionless; None is D ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); positive; None leaves them.
         sink: (H,) learned logits that take part in each row's denominator; the same on all ranks.
-        backend: a name out of kernels.paged.PAGED_BACKENDS; None takes the first that can.
+        backend: a name in kernels.paged.PAGED_BACKENDS; None takes the first that supports the call.
     Returns:
         (B, T, H, Dv) in q.dtype; accumulated in fp32 (float64 for float64).
     Raises:
-        ArgumentError, MaskError, BackendError: when something is not allowed; nothing is written.
-        DisagreementError: when the ranks do not ask for the same, or have not asked the same of the cache before. All
-            that the cache held is as it was, so is the extension, and a call that is the same on all ranks may follow
-            with it, or `truncate`; only its own places of this layer hold what was to be written. Ranks that have asked
-            otherwise before go on with a snapshot, or a new cache. On CUDA, where no layer waits for the host, it
-            is raised by what next builds on the cache's state (`extend`, `truncate`, `free`, `prefill_attention`,
-            `save_cache`, ...), before it changes anything, and results since are void; ranks whose queries differ in
-            number are found by NCCL's timeout only.
-    Communication: one all-gather (on CPUs made of one message from each rank to each other, all at once); each rank
-        sends (W - 1) x (B T H (Dv + 1) a + 8) bytes, a being 4 (8 for float64), whatever q.dtype.
-        On the first call of a signature (shapes, options) one all-gather of a few hundred bytes more.
-    Source: flash-decoding, over ranks; what is exchanged is that of Tree Attention, Shyam et al. 2024,
-        arXiv:2408.04093, in one message instead of three.
+        ArgumentError, MaskError, BackendError: if an argument is not valid; nothing is written.
+        DisagreementError: if the ranks' calls differ, this one or earlier ones. Only the new slots of this layer have
+            been written. If this call differed, the same extension may be used again, or truncated. If earlier calls
+            differed, continue with a snapshot or a new cache. On CUDA no layer waits for the host: the next call that
+            changes or saves the cache (`extend`, `truncate`, `free`, `prefill_attention`, `save_cache`, ...) raises
+            the error before it changes anything, and results since the differing call are void. Ranks with different
+            numbers of queries are found by NCCL's timeout only.
+    Communication: one all-gather (on CPUs, one message between each pair of ranks, all at once); each rank sends
+        (W - 1) x (B T H (Dv + 1) a + 8) bytes, where a is 4 (8 for float64) whatever q.dtype. The first call of a
+        signature (shapes, options) adds one all-gather of a few hundred bytes.
+    Source: flash-decoding over ranks. The exchange is the one of Tree Attention, Shyam et al. 2024, arXiv:2408.04093,
+        in one message instead of three.
     """
-    options = CacheOptions("decode_attention", mask, scale, softcap, backend)
-    call = CacheCall(q, k, v, sink, cache, layer, extension, options)
+    options = CacheOptions("decode_attention", mask, Score(scale, softcap, sink), backend)
+    call = CacheCall(q, k, v, cache, layer, extension, options)
     kernel, score = _prepare(call)
-    meeting = _collective(call, gather_results)
-    _attend(call, kernel, score, meeting)
-    return _merge(meeting, cache.agreement, kernel, sink).to(q.dtype)
+    collective = _collective_for(call, gather_results)
+    _attend_locally(call, kernel, score, collective)
+    return _exchange_and_merge(collective, cache.mark_check, kernel, score.sink).to(q.dtype)
 
 
 @torch.no_grad()
@@ -104,135 +104,141 @@ def decode_attention_by_heads(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The result of `decode_attention` for this rank's heads only, for a projection that is sharded by heads.
+    """`decode_attention` with a result that is sharded by heads, for an output projection that is sharded by heads.
 
-    Args, errors and the way of calling are those of `decode_attention`.
+    The arguments and errors are the same as for `decode_attention`.
 
     Returns:
-        (B, T, H_own, Dv) in q.dtype: of the heads `contiguous(H, W).positions(rank)`.
-    Communication: one all-to-all, as above; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes.
+        (B, T, H_own, Dv) in q.dtype: the heads `contiguous(H, W).positions(rank)`.
+    Communication: one all-to-all; each rank sends B T (H - H_own) (Dv + 1) a + 8 (W - 1) bytes, where a is 4 (8 for
+        float64).
     """
-    options = CacheOptions("decode_attention_by_heads", mask, scale, softcap, backend)
-    call = CacheCall(q, k, v, sink, cache, layer, extension, options)
+    options = CacheOptions("decode_attention_by_heads", mask, Score(scale, softcap, sink), backend)
+    call = CacheCall(q, k, v, cache, layer, extension, options)
     kernel, score = _prepare(call)
-    meeting = _collective(call, exchange_results_by_head)
-    _attend(call, kernel, score, meeting)
-    own = _heads_of(cache.team.rank, q.shape[2], cache.team.size)
-    return _merge(meeting, cache.agreement, kernel, None if sink is None else sink[own]).to(q.dtype)
+    collective = _collective_for(call, exchange_results_by_head)
+    _attend_locally(call, kernel, score, collective)
+    own = score.of_heads(_heads_of(cache.mesh.rank, q.shape[2], cache.mesh.size))
+    return _exchange_and_merge(collective, cache.mark_check, kernel, own.sink).to(q.dtype)
 
 
 def gather_results(
-    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+    fields: Sequence[Field], capacity_bytes: int, group: dist.ProcessGroup, device: torch.device
 ) -> PersistentCollective:
-    """Returns where partial results of all heads are merged on every rank.
+    """Returns the collective that sends the partial results of all heads to every rank.
 
     Args:
         fields: from `result_fields`.
-        room: from `buffer_bytes_for`.
-        group: of the ranks.
+        capacity_bytes: from `capacity_bytes_for`.
+        group: the ranks.
         device: of the tensors.
     """
-    return all_gather(fields, room, group, device)
+    return all_gather(fields, capacity_bytes, group, device)
 
 
 def exchange_results_by_head(
-    fields: Sequence[Field], room: int, group: dist.ProcessGroup, device: torch.device
+    fields: Sequence[Field], capacity_bytes: int, group: dist.ProcessGroup, device: torch.device
 ) -> PersistentCollective:
-    """Returns where partial results are merged for each rank's heads; see `gather_results`."""
+    """Returns the collective that sends to each rank the partial results of its heads; args as in `gather_results`."""
     local = Packet.empty(fields, device).tensors
     mark, out, lse = local
-    parts = [_heads_of(rank, out.shape[2], group.size()) for rank in range(group.size())]
-    return all_to_all(local, [(mark, out[:, :, part], lse[:, part]) for part in parts], room, group, device)
-
-
-def _heads_of(rank: int, heads: int, size: int) -> slice:
-    runs = contiguous(heads, size).ranges(rank)
-    return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
+    by_rank = [_heads_of(rank, out.shape[2], group.size()) for rank in range(group.size())]
+    send_views = [(mark, out[:, :, heads.start : heads.stop], lse[:, heads.start : heads.stop]) for heads in by_rank]
+    return all_to_all(local, send_views, capacity_bytes, group, device)
 
 
 @lru_cache(maxsize=64)
 def result_fields(rows: torch.Size, v_head_dim: int, dtype: torch.dtype) -> tuple[Field, Field, Field]:
-    """What a rank tells another: a mark of what was asked for, an output and a log-sum-exp for each row.
+    """Returns the packet fields of a rank's partial result: a call mark, the output and the log-sum-exp of each row.
 
     Args:
         rows: (B, T, H).
-        v_head_dim: of the output.
-        dtype: of both.
+        v_head_dim: dim of the output.
+        dtype: of output and log-sum-exp.
     """
     batch, tokens, heads = rows
     return mark_field(dtype), Field((batch, tokens, heads, v_head_dim), dtype), Field((batch, heads, tokens), dtype)
 
 
-def _collective(call: CacheCall, make: Callable[..., PersistentCollective]) -> PersistentCollective:
-    """Returns the meeting of a call: in steps that are alike, the same for all layers."""
-    q, cache, group = call.q, call.cache, call.cache.team.axes[0].group
-    fields = result_fields(q.shape[:3], cache.form.v_head_dim, accumulation_dtype(q.dtype))
-    room = buffer_bytes_for(fields, group)
-    key = call.options.operation, q.shape, q.device, room
-    return cache.meeting(key, lambda: make(fields, room, group, q.device))
+def _heads_of(rank: int, num_heads: int, world_size: int) -> range:
+    """Returns the query heads of a rank."""
+    runs = contiguous(num_heads, world_size).ranges(rank)
+    return runs[0] if runs else range(0)
 
 
-def _merge(meeting: PersistentCollective, agreement: MarkCheck, kernel: PagedKernel, sink: Tensor | None) -> Tensor:
-    """Merges what all ranks have found, if they were asked for the same."""
-    meeting.hold()
-    marks, outs, lses = meeting.parts
-    agreement.compare(marks.view(torch.int32))
-    return kernel.merge(outs, lses, meeting.first, sink)
+def _collective_for(call: CacheCall, create: Callable[..., PersistentCollective]) -> PersistentCollective:
+    """Returns the collective of a call; all layers and all steps of equal shapes share it."""
+    q, cache, group = call.q, call.cache, call.cache.mesh.axes[0].group
+    fields = result_fields(q.shape[:3], cache.spec.v_head_dim, accumulation_dtype(q.dtype))
+    capacity_bytes = capacity_bytes_for(fields, group)
+    key = call.options.operation, q.shape, q.device, capacity_bytes
+    return cache.collective(key, lambda: create(fields, capacity_bytes, group, q.device))
 
 
-@lru_cache(maxsize=1024, typed=True)
-def _call_mark(
-    layer: int, sequences: tuple[int, ...], rows: torch.Size, mask: str | None, options: tuple[object, ...]
-) -> int:
-    """Returns 32 bits that tell apart calls: the same for a layer in every step."""
-    asked = repr((layer, sequences, tuple(rows), mask, options)).encode()
-    return int.from_bytes(hashlib.blake2b(asked, digest_size=4).digest(), "little", signed=True)
-
-
-def _attend(call: CacheCall, kernel: PagedKernel, score: Score, meeting: PersistentCollective) -> None:
-    """Attends to what this rank holds, and writes down what it was asked for: before and now."""
+def _attend_locally(call: CacheCall, kernel: PagedKernel, score: Score, collective: PersistentCollective) -> None:
+    """Writes the call mark, and the attention to the keys that this rank stores, into the send buffer."""
     q, cache, extension, options = call.q, call.cache, call.extension, call.options
-    mark, out, lse = meeting.local
+    mark, out, lse = collective.local
     out.zero_()
     lse.fill_(-torch.inf)
     digest = None if options.mask is None else options.mask.digest
-    rest = (options.operation, options.scale, options.softcap)
-    now = _call_mark(call.layer, extension.sequences, q.shape[:3], digest, rest)
-    cache.agreement.tell(mark.view(torch.int32), cache.pages.short_digest, now)
+    numbers = (options.operation, score.scale, score.softcap)
+    call_digest = _call_digest(call.layer, extension.sequences, q.shape[:3], digest, numbers)
+    cache.mark_check.write(mark.view(torch.int32), cache.pages.history_digest32, call_digest)
     tables = cache.page_tables(extension)
-    visible = _visible(extension.starts, extension.num_tokens, options.mask, q.device)
+    visible = _visible_keys(extension.starts, extension.num_tokens, options.mask, q.device)
     if len(tables.pages) and q.numel():
         pools = Pools(*cache.pools(call.layer))
         kernel.forward(Queries(q), pools, tables, visible, score, State(out, lse))
 
 
+def _exchange_and_merge(
+    collective: PersistentCollective, mark_check: MarkCheck, kernel: PagedKernel, sink: Tensor | None
+) -> Tensor:
+    """Runs the collective, compares the call marks, and merges the partial results of all ranks."""
+    collective.run()
+    marks, outs, lses = collective.received
+    mark_check.compare(marks.view(torch.int32))
+    return kernel.merge(outs, lses, collective.first_rank, sink)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _call_digest(
+    layer: int, sequences: tuple[int, ...], rows: torch.Size, mask: str | None, options: tuple[object, ...]
+) -> int:
+    """Returns a digest of a call as a signed 32-bit integer; the same for a layer in every step."""
+    text = repr((layer, sequences, tuple(rows), mask, options)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little", signed=True)
+
+
 @lru_cache(maxsize=64)
-def _visible(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device: torch.device) -> VisibleKeys:
-    """What the new tokens see: the same in every layer."""
+def _visible_keys(starts: tuple[int, ...], num_tokens: int, mask: Mask | None, device: torch.device) -> VisibleKeys:
+    """Returns the range of positions that each new token sees; the same in every layer."""
     mask = causal() if mask is None else mask
-    rows = np.stack([visible_key_ranges(mask, start, start + num_tokens) for start in starts])
-    first, stop = (torch.from_numpy(rows[:, :, column].astype(np.int32)).to(device) for column in (0, 1))
+    ranges = np.stack([visible_key_ranges(mask, start, start + num_tokens) for start in starts])
+    first, stop = (torch.from_numpy(ranges[:, :, column].astype(np.int32)).to(device) for column in (0, 1))
     return VisibleKeys(first, stop)
 
 
 def _prepare(call: CacheCall) -> tuple[PagedKernel, Score]:
-    """Checks a call, writes the new keys and values, and returns what runs it."""
-    q, k, v, sink, cache, layer, extension, options = call
+    """Checks a call, writes the new keys and values, and returns the kernel and the resolved score."""
+    q, k, v, cache, layer, extension, options = call
 
     def check() -> None:
         if extension.layout is not None:
             raise ArgumentError("extension: made by a layout, for prefill_attention; decoding takes a number of tokens")
-        wanted = (len(extension.sequences), extension.num_tokens)
-        if q.shape[:2] != wanted:
-            raise ArgumentError(f"q has (sequences, tokens) = {tuple(q.shape[:2])}: the extension has {wanted}")
+        expected = (len(extension.sequences), extension.num_tokens)
+        if q.shape[:2] != expected:
+            raise ArgumentError(f"q has (sequences, tokens) = {tuple(q.shape[:2])}: the extension has {expected}")
 
-    def alike(kernel: PagedKernel) -> Mapping[str, str]:
+    def fingerprint(kernel: PagedKernel) -> Mapping[str, str]:
         return {"q": str(tuple(q.shape)), "the kernel": kernel.name}
 
-    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v, sink))
-    key = hashable_key((options, tensors, cache.form, getattr(extension, "layout", None)))
-    found = prepare_call(call, key=key, check=check, select=select_paged, alike=alike)
-    # A mask that does not fit raises before anything is written.
-    _visible(extension.starts, extension.num_tokens, options.mask, q.device)
+    tensors = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in (q, k, v))
+    layout = getattr(extension, "layout", None)
+    signature = hashable_or_none((options.signature(), tensors, cache.spec, layout))
+    prepared = prepare_call(call, signature=signature, check=check, select=select_paged, fingerprint=fingerprint)
+    # Raises if the mask does not fit, before anything is written.
+    _visible_keys(extension.starts, extension.num_tokens, options.mask, q.device)
     cache.write(layer, extension, k, v)
-    return found
+    return prepared

@@ -1,4 +1,4 @@
-"""Tables: which pages of a rank hold a sequence, and the position of each of their slots."""
+"""Page tables: the pages of one sequence on one rank, and the global position of the token in each slot."""
 
 from __future__ import annotations
 
@@ -14,92 +14,108 @@ Positions = npt.NDArray[np.int32]
 EMPTY_SLOT = -1
 
 
-class RankTable:
-    """One sequence on one rank: its pages, and the position of each slot in them. `Pages` alone changes it.
+class PageTable:
+    """The pages of one sequence on one rank. Only `PagePools` changes it.
+
+    Slots are filled in order; a slot whose token was truncated or evicted has position EMPTY_SLOT. The slots after the
+    last token are free.
 
     Args:
-        page_size: slots of a page.
-        pages: in the order of the slots.
-        slots: the position of each slot used so far; those after them in the last page are room.
+        page_size: slots per page.
+        pages: indices into the rank's pool, in order of the slots.
+        positions: the global position of the token in each filled slot, or EMPTY_SLOT; (filled slots,) int32.
     """
 
-    def __init__(self, page_size: int, pages: Sequence[int] = (), slots: Positions | None = None) -> None:
+    def __init__(self, page_size: int, pages: Sequence[int] = (), positions: Positions | None = None) -> None:
         self.pages = list(pages)
         self._page_size = page_size
-        self._slots = np.empty(0, dtype=np.int32) if slots is None else slots.astype(np.int32)
-        self._num_slots = len(self._slots)
-        self.num_tokens = int((self._slots != EMPTY_SLOT).sum())
+        self._positions = np.empty(0, dtype=np.int32) if positions is None else positions.astype(np.int32)
+        self._num_filled = len(self._positions)
+        self.num_tokens = int((self._positions != EMPTY_SLOT).sum())
 
     @property
-    def room(self) -> int:
-        """How many more slots the last page has."""
-        return len(self.pages) * self._page_size - self._num_slots
+    def num_free_slots(self) -> int:
+        """The number of slots after the last token, in the pages that the table has."""
+        return len(self.pages) * self._page_size - self._num_filled
 
     @property
-    def slots(self) -> Positions:
-        """The position of every slot of every page, (pages, page_size) int32."""
+    def positions(self) -> Positions:
+        """The global position of the token in each slot of each page, or EMPTY_SLOT; (pages, page_size) int32."""
         found = np.full((len(self.pages), self._page_size), EMPTY_SLOT, dtype=np.int32)
-        found.reshape(-1)[: self._num_slots] = self._slots[: self._num_slots]
+        found.reshape(-1)[: self._num_filled] = self._positions[: self._num_filled]
         return found
 
-    def held(self) -> tuple[Ints, Ints]:
-        """Returns the positions held here, ascending, and the place of each in the pool: page * page_size + slot."""
-        slots = self._slots[: self._num_slots]
-        used = np.flatnonzero(slots != EMPTY_SLOT)
-        used = used[np.argsort(slots[used], kind="stable")]
-        return slots[used].astype(np.int64), self.places(used)
+    def stored_tokens(self) -> tuple[Ints, Ints]:
+        """Returns (positions, slot indices) of the stored tokens, in ascending order of position.
 
-    def places(self, slots: Ints) -> Ints:
-        """Returns where in the pool these slots are."""
-        pages = np.array(self.pages, dtype=np.int64)
-        found: Ints = pages[slots // self._page_size] * self._page_size + slots % self._page_size
-        return found
+        A slot index counts the slots of the rank's whole pool: page * page_size + slot.
+        """
+        positions = self._positions[: self._num_filled]
+        used = np.flatnonzero(positions != EMPTY_SLOT)
+        used = used[np.argsort(positions[used], kind="stable")]
+        return positions[used].astype(np.int64), self._slot_indices(used)
 
     def append(self, positions: Ints) -> Ints:
-        """Takes the next slots for these positions, for which there are pages; returns where in the pool they are."""
-        first, self._num_slots = self._num_slots, self._num_slots + len(positions)
-        if self._num_slots > len(self._slots):
-            grown = np.empty(max(self._num_slots, 2 * len(self._slots)), dtype=np.int32)
-            grown[:first] = self._slots[:first]
-            self._slots = grown
-        self._slots[first : self._num_slots] = positions
-        self.num_tokens += len(positions)
-        return self.places(np.arange(first, self._num_slots, dtype=np.int64))
+        """Stores tokens at these positions in the next free slots; returns their slot indices.
 
-    def drop(self, first: int, stop: int) -> list[int]:
-        """Forgets the positions first <= p < stop; returns the pages that hold nothing any more."""
-        slots = self._slots[: self._num_slots]
-        slots[(slots >= first) & (slots < stop)] = EMPTY_SLOT
-        used = np.flatnonzero(slots != EMPTY_SLOT)
-        self._num_slots, self.num_tokens = int(used[-1]) + 1 if len(used) else 0, len(used)
+        The table must have enough free slots.
+        """
+        first, self._num_filled = self._num_filled, self._num_filled + len(positions)
+        if self._num_filled > len(self._positions):
+            grown = np.empty(max(self._num_filled, 2 * len(self._positions)), dtype=np.int32)
+            grown[:first] = self._positions[:first]
+            self._positions = grown
+        self._positions[first : self._num_filled] = positions
+        self.num_tokens += len(positions)
+        return self._slot_indices(np.arange(first, self._num_filled, dtype=np.int64))
+
+    def remove(self, start: int, stop: int) -> list[int]:
+        """Removes the tokens at positions start <= p < stop; returns the emptied pages, which leave the table."""
+        positions = self._positions[: self._num_filled]
+        positions[(positions >= start) & (positions < stop)] = EMPTY_SLOT
+        used = np.flatnonzero(positions != EMPTY_SLOT)
+        self._num_filled, self.num_tokens = int(used[-1]) + 1 if len(used) else 0, len(used)
         keep = np.zeros(len(self.pages), dtype=bool)
         keep[used // self._page_size] = True
         if keep.all():
             return []
-        rest = np.repeat(keep, self._page_size)[: self._num_slots]
-        self._slots = slots[: self._num_slots][rest]
-        self._num_slots = len(self._slots)
-        gone = [page for page, kept in zip(self.pages, keep.tolist(), strict=True) if not kept]
+        in_kept_pages = np.repeat(keep, self._page_size)[: self._num_filled]
+        self._positions = positions[: self._num_filled][in_kept_pages]
+        self._num_filled = len(self._positions)
+        emptied = [page for page, kept in zip(self.pages, keep.tolist(), strict=True) if not kept]
         self.pages = [page for page, kept in zip(self.pages, keep.tolist(), strict=True) if kept]
-        return gone
+        return emptied
 
-    def copy(self) -> RankTable:
-        """Returns a table of the same pages."""
-        return RankTable(self._page_size, self.pages, self._slots[: self._num_slots].copy())
+    def copy(self) -> PageTable:
+        """Returns a table of the same pages and positions, which changes independently."""
+        return PageTable(self._page_size, self.pages, self._positions[: self._num_filled].copy())
+
+    def _slot_indices(self, slots: Ints) -> Ints:
+        """Returns the slot indices in the pool of slots that are numbered within this table."""
+        pages = np.array(self.pages, dtype=np.int64)
+        found: Ints = pages[slots // self._page_size] * self._page_size + slots % self._page_size
+        return found
 
 
 class SequenceState:
-    """One sequence: its table on every rank."""
+    """One sequence of the cache.
 
-    def __init__(self, tables: list[RankTable], length: int = 0, at: int | None = None) -> None:
+    Args:
+        tables: its page table on each rank.
+        length: the position of its next token.
+        fill_rank: the rank that receives decoded tokens until its last page is full; None if no token was decoded.
+    """
+
+    def __init__(self, tables: list[PageTable], length: int = 0, fill_rank: int | None = None) -> None:
         self.tables = tables
-        self.length = length  # the position of the next token
-        self.at = at  # the rank that decoded tokens go to until its page is full
-        self.version = 0
+        self.length = length
+        self.fill_rank = fill_rank
+        self.version = 0  # counts the changes
 
 
-def make_table(page_size: int, held: list[tuple[int, Positions]]) -> RankTable:
-    """Returns a table of these pages; what is not used at its end is room."""
-    slots = np.concatenate([slots for _, slots in held]) if held else np.empty(0, dtype=np.int32)
-    used = np.flatnonzero(slots != EMPTY_SLOT)
-    return RankTable(page_size, [page for page, _ in held], slots[: used[-1] + 1 if len(used) else 0])
+def table_from_pages(page_size: int, pages: list[tuple[int, Positions]]) -> PageTable:
+    """Returns a table of pages, each given as (index, position of each slot); slots after the last token are free."""
+    positions = np.concatenate([each for _, each in pages]) if pages else np.empty(0, dtype=np.int32)
+    used = np.flatnonzero(positions != EMPTY_SLOT)
+    num_filled = used[-1] + 1 if len(used) else 0
+    return PageTable(page_size, [page for page, _ in pages], positions[:num_filled])

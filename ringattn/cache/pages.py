@@ -1,15 +1,13 @@
-"""Pages: which rank keeps which tokens, and where. Integers only, and the same on every rank.
+"""Page pools and page tables of all ranks: which rank stores which token, and in which slot. Integers only.
 
-Each rank has a pool of pages, and each page has slots for `page_size` tokens. A sequence has a table on every rank:
-its pages there, and the global position of each of their slots. So tokens may lie anywhere, in any order, and
-what a query sees, what is rolled back and what is evicted all follow from positions alone. A slot that holds nothing
-of the sequence, because it was never filled, rolled back or evicted, has position NOTHING.
+Each rank has a pool of pages, and each page has `page_size` slots for tokens. A sequence has a page table on every
+rank: its pages there, and the global position of the token in each slot. So tokens may lie on any rank in any order:
+what a query sees, and what truncation and eviction remove, follow from the positions alone. A slot that was never
+filled, or whose token was removed, has position EMPTY_SLOT.
 
-Every rank runs the same program on the tables of all ranks. It decides where tokens go, and whether there is room,
-without any communication. Tables of several sequences may share pages, which are counted; a shared page that is to be
-written to is copied first.
-
-Whoever asks where a token is, how many tokens a rank holds, or which positions they have, asks here.
+Every rank keeps the tables of all ranks and applies the same operations to them. So all ranks agree where tokens go,
+and whether there is room, without communication. Sequences may share pages, which are counted; a shared page is copied
+before a token is written to it.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.cache.page_tables import EMPTY_SLOT, Positions, RankTable, SequenceState, make_table
+from ringattn.cache.page_tables import EMPTY_SLOT, PageTable, Positions, SequenceState, table_from_pages
 from ringattn.cache.placement import PlacementPlanner, concatenate
 from ringattn.errors import ArgumentError, OutOfPagesError, SequenceError, check_integer
 from ringattn.geometry.layout import Layout, check_layout
@@ -29,17 +27,17 @@ from ringattn.types import Ints
 
 @dataclass(frozen=True, eq=False)
 class SlotAllocation:
-    """New tokens of one or more sequences, which have their places but no keys and values yet.
+    """Slots for new tokens of one or more sequences, whose keys and values are still to be written.
 
     Args:
-        sequences: which.
-        starts: the position of each one's first new token.
-        num_tokens: new tokens of each.
-        layout: which of them each rank computes; None if every rank computes all of them.
-        rows: for each rank, which rows of the tokens that it computes it keeps, sequence by sequence.
-        places: for each rank, where in its pool they go: page * page_size + slot.
-        copies: (rank, from, to): pages to be copied before.
-        versions: of the sequences, by which an extension is known to be the last one.
+        sequences: the sequences.
+        starts: for each sequence, the position of its first new token.
+        num_tokens: the number of new tokens of each sequence.
+        layout: which rank computes which new tokens; None if every rank computes all of them.
+        rows: for each rank, the rows that it stores, among the tokens that it computes, sequence by sequence.
+        slot_indices: for each rank, the slot of each of these rows in its pool: page * page_size + slot.
+        page_copies: (rank, source page, target page): shared pages to copy before anything is written.
+        versions: for each sequence, its version after the allocation; a later change makes the allocation stale.
     """
 
     sequences: tuple[int, ...]
@@ -47,14 +45,14 @@ class SlotAllocation:
     num_tokens: int
     layout: Layout | None
     rows: tuple[Ints, ...]
-    places: tuple[Ints, ...]
-    copies: tuple[tuple[int, int, int], ...]
+    slot_indices: tuple[Ints, ...]
+    page_copies: tuple[tuple[int, int, int], ...]
     versions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PageMove:
-    """A page that goes from one pool to another."""
+    """A page that moves from one pool to another."""
 
     from_rank: int
     from_page: int
@@ -63,85 +61,90 @@ class PageMove:
 
 
 class PagePools:
-    """The pools of all ranks, and the tables of all sequences.
+    """The page pools of all ranks, and the page tables of all sequences.
 
     Args:
-        world_size: ranks.
-        num_pages: pages of each rank.
-        page_size: tokens of a page.
+        world_size: the number of ranks.
+        num_pages: pages in the pool of each rank.
+        page_size: slots per page.
+    Raises:
+        ArgumentError: if one of them is not a positive integer.
     """
 
     def __init__(self, world_size: int, num_pages: int, page_size: int) -> None:
         for name, value in (("world_size", world_size), ("num_pages", num_pages), ("page_size", page_size)):
             check_integer(name, value, 1)
         self.world_size, self.num_pages, self.page_size = world_size, num_pages, page_size
-        # Low pages are taken first, so that a pool that is never full is never touched at its end.
-        self._free = [list(range(num_pages - 1, -1, -1)) for _ in range(world_size)]
-        self._users = [[0] * num_pages for _ in range(world_size)]
-        self._chains: dict[int, SequenceState] = {}
-        self._next = 0
-        self._digest = b""
+        # Low pages are taken first, so the end of a pool that is never full is never touched.
+        self._free_pages = [list(range(num_pages - 1, -1, -1)) for _ in range(world_size)]
+        self._num_users = [[0] * num_pages for _ in range(world_size)]
+        self._states: dict[int, SequenceState] = {}
+        self._next_sequence = 0
+        self._history = b""
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """The sequences that there are."""
-        return tuple(self._chains)
+        """All sequences in the pools."""
+        return tuple(self._states)
 
     @property
-    def digest(self) -> int:
-        """63 bits that tell apart programs: equal where the same was asked for in the same order."""
-        return int.from_bytes(self._digest, "little") >> 1
+    def next_sequence(self) -> int:
+        """The number that the next new sequence gets."""
+        return self._next_sequence
 
     @property
-    def short_digest(self) -> int:
-        """The first 32 bits of it, signed."""
-        return int.from_bytes(self._digest[:4], "little", signed=True)
+    def history_digest(self) -> int:
+        """A digest of 63 bits of all operations so far, in order; equal on all ranks that made the same calls."""
+        return int.from_bytes(self._history, "little") >> 1
+
+    @property
+    def history_digest32(self) -> int:
+        """The first 32 bits of the same digest, as a signed integer."""
+        return int.from_bytes(self._history[:4], "little", signed=True)
 
     def num_free(self, rank: int) -> int:
-        """Returns how many pages of a rank nobody uses."""
-        return len(self._free[rank])
+        """Returns the number of free pages of a rank."""
+        return len(self._free_pages[rank])
 
     def num_users(self, rank: int, page: int) -> int:
-        """Returns how many tables a page is in."""
-        return self._users[rank][page]
+        """Returns the number of page tables that list a page."""
+        return self._num_users[rank][page]
 
     def length(self, sequence: int) -> int:
-        """Returns the position of the next token: how many there have been, those evicted included."""
-        return self._chain(sequence).length
+        """Returns the position of the next token: the number of tokens so far, evicted tokens included."""
+        return self._state(sequence).length
 
-    def table(self, sequence: int, rank: int) -> RankTable:
-        """Returns what a rank holds of a sequence; to look at."""
-        return self._chain(sequence).tables[rank]
-
-    def version(self, sequence: int) -> int:
-        """Returns a number that changes when the sequence does."""
-        return self._chain(sequence).version
+    def table(self, sequence: int, rank: int) -> PageTable:
+        """Returns the page table of a sequence on a rank; the caller must not change it."""
+        return self._state(sequence).tables[rank]
 
     def layout(self, sequence: int) -> Layout:
-        """Returns who holds which positions, the local rows of each rank in ascending order."""
-        ranges = tuple(_ranges_of(table.held()[0]) for table in self._chain(sequence).tables)
+        """Returns which rank stores which positions of a sequence, in ascending order on each rank."""
+        ranges = tuple(_ranges_of(table.stored_tokens()[0]) for table in self._state(sequence).tables)
         length = self.length(sequence)
         return Layout(length, ranges, f"sequence {sequence} of {length}", whole=False)
 
     def new(self) -> int:
-        """Returns a new sequence, which has no tokens."""
-        self._note("new")
-        sequence, self._next = self._next, self._next + 1
-        self._chains[sequence] = SequenceState([RankTable(self.page_size) for _ in range(self.world_size)])
+        """Returns a new sequence without tokens."""
+        self._record("new")
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        self._states[sequence] = SequenceState([PageTable(self.page_size) for _ in range(self.world_size)])
         return sequence
 
     def extend(self, sequences: Sequence[int], tokens: int | Layout) -> SlotAllocation:
-        """Finds places for new tokens of every sequence; all of them, or none.
+        """Allocates slots for new tokens of every sequence: for all tokens, or for none.
 
         Args:
-            sequences: which, each once.
-            tokens: how many, if every rank computes all of them: those go, a page at a time, to the rank that holds
-                the fewest of the sequence; or who computes which, and keeps them.
+            sequences: the sequences, each once.
+            tokens: the number of new tokens of each, if every rank computes all of them; each page of tokens goes to
+                the rank with the fewest tokens of the sequence. Or a layout of the new tokens, each of which stays on
+                the rank that computes it.
         Raises:
-            OutOfPagesError: when there is no room; nothing has changed.
+            OutOfPagesError: if there are too few free pages; nothing has changed then.
+            SequenceError, LayoutError, ArgumentError: if an argument is not valid.
         """
-        chains = [self._chain(sequence) for sequence in sequences]
-        if len(set(sequences)) < len(chains) or not chains:
+        states = [self._state(sequence) for sequence in sequences]
+        if len(set(sequences)) < len(states) or not states:
             raise SequenceError(f"sequences={list(sequences)}: must be one or more, each of them once")
         layout = None
         if isinstance(tokens, Layout):
@@ -149,189 +152,199 @@ class PagePools:
             num_tokens = layout.seq_len
         else:
             num_tokens = check_integer("tokens", tokens, 0)
-        if max(chain.length for chain in chains) + num_tokens >= 1 << 31:
+        if max(state.length for state in states) + num_tokens >= 1 << 31:
             raise ArgumentError(f"tokens={tokens}: positions must stay below {1 << 31:,}")
-        budget = PlacementPlanner(self)
-        shares = [budget.dealt(chain, num_tokens) if layout is None else budget.laid(chain, layout) for chain in chains]
-        self._note("extend", tuple(sequences), num_tokens if layout is None else layout.digest)
-        return self._place(tuple(sequences), chains, num_tokens, layout, shares, budget.ends)
+        planner = PlacementPlanner(self)
+        parts = [
+            planner.place_evenly(state, num_tokens) if layout is None else planner.place_by_layout(state, layout)
+            for state in states
+        ]
+        self._record("extend", tuple(sequences), num_tokens if layout is None else layout.digest)
+        return self._allocate(tuple(sequences), num_tokens, layout, parts, planner.fill_ranks)
 
     def fork(self, sequence: int) -> int:
-        """Returns a new sequence of the same tokens, which shares the other's pages."""
-        chain = self._chain(sequence)
-        self._note("fork", sequence)
-        chain.version += 1  # what is still to be written would be written for both
-        for rank, table in enumerate(chain.tables):
+        """Returns a new sequence with the same tokens, which shares all pages."""
+        state = self._state(sequence)
+        self._record("fork", sequence)
+        state.version += 1  # an allocation still to be written to would write to the pages of both sequences
+        for rank, table in enumerate(state.tables):
             for page in table.pages:
-                self._users[rank][page] += 1
-        forked, self._next = self._next, self._next + 1
-        self._chains[forked] = SequenceState([table.copy() for table in chain.tables], chain.length, chain.at)
+                self._num_users[rank][page] += 1
+        forked, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        self._states[forked] = SequenceState([table.copy() for table in state.tables], state.length, state.fill_rank)
         return forked
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forgets the tokens from position `length` on.
+        """Removes the tokens from position `length` on.
 
         Raises:
-            SequenceError: when there are not as many.
+            SequenceError: if the sequence is shorter.
         """
-        chain = self._chain(sequence)
-        if check_integer("length", length, 0) > chain.length:
-            raise SequenceError(f"length={length}: sequence {sequence} has only {chain.length} tokens")
-        self._note("truncate", sequence, length)
-        self._drop(chain, length, chain.length)
-        chain.length = length
+        state = self._state(sequence)
+        if check_integer("length", length, 0) > state.length:
+            raise SequenceError(f"length={length}: sequence {sequence} has only {state.length} tokens")
+        self._record("truncate", sequence, length)
+        self._remove_tokens(state, length, state.length)
+        state.length = length
 
     def evict(self, sequence: int, sinks: int, window: int) -> None:
-        """Forgets all tokens but the first `sinks` and the last `window`."""
-        chain = self._chain(sequence)
+        """Removes all tokens but the first `sinks` and the last `window`; the others keep their positions."""
+        state = self._state(sequence)
         check_integer("sinks", sinks, 0)
         check_integer("window", window, 0)
-        self._note("evict", sequence, sinks, window)
-        self._drop(chain, sinks, chain.length - window)
+        self._record("evict", sequence, sinks, window)
+        self._remove_tokens(state, sinks, state.length - window)
 
     def free(self, sequence: int) -> None:
-        """Forgets a sequence."""
-        chain = self._chain(sequence)
-        self._note("free", sequence)
-        for rank, table in enumerate(chain.tables):
-            self._release(rank, table.pages)
-        del self._chains[sequence]
+        """Removes a sequence; pages that no other sequence shares become free."""
+        state = self._state(sequence)
+        self._record("free", sequence)
+        for rank, table in enumerate(state.tables):
+            self._release_pages(rank, table.pages)
+        del self._states[sequence]
 
-    def note(self, what: str) -> None:
-        """Takes down something else that all ranks must have in common; it goes into the digest."""
-        self._note("note", what)
+    def add_to_history(self, text: str) -> None:
+        """Includes a text in the history digest, so that ranks with another text are found to disagree."""
+        self._record("add_to_history", text)
 
-    def is_last(self, extension: SlotAllocation) -> bool:
-        """Returns whether nothing has happened to the sequences of an extension since."""
+    def is_current(self, extension: SlotAllocation) -> bool:
+        """Returns whether none of the sequences of an allocation has changed since."""
         return all(
-            sequence in self._chains and self._chains[sequence].version == version
+            sequence in self._states and self._states[sequence].version == version
             for sequence, version in zip(extension.sequences, extension.versions, strict=True)
         )
 
     def resharded(self, world_size: int, num_pages: int) -> tuple[PagePools, tuple[PageMove, ...]]:
-        """Returns the same sequences over other ranks, and where each page in use goes.
+        """Returns pools with the same sequences over other ranks, and the move of each page in use.
 
-        The pages of a sequence are dealt in turn, in the order of their first positions. What shares a page goes on
-        sharing it.
+        The pages of a sequence are distributed round-robin, in order of their first positions. Sequences keep sharing
+        the pages that they share.
 
         Raises:
-            OutOfPagesError: when they do not fit.
+            OutOfPagesError: if the pages do not fit.
         """
-        made = PagePools(world_size, num_pages, self.page_size)
-        used = sum(self.num_pages - len(free) for free in self._free)
+        target = PagePools(world_size, num_pages, self.page_size)
+        used = sum(self.num_pages - len(free) for free in self._free_pages)
         if used > world_size * num_pages:
             raise OutOfPagesError(f"num_pages={num_pages}: {used} pages are in use, for {world_size} ranks")
         moves: dict[tuple[int, int], PageMove] = {}
-        turn = 0
-        for sequence, chain in self._chains.items():
-            held = [
-                (_first_position(slots), rank, page, slots)
-                for rank, table in enumerate(chain.tables)
-                for page, slots in zip(table.pages, table.slots, strict=True)
+        next_rank = 0
+        for sequence, state in self._states.items():
+            pages = [
+                (_first_position(positions), rank, page, positions)
+                for rank, table in enumerate(state.tables)
+                for page, positions in zip(table.pages, table.positions, strict=True)
             ]
             parts: list[list[tuple[int, Positions]]] = [[] for _ in range(world_size)]
-            for _, rank, page, slots in sorted(held, key=lambda entry: entry[:3]):
+            for _, rank, page, positions in sorted(pages, key=lambda entry: entry[:3]):
                 if (rank, page) not in moves:
-                    while not made._free[turn % world_size]:
-                        turn += 1
-                    to = turn % world_size
-                    moves[rank, page] = PageMove(rank, page, to, made._free[to].pop())
-                    turn += 1
+                    while not target._free_pages[next_rank % world_size]:
+                        next_rank += 1
+                    to = next_rank % world_size
+                    moves[rank, page] = PageMove(rank, page, to, target._free_pages[to].pop())
+                    next_rank += 1
                 move = moves[rank, page]
-                made._users[move.to_rank][move.to_page] += 1
-                parts[move.to_rank].append((move.to_page, slots))
-            made._chains[sequence] = SequenceState([make_table(self.page_size, part) for part in parts], chain.length)
-        made._next, made._digest = self._next, self._digest
-        made._note("reshard", world_size, num_pages)
-        return made, tuple(moves.values())
+                target._num_users[move.to_rank][move.to_page] += 1
+                parts[move.to_rank].append((move.to_page, positions))
+            tables = [table_from_pages(self.page_size, part) for part in parts]
+            target._states[sequence] = SequenceState(tables, state.length)
+        target._next_sequence, target._history = self._next_sequence, self._history
+        target._record("reshard", world_size, num_pages)
+        return target, tuple(moves.values())
 
-    def adopt(self, next_sequence: int, sequences: dict[int, tuple[int, list[RankTable]]]) -> None:
-        """Takes in sequences as they once were, (length, table of each rank), into pools that are empty."""
+    def restore(self, next_sequence: int, sequences: dict[int, tuple[int, list[PageTable]]]) -> None:
+        """Fills empty pools with saved sequences: (length, page table on each rank) by sequence."""
         for sequence, (length, tables) in sequences.items():
-            self._chains[sequence] = SequenceState(tables, length)
+            self._states[sequence] = SequenceState(tables, length)
             for rank, table in enumerate(tables):
                 for page in table.pages:
-                    self._users[rank][page] += 1
-        self._free = [[p for p in range(self.num_pages - 1, -1, -1) if not users[p]] for users in self._users]
-        self._next = next_sequence
-        self._note("adopt", next_sequence, *((s, length) for s, (length, _) in sequences.items()))
+                    self._num_users[rank][page] += 1
+        self._free_pages = [
+            [page for page in range(self.num_pages - 1, -1, -1) if not users[page]] for users in self._num_users
+        ]
+        self._next_sequence = next_sequence
+        self._record("restore", next_sequence, *((s, length) for s, (length, _) in sequences.items()))
 
-    @property
-    def next_sequence(self) -> int:
-        """What the next new sequence will be called."""
-        return self._next
+    def _state(self, sequence: int) -> SequenceState:
+        if not isinstance(sequence, int) or sequence not in self._states:
+            raise SequenceError(f"sequence={sequence!r}: the cache has no sequence of this number")
+        return self._states[sequence]
 
-    def _chain(self, sequence: int) -> SequenceState:
-        if not isinstance(sequence, int) or sequence not in self._chains:
-            raise SequenceError(f"sequence={sequence!r}: there is none of this name in the cache")
-        return self._chains[sequence]
-
-    def _place(
+    def _allocate(
         self,
         sequences: tuple[int, ...],
-        chains: list[SequenceState],
         num_tokens: int,
         layout: Layout | None,
-        shares: list[list[Ints]],
-        ends: list[int | None],
+        parts: list[list[Ints]],
+        fill_ranks: list[int | None],
     ) -> SlotAllocation:
-        """Takes slots for each rank's share of the new tokens, for which there is room."""
+        """Takes slots for new tokens: for each sequence and rank, `parts` lists the tokens; there is room for all."""
+        states = [self._states[sequence] for sequence in sequences]
         rows: list[list[Ints]] = [[] for _ in range(self.world_size)]
-        places: list[list[Ints]] = [[] for _ in range(self.world_size)]
-        copies: list[tuple[int, int, int]] = []
-        for index, (chain, share) in enumerate(zip(chains, shares, strict=True)):
-            for rank, taken in enumerate(share):
-                if not len(taken):
+        slot_indices: list[list[Ints]] = [[] for _ in range(self.world_size)]
+        page_copies: list[tuple[int, int, int]] = []
+        for index, (state, by_rank) in enumerate(zip(states, parts, strict=True)):
+            for rank, tokens in enumerate(by_rank):
+                if not len(tokens):
                     continue
-                copies += self._make_room(rank, chain.tables[rank], len(taken))
-                per_sequence = num_tokens if layout is None else len(taken)
-                mine = taken if layout is None else np.arange(len(taken), dtype=np.int64)
-                rows[rank].append(index * per_sequence + mine)
-                places[rank].append(chain.tables[rank].append(chain.length + taken))
-        starts = tuple(chain.length for chain in chains)
-        for chain, end in zip(chains, ends, strict=True):
-            chain.length += num_tokens
-            chain.at = end
-            chain.version += 1
-        versions = tuple(chain.version for chain in chains)
-        kept, where = tuple(map(concatenate, rows)), tuple(map(concatenate, places))
-        return SlotAllocation(sequences, starts, num_tokens, layout, kept, where, tuple(copies), versions)
+                page_copies += self._reserve_slots(rank, state.tables[rank], len(tokens))
+                # A rank computes all new tokens of a sequence, or the ones that the layout gives it.
+                rows_per_sequence = num_tokens if layout is None else len(tokens)
+                own = tokens if layout is None else np.arange(len(tokens), dtype=np.int64)
+                rows[rank].append(index * rows_per_sequence + own)
+                slot_indices[rank].append(state.tables[rank].append(state.length + tokens))
+        starts = tuple(state.length for state in states)
+        for state, fill_rank in zip(states, fill_ranks, strict=True):
+            state.length += num_tokens
+            state.fill_rank = fill_rank
+            state.version += 1
+        return SlotAllocation(
+            sequences=sequences,
+            starts=starts,
+            num_tokens=num_tokens,
+            layout=layout,
+            rows=tuple(map(concatenate, rows)),
+            slot_indices=tuple(map(concatenate, slot_indices)),
+            page_copies=tuple(page_copies),
+            versions=tuple(state.version for state in states),
+        )
 
-    def _make_room(self, rank: int, table: RankTable, count: int) -> list[tuple[int, int, int]]:
-        """Sees to it that a table can take `count` tokens; returns the page that has to be copied, if one has."""
-        copies = []
-        if table.room and self._users[rank][table.pages[-1]] > 1:
-            old, new = table.pages[-1], self._take(rank)
-            table.pages[-1] = new
-            self._release(rank, [old])
-            copies.append((rank, old, new))
-        while table.room < count:
-            table.pages.append(self._take(rank))
-        return copies
+    def _reserve_slots(self, rank: int, table: PageTable, count: int) -> list[tuple[int, int, int]]:
+        """Gives a table pages until it has `count` free slots; returns the copy of its last page, if that is shared."""
+        page_copies = []
+        if table.num_free_slots and self._num_users[rank][table.pages[-1]] > 1:
+            source, target = table.pages[-1], self._take_page(rank)
+            table.pages[-1] = target
+            self._release_pages(rank, [source])
+            page_copies.append((rank, source, target))
+        while table.num_free_slots < count:
+            table.pages.append(self._take_page(rank))
+        return page_copies
 
-    def _take(self, rank: int) -> int:
-        page = self._free[rank].pop()
-        self._users[rank][page] = 1
+    def _take_page(self, rank: int) -> int:
+        page = self._free_pages[rank].pop()
+        self._num_users[rank][page] = 1
         return page
 
-    def _release(self, rank: int, pages: Sequence[int]) -> None:
+    def _release_pages(self, rank: int, pages: Sequence[int]) -> None:
         for page in reversed(pages):
-            self._users[rank][page] -= 1
-            if not self._users[rank][page]:
-                self._free[rank].append(page)
+            self._num_users[rank][page] -= 1
+            if not self._num_users[rank][page]:
+                self._free_pages[rank].append(page)
 
-    def _drop(self, chain: SequenceState, first: int, stop: int) -> None:
-        chain.version += 1
-        if first < stop:
-            for rank, table in enumerate(chain.tables):
-                self._release(rank, table.drop(first, stop))
+    def _remove_tokens(self, state: SequenceState, start: int, stop: int) -> None:
+        state.version += 1
+        if start < stop:
+            for rank, table in enumerate(state.tables):
+                self._release_pages(rank, table.remove(start, stop))
 
-    def _note(self, *what: object) -> None:
-        self._digest = hashlib.blake2b(self._digest + repr(what).encode(), digest_size=8).digest()
+    def _record(self, *operation: object) -> None:
+        """Includes an operation and its arguments in the history digest."""
+        self._history = hashlib.blake2b(self._history + repr(operation).encode(), digest_size=8).digest()
 
 
-def _first_position(slots: Positions) -> int:
-    return int(slots[slots != EMPTY_SLOT].min())
+def _first_position(positions: Positions) -> int:
+    return int(positions[positions != EMPTY_SLOT].min())
 
 
 def _ranges_of(positions: Ints) -> tuple[range, ...]:

@@ -1,4 +1,4 @@
-"""Placement: which rank takes which new tokens, decided before anything is taken."""
+"""Placement: decides which rank stores which new tokens, before any page is taken."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Protocol
 
 import numpy as np
 
-from ringattn.cache.page_tables import RankTable, SequenceState
+from ringattn.cache.page_tables import PageTable, SequenceState
 from ringattn.errors import OutOfPagesError
 from ringattn.geometry.layout import Layout
 from ringattn.types import Ints
 
 
 class PoolView(Protocol):
-    """What placement asks of the pools."""
+    """The part of `PagePools` that placement reads."""
 
     world_size: int
     page_size: int
@@ -24,69 +24,89 @@ class PoolView(Protocol):
 
 
 class PlacementPlanner:
-    """What is left of the pools while it is decided where tokens go; nothing is taken yet."""
+    """Assigns the new tokens of several sequences to ranks, and counts the free pages that this leaves.
+
+    It changes neither pools nor tables, so a failed plan leaves the cache as it was.
+
+    Args:
+        pools: the pools as they are.
+    """
 
     def __init__(self, pools: PoolView) -> None:
-        self._page_size = pools.page_size
-        self._left = [pools.num_free(rank) for rank in range(pools.world_size)]
         self._pools = pools
-        self.ends: list[int | None] = []  # of each sequence: the rank that its last token goes to
-        self._copied: dict[tuple[int, int], int] = {}  # how many users of a page will have copied it
+        self._page_size = pools.page_size
+        self._num_free = [pools.num_free(rank) for rank in range(pools.world_size)]
+        # How many tables will have copied a shared page instead of using it, by (rank, page).
+        self._num_copies: dict[tuple[int, int], int] = {}
+        self.fill_ranks: list[int | None] = []  # for each sequence: see SequenceState
 
-    def laid(self, chain: SequenceState, layout: Layout) -> list[Ints]:
-        """Returns each rank's share of new tokens: what it computes."""
-        self.ends.append(None)
-        for rank, table in enumerate(chain.tables):
+    def place_by_layout(self, state: SequenceState, layout: Layout) -> list[Ints]:
+        """Returns for each rank the new tokens that the layout gives it, counted from the first new token.
+
+        Raises:
+            OutOfPagesError: if a rank has too few free pages.
+        """
+        self.fill_ranks.append(None)
+        for rank, table in enumerate(state.tables):
             count = layout.num_tokens(rank)
-            needed = self._copy_needed(rank, table) if count else 0
-            needed += -(-max(0, count - table.room) // self._page_size)
-            if needed > self._left[rank]:
+            needed = self._needs_copy(rank, table) if count else 0
+            needed += -(-max(0, count - table.num_free_slots) // self._page_size)
+            if needed > self._num_free[rank]:
                 raise OutOfPagesError(
-                    f"rank {rank} has {self._left[rank]} free pages of {self._page_size} tokens, but {count} new ones "
-                    f"by {layout} need {needed}; free, truncate or evict sequences, or make num_pages larger"
+                    f"rank {rank} has {self._num_free[rank]} free pages of {self._page_size} tokens, but {count} new "
+                    f"tokens by {layout} need {needed}; free, truncate or evict sequences, or make num_pages larger"
                 )
-            self._spend(rank, table, needed, count)
+            self._take_pages(rank, table, needed, count)
         return [layout.positions(rank) for rank in range(layout.world_size)]
 
-    def dealt(self, chain: SequenceState, num_tokens: int) -> list[Ints]:
-        """Returns each rank's share of new tokens: a page at a time to the rank that has the fewest."""
-        shares: list[list[Ints]] = [[] for _ in chain.tables]
-        room = [table.room for table in chain.tables]
-        fresh = [True] * len(room)  # no token has gone there yet, so the last page may still need a copy
-        held = [table.num_tokens for table in chain.tables]
-        done, at = 0, chain.at
+    def place_evenly(self, state: SequenceState, num_tokens: int) -> list[Ints]:
+        """Returns for each rank the new tokens that it stores, counted from the first new token.
+
+        The rank with the fewest tokens of the sequence is filled first, until its last page is full.
+
+        Raises:
+            OutOfPagesError: if the ranks together have too few free pages.
+        """
+        parts: list[list[Ints]] = [[] for _ in state.tables]
+        free_slots = [table.num_free_slots for table in state.tables]
+        untouched = [True] * len(free_slots)  # no new token on this rank yet: its last page may need a copy
+        counts = [table.num_tokens for table in state.tables]
+        done, rank = 0, state.fill_rank
         while done < num_tokens:
-            copies = [int(fresh[r]) * self._copy_needed(r, chain.tables[r]) for r in range(len(room))]
-            open_ = [r for r in range(len(room)) if self._left[r] >= (copies[r] if room[r] else 1)]
-            if not open_:
+            copies = [int(untouched[r]) * self._needs_copy(r, state.tables[r]) for r in range(len(free_slots))]
+            candidates = [r for r in range(len(free_slots)) if self._num_free[r] >= (copies[r] if free_slots[r] else 1)]
+            if not candidates:
                 raise OutOfPagesError(
                     f"no rank has a free page of {self._page_size} tokens for {num_tokens - done} of {num_tokens} new "
                     "tokens; free, truncate or evict sequences, or make num_pages larger"
                 )
-            if at not in open_ or not room[at]:
-                at = min(open_, key=lambda r: (held[r], -self._left[r], r))
-            needed = copies[at] if room[at] else 1
-            room[at] = room[at] or self._page_size
-            count = min(room[at], num_tokens - done)
-            self._spend(at, chain.tables[at], needed, count if fresh[at] else 0)
-            shares[at].append(np.arange(done, done + count, dtype=np.int64))
-            done, room[at], held[at], fresh[at] = done + count, room[at] - count, held[at] + count, False
-        self.ends.append(at)
-        return [concatenate(share) for share in shares]
+            if rank not in candidates or not free_slots[rank]:
+                rank = min(candidates, key=lambda r: (counts[r], -self._num_free[r], r))
+            needed = copies[rank] if free_slots[rank] else 1
+            free_slots[rank] = free_slots[rank] or self._page_size
+            count = min(free_slots[rank], num_tokens - done)
+            self._take_pages(rank, state.tables[rank], needed, count if untouched[rank] else 0)
+            parts[rank].append(np.arange(done, done + count, dtype=np.int64))
+            done += count
+            free_slots[rank], counts[rank], untouched[rank] = free_slots[rank] - count, counts[rank] + count, False
+        self.fill_ranks.append(rank)
+        return [concatenate(part) for part in parts]
 
-    def _copy_needed(self, rank: int, table: RankTable) -> int:
-        if not table.room:
+    def _needs_copy(self, rank: int, table: PageTable) -> int:
+        """Returns 1 if the next token goes to a page that other tables use too, else 0."""
+        if not table.num_free_slots:
             return 0
         page = table.pages[-1]
-        return int(self._pools.num_users(rank, page) - self._copied.get((rank, page), 0) > 1)
+        return int(self._pools.num_users(rank, page) - self._num_copies.get((rank, page), 0) > 1)
 
-    def _spend(self, rank: int, table: RankTable, needed: int, count: int) -> None:
-        if count and self._copy_needed(rank, table):
+    def _take_pages(self, rank: int, table: PageTable, needed: int, count: int) -> None:
+        """Counts `needed` pages of a rank as taken, for `count` tokens after the last token of a table."""
+        if count and self._needs_copy(rank, table):
             page = rank, table.pages[-1]
-            self._copied[page] = self._copied.get(page, 0) + 1
-        self._left[rank] -= needed
+            self._num_copies[page] = self._num_copies.get(page, 0) + 1
+        self._num_free[rank] -= needed
 
 
 def concatenate(parts: list[Ints]) -> Ints:
-    """Returns them one after the other."""
+    """Returns the concatenation; empty if there are no parts."""
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Prefixes: which sequence of a cache begins with the same tokens as a new one. Integers only.
+"""Prefix cache: finds the sequence of a cache that begins with the same tokens as a new one. Integers only.
 
-The keys and values of a token depend on all tokens before it. So a sequence is known by the digests of its tokens up
-to every multiple of a block, each digest taking in the one before. Whoever finds its own there can fork that
-sequence and truncate the fork. Digests are SHA-256: a hit is a hit.
+The keys and values of a token depend on all tokens before it. So the index stores, for each sequence, one digest per
+block of tokens, and each digest includes the digest of the block before. A sequence with a matching digest can be
+forked, and the fork truncated to the common prefix. Digests are SHA-256, so collisions are not checked.
 """
 
 from __future__ import annotations
@@ -15,56 +15,58 @@ import numpy as np
 
 
 class PrefixMatch(NamedTuple):
-    """A sequence of the cache, and how many tokens it shares with the one looked for."""
+    """A sequence, and the number of its first tokens that match the tokens looked up."""
 
     sequence: int
     num_tokens: int
 
 
 class PrefixIndex:
-    """The beginnings of sequences.
+    """The prefixes of the sequences of a cache.
 
     Args:
-        block: tokens between two digests.
+        block_size: tokens per digest; prefixes match in whole blocks.
     """
 
-    def __init__(self, block: int) -> None:
-        self._block = block
-        self._holders: dict[bytes, dict[int, None]] = {}
-        self._known: dict[int, list[bytes]] = {}
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._sequences: dict[bytes, dict[int, None]] = {}  # by digest, in order of insertion
+        self._digests: dict[int, list[bytes]] = {}  # by sequence
 
-    def record(self, sequence: int, tokens: Sequence[int]) -> None:
-        """Takes down what a sequence begins with."""
-        self.keep(sequence, 0)
-        self._known[sequence] = list(self._digests(tokens))
-        for digest in self._known[sequence]:
-            self._holders.setdefault(digest, {})[sequence] = None
+    def insert(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Stores the tokens of a sequence, instead of the tokens stored for it before."""
+        self.truncate(sequence, 0)
+        self._digests[sequence] = list(self._hash_blocks(tokens))
+        for digest in self._digests[sequence]:
+            self._sequences.setdefault(digest, {})[sequence] = None
 
-    def longest(self, tokens: Sequence[int]) -> PrefixMatch | None:
-        """Returns the sequence with the longest beginning in common, in whole blocks; the first recorded of several."""
-        found = None
-        for count, digest in enumerate(self._digests(tokens), start=1):
-            holders = self._holders.get(digest)
-            if not holders:
+    def longest_match(self, tokens: Sequence[int]) -> PrefixMatch | None:
+        """Returns the sequence with the longest common prefix, in whole blocks; of several, the one inserted first."""
+        match = None
+        for count, digest in enumerate(self._hash_blocks(tokens), start=1):
+            sequences = self._sequences.get(digest)
+            if not sequences:
                 break
-            found = PrefixMatch(next(iter(holders)), count * self._block)
-        return found
+            match = PrefixMatch(next(iter(sequences)), count * self._block_size)
+        return match
 
-    def keep(self, sequence: int, num_tokens: int) -> None:
-        """Forgets what a sequence holds from token `num_tokens` on."""
-        known = self._known.get(sequence, [])
-        for digest in known[num_tokens // self._block :]:
-            holders = self._holders[digest]
-            holders.pop(sequence, None)
-            if not holders:
-                del self._holders[digest]
-        del known[num_tokens // self._block :]
-        if not known:
-            self._known.pop(sequence, None)
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Drops the tokens of a sequence from token `num_tokens` on; does nothing for a sequence that is not stored."""
+        digests = self._digests.get(sequence, [])
+        for digest in digests[num_tokens // self._block_size :]:
+            sequences = self._sequences[digest]
+            sequences.pop(sequence, None)
+            if not sequences:
+                del self._sequences[digest]
+        del digests[num_tokens // self._block_size :]
+        if not digests:
+            self._digests.pop(sequence, None)
 
-    def _digests(self, tokens: Sequence[int]) -> Iterable[bytes]:
-        whole = np.asarray(tokens, dtype=np.int64)
+    def _hash_blocks(self, tokens: Sequence[int]) -> Iterable[bytes]:
+        """Yields the digest of the tokens up to the end of each whole block."""
+        array = np.asarray(tokens, dtype=np.int64)
         digest = b""
-        for start in range(0, len(whole) - self._block + 1, self._block):
-            digest = hashlib.sha256(digest + whole[start : start + self._block].astype("<i8").tobytes()).digest()
+        for start in range(0, len(array) - self._block_size + 1, self._block_size):
+            block = array[start : start + self._block_size].astype("<i8").tobytes()
+            digest = hashlib.sha256(digest + block).digest()
             yield digest

@@ -1,4 +1,4 @@
-"""Moving a cache, as it is, to other ranks."""
+"""Moves a live cache to the ranks of another group."""
 
 from __future__ import annotations
 
@@ -15,16 +15,28 @@ from ringattn.comm.topology import rank_mesh, resolve_group
 from ringattn.errors import ArgumentError, DisagreementError
 from ringattn.types import Group
 
+# The page moves between two ranks of the common group, by (sender, receiver).
+Routes = dict[tuple[int, int], list[PageMove]]
 
-class _Note(NamedTuple):
-    """What a rank tells all others: its rank before and after, and what it holds."""
 
-    before: int | None
-    after: int | None
-    held: tuple[CacheSpec, PagePools] | None
-    digest: int | None
+class _RankState(NamedTuple):
+    """What one rank sends to all others before anything moves.
+
+    Args:
+        old_rank: its rank in the old cache, or None.
+        new_rank: its rank in the new cache, or None.
+        contents: spec and page tables of the old cache; from rank 0 of the old cache only.
+        history: the history digest of the old cache.
+        num_pages: the argument of `reshard`.
+        error: a disagreement of the old cache's ranks that has not been raised yet.
+    """
+
+    old_rank: int | None
+    new_rank: int | None
+    contents: tuple[CacheSpec, PagePools] | None
+    history: int | None
     num_pages: int
-    unsettled: str | None  # what the ranks of its cache were found to disagree on
+    error: str | None
 
 
 def reshard(
@@ -35,105 +47,113 @@ def reshard(
     over: Group = None,
     device: torch.device | str = "cpu",
 ) -> DistributedKVCache | None:
-    """Returns the same cache over the ranks of another group, or over the same ones more evenly.
+    """Returns the cache over the ranks of another group, or balanced over the same ranks.
 
-    The pages of each sequence are dealt in turn. Sequences keep their names, and what they share; what `remember` was
-    told is forgotten. The old cache is not changed.
+    The pages of each sequence are distributed round-robin. Sequences keep their numbers, and the pages that they share.
+    Cached prefixes are not moved. The old cache does not change.
 
     Args:
-        cache: the old one; None on ranks that have no part in it.
-        num_pages: pages of each rank of the new one.
-        group: the new one's ranks; what dist.new_group returned on those that are not in it.
-        over: a group of all ranks, old and new, which call this together; None is the default group.
-        device: where the new cache is.
+        cache: the old cache; None on ranks that are not in its group.
+        num_pages: pages per rank of the new cache.
+        group: the ranks of the new cache; the result of dist.new_group on ranks that are not in it.
+        over: a group of all old and new ranks, which call this together; None is the default group.
+        device: of the new cache.
     Returns:
         The new cache; None on ranks that are not in `group`.
     Raises:
-        ArgumentError: when nobody has a cache, or two ranks have different ones; OutOfPagesError when it does not
-            fit; DisagreementError, on CUDA, when the old one's ranks have disagreed in what was decoded last. On every
-            rank; the old cache is as it was.
-    Communication: each page in use that changes its rank, once.
+        ArgumentError: if no rank has a cache, or two ranks have different ones.
+        OutOfPagesError: if the cache does not fit.
+        DisagreementError: on CUDA, if an earlier decoding call has found a difference between the old ranks.
+        All of them on every rank; the old cache does not change.
+    Communication: each page in use that changes its rank, once; one all-gather of the page tables.
     """
     all_ranks = resolve_group(over)
-    team = None if group == dist.GroupMember.NON_GROUP_MEMBER else rank_mesh(resolve_group(group))
-    before = None if cache is None else cache.team.rank
-    held = (cache.form, cache.pages) if cache is not None and before == 0 else None
-    digest = None if cache is None else cache.pages.digest
-    notes: list[Any] = [None] * all_ranks.size()
-    own = _Note(before, None if team is None else team.rank, held, digest, num_pages, _unsettled(cache))
-    dist.all_gather_object(notes, own, group=all_ranks)
-    form, old = _held(notes)
-    world = sum(note.after is not None for note in notes)
-    pages, moves = old.resharded(world, num_pages)
-    made = None if team is None else DistributedKVCache.of(form, pages, team, torch.device(device))
-    routes = _routes(notes, moves)
-    for layer in range(form.num_layers):
-        _move(layer, all_ranks, routes, cache, made)
-    return made
+    mesh = None if group == dist.GroupMember.NON_GROUP_MEMBER else rank_mesh(resolve_group(group))
+    old_rank = None if cache is None else cache.mesh.rank
+    own = _RankState(
+        old_rank=old_rank,
+        new_rank=None if mesh is None else mesh.rank,
+        contents=(cache.spec, cache.pages) if cache is not None and old_rank == 0 else None,
+        history=None if cache is None else cache.pages.history_digest,
+        num_pages=num_pages,
+        error=_pending_error(cache),
+    )
+    ranks: list[Any] = [None] * all_ranks.size()
+    dist.all_gather_object(ranks, own, group=all_ranks)
+    spec, old_pages = _check_ranks(ranks)
+    world_size = sum(rank.new_rank is not None for rank in ranks)
+    pages, moves = old_pages.resharded(world_size, num_pages)
+    target = None if mesh is None else DistributedKVCache.from_pages(spec, pages, mesh, torch.device(device))
+    routes = _routes(ranks, moves)
+    for layer in range(spec.num_layers):
+        _move_layer(layer, all_ranks, routes, cache, target)
+    return target
 
 
-def _unsettled(cache: DistributedKVCache | None) -> str | None:
-    """Returns what is still to be raised: on all ranks then, those that have no cache among them."""
+def _pending_error(cache: DistributedKVCache | None) -> str | None:
+    """Returns the error that the old cache has still to raise, so that ranks without a cache raise it too."""
     try:
         if cache is not None:
-            cache.agreement.settle()
+            cache.mark_check.raise_pending()
     except DisagreementError as error:
         return str(error)
     return None
 
 
-def _held(notes: list[_Note]) -> tuple[CacheSpec, PagePools]:
-    for note in notes:
-        if note.unsettled is not None:
-            raise DisagreementError(note.unsettled)
-    holders = [note for note in notes if note.before is not None]
-    found = [note.held for note in notes if note.held is not None]
-    if len(found) != 1 or len({note.digest for note in holders}) != 1:
-        raise ArgumentError("cache: all ranks of one cache must give it, in the same state, and all others None")
-    if len(holders) != found[0][1].world_size:
-        raise ArgumentError(f"cache: {len(holders)} of its {found[0][1].world_size} ranks are there: all must be")
-    if len({note.num_pages for note in notes}) != 1:
-        raise ArgumentError(f"num_pages: {[note.num_pages for note in notes]}; must be the same on all ranks")
-    return found[0]
+def _check_ranks(ranks: list[_RankState]) -> tuple[CacheSpec, PagePools]:
+    """Returns spec and page tables of the old cache, if all ranks fit together."""
+    for rank in ranks:
+        if rank.error is not None:
+            raise DisagreementError(rank.error)
+    old = [rank for rank in ranks if rank.old_rank is not None]
+    contents = [rank.contents for rank in ranks if rank.contents is not None]
+    if len(contents) != 1 or len({rank.history for rank in old}) != 1:
+        raise ArgumentError("cache: all ranks of one cache must pass it, in the same state, and all others None")
+    world_size = contents[0][1].world_size
+    if len(old) != world_size:
+        raise ArgumentError(f"cache: {len(old)} of its {world_size} ranks are in the group `over`: all must be")
+    if len({rank.num_pages for rank in ranks}) != 1:
+        raise ArgumentError(f"num_pages: {[rank.num_pages for rank in ranks]}; must be the same on all ranks")
+    return contents[0]
 
 
-def _routes(notes: list[_Note], moves: tuple[PageMove, ...]) -> dict[tuple[int, int], list[PageMove]]:
-    """Returns which pages go from which rank of all to which."""
-    sender = {note.before: rank for rank, note in enumerate(notes)}
-    receiver = {note.after: rank for rank, note in enumerate(notes)}
-    routes: dict[tuple[int, int], list[PageMove]] = {}
+def _routes(ranks: list[_RankState], moves: tuple[PageMove, ...]) -> Routes:
+    """Groups the moves by sender and receiver, numbered in the common group."""
+    sender = {rank.old_rank: index for index, rank in enumerate(ranks)}
+    receiver = {rank.new_rank: index for index, rank in enumerate(ranks)}
+    routes: Routes = {}
     for move in moves:
         routes.setdefault((sender[move.from_rank], receiver[move.to_rank]), []).append(move)
     return routes
 
 
-def _move(
+def _move_layer(
     layer: int,
     group: dist.ProcessGroup,
-    routes: dict[tuple[int, int], list[PageMove]],
-    cache: DistributedKVCache | None,
-    made: DistributedKVCache | None,
+    routes: Routes,
+    source: DistributedKVCache | None,
+    target: DistributedKVCache | None,
 ) -> None:
-    """Sends one layer's pages on their ways, all at once."""
-    me = group.rank()
+    """Moves the pages of one layer, all at once; keys have tag 0, values tag 1."""
+    own_rank = group.rank()
     sends: list[Message] = []
     receives: list[Message] = []
-    landing: list[tuple[Tensor, list[PageMove], Tensor]] = []
+    writes: list[tuple[Tensor, list[PageMove], Tensor]] = []
     for (sender, receiver), moves in sorted(routes.items()):
         for tag in range(2):
-            leaving = None
-            if sender == me and cache is not None:
-                leaving = cache.storage(layer)[tag][[move.from_page for move in moves]]
-                if receiver != me:
-                    sends.append(Message(leaving, receiver, tag))
-            if receiver == me and made is not None:
-                pool = made.storage(layer)[tag]
-                coming = pool.new_empty(len(moves), *pool.shape[1:]) if leaving is None else leaving
-                if sender != me:
-                    receives.append(Message(coming, sender, tag))
-                landing.append((pool, moves, coming))
-    sent, received = post(group, sends, receives)
-    for flight in (*received, *sent):
-        flight.wait()
-    for pool, moves, pages in landing:
+            outgoing = None
+            if sender == own_rank and source is not None:
+                outgoing = source.storage(layer)[tag][[move.from_page for move in moves]]
+                if receiver != own_rank:
+                    sends.append(Message(outgoing, receiver, tag))
+            if receiver == own_rank and target is not None:
+                pool = target.storage(layer)[tag]
+                incoming = pool.new_empty(len(moves), *pool.shape[1:]) if outgoing is None else outgoing
+                if sender != own_rank:
+                    receives.append(Message(incoming, sender, tag))
+                writes.append((pool, moves, incoming))
+    pending_sends, pending_receives = post(group, sends, receives)
+    for message in (*pending_receives, *pending_sends):
+        message.wait()
+    for pool, moves, pages in writes:
         pool[[move.to_page for move in moves]] = pages

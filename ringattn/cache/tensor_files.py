@@ -1,7 +1,7 @@
-"""Files of named tensors, as safetensors writes them: written at once, read as they lie in the file.
+"""Files of named tensors in the safetensors format: written atomically, read as memory maps.
 
-A tensor that safetensors itself returns costs two integers that are never freed (0.8.0), and a server which loads
-snapshots for weeks would grow by them. So safetensors checks a file, and its bytes are mapped here.
+Reading a tensor with safetensors 0.8.0 leaks two integers, which adds up in a server that loads snapshots for weeks. So
+safetensors only checks a file, and this module maps its bytes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _DTYPES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a file, or leaves the one that is there as it is.
+    """Writes a file; if that fails, a file at this path stays as it is.
 
     Args:
         path: of the file.
-        tensors: on the CPU, contiguous.
-        metadata: texts that go with them.
+        tensors: by name; on the CPU, contiguous.
+        metadata: texts, stored in the header.
     """
     from safetensors.torch import save_file
 
@@ -42,12 +42,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Returns the metadata and the tensors of a file.
 
-    The tensors are mapped: memory holds only what of them is looked at, for as long as the system has room. Writing to
-    them does not change the file.
+    The tensors are memory maps: the system loads the parts that are read. Writing to a tensor does not change the file.
 
     Raises:
-        SafetensorError: when the file is not whole, or not such a file.
-        KeyError: when a tensor has a dtype that caches do not have.
+        SafetensorError: if the file is incomplete or has another format.
+        KeyError: if a tensor has a dtype that caches do not have.
     """
     from safetensors import safe_open
 
@@ -60,7 +59,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     data = mapped[8 + num_bytes :]
     tensors = {}
-    for name, told in header.items():
-        start, stop = told["data_offsets"]
-        tensors[name] = data[start:stop].view(_DTYPES[told["dtype"]]).view(told["shape"])
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        tensors[name] = data[start:stop].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     return metadata, tensors

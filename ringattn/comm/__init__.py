@@ -1,3 +1,3 @@
-"""Floor 3: moving tensors between the ranks of one group. Knows nothing of attention."""
+"""Floor 3: communication between the ranks of a group or mesh. Independent of attention."""
 
 from ringattn.comm import gloo_exit as gloo_exit

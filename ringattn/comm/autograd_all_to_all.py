@@ -1,4 +1,4 @@
-"""Rows of one tensor, some for each rank of a group: an all-to-all through which gradients go back."""
+"""A differentiable all-to-all of the rows of one tensor, with a different number of rows for each rank."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_to_all_rows(x: Tensor, leaving: Sequence[int], coming: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Returns what each rank had for this one, in order of rank; differentiable.
+def all_to_all_rows(
+    x: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Returns the rows that all ranks sent to this rank, in order of rank; differentiable.
 
     Args:
-        x: (sum(leaving), ...): the rows for rank 0, then those for rank 1, and so on.
-        leaving: how many rows go to each rank; 0 is allowed.
-        coming: how many come from each rank.
-        group: all its ranks call this together, and all of them go backward, be it with no row.
+        x: (sum(input_splits), ...): the rows for rank 0, then the rows for rank 1, and so on.
+        input_splits: how many rows this rank sends to each rank; may be 0.
+        output_splits: how many rows this rank receives from each rank.
+        group: the ranks; all call this together, and all run the backward, also with no rows.
     Returns:
-        (sum(coming), ...) in x.dtype.
-    Communication: one all-to-all, each row once; and one in the backward, of the gradients.
+        (sum(output_splits), ...) in x.dtype.
+    Communication: one all-to-all in the forward, and one of the gradients in the backward; each row once.
     """
-    traded: Tensor = _AllToAllRows.apply(x, list(leaving), list(coming), group)  # type: ignore[no-untyped-call]
-    return traded
+    received: Tensor = _AllToAllRows.apply(  # type: ignore[no-untyped-call]
+        x, list(input_splits), list(output_splits), group
+    )
+    return received
 
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leaving: list[int], coming: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.leaving, ctx.coming, ctx.group = leaving, coming, group
-        return _all_to_all(x, leaving, coming, group)
+    def forward(
+        ctx: Any, x: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.input_splits, ctx.output_splits, ctx.group = input_splits, output_splits, group
+        return _all_to_all(x, input_splits, output_splits, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.coming, ctx.leaving, ctx.group), None, None, None
+        return _all_to_all(grads[0], ctx.output_splits, ctx.input_splits, ctx.group), None, None, None
 
 
-def _all_to_all(x: Tensor, leaving: list[int], coming: list[int], group: dist.ProcessGroup) -> Tensor:
-    came = x.new_empty(sum(coming), *x.shape[1:])
-    dist.all_to_all_single(came, x.contiguous(), coming, leaving, group=group)
-    return came
+def _all_to_all(x: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = x.new_empty(sum(output_splits), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), output_splits, input_splits, group=group)
+    return received

@@ -1,11 +1,11 @@
-"""Lets gloo's worker threads finish before the interpreter does.
+"""Lets gloo's worker threads finish before the interpreter exits.
 
-A gloo worker drops the tensors of a collective after the caller has been told that it is complete. For that it takes
-the GIL. Python ends a thread that asks for the GIL while the interpreter shuts down, by unwinding its stack; C++ calls
-std::terminate in the middle of it: "terminate called without an active exception", and the process aborts. Destroying
-the groups does not help: torch's caches of DTensor keep them alive, and their threads with them.
+A gloo worker releases the tensors of a collective after the caller has learned that it is complete, and takes the GIL
+to do so. Python ends a thread that asks for the GIL during interpreter shutdown by unwinding its stack. In the middle
+of C++ code this calls std::terminate: the process aborts with "terminate called without an active exception".
+Destroying the groups does not help: torch's caches for DTensor keep the groups alive, and their threads too.
 
-So an exit handler waits, with the GIL free, until every gloo worker sleeps.
+So an exit handler waits, with the GIL released, until every gloo worker is idle.
 """
 
 from __future__ import annotations
@@ -21,27 +21,32 @@ _TIMEOUT_S = 5.0
 
 
 def wait_for_workers(timeout_s: float = _TIMEOUT_S) -> bool:
-    """Waits until no gloo worker of this process has run for 5 ms, with the GIL free; returns whether that came true.
+    """Waits, with the GIL released, until every gloo worker of this process has been idle for 5 ms.
 
-    A worker that waits for the GIL or for a core is not asleep: the GIL is free, so it runs, and its counter of context
-    switches changes.
+    A worker that waits for the GIL or for a core is not idle: the GIL is free, so the worker runs within the 5 ms, and
+    its count of context switches changes.
+
+    Args:
+        timeout_s: the longest wait, in seconds.
+    Returns:
+        Whether all workers became idle in time.
     """
     if sys.platform != "linux":
         time.sleep(20 * _INTERVAL_S)
         return True
     deadline_s = time.monotonic() + timeout_s
-    before = _workers()
+    previous = _worker_states()
     while time.monotonic() < deadline_s:
         time.sleep(_INTERVAL_S)
-        now = _workers()
-        if now == before and all(state.startswith("S") for state, _ in now.values()):
+        current = _worker_states()
+        if current == previous and all(state.startswith("S") for state, _ in current.values()):
             return True
-        before = now
+        previous = current
     return False
 
 
-def _workers() -> dict[str, tuple[str, str]]:
-    """Returns the state and the number of voluntary context switches of each gloo worker thread."""
+def _worker_states() -> dict[str, tuple[str, str]]:
+    """Returns (state, number of voluntary context switches) of each gloo worker thread."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
         try:
@@ -53,5 +58,6 @@ def _workers() -> dict[str, tuple[str, str]]:
     return found
 
 
-# Handlers run last in, first out: registered on import, this one runs after those of the program.
+# Exit handlers run in reverse order of registration. This one is registered on import, so it runs after the handlers
+# of the program.
 atexit.register(wait_for_workers)

@@ -1,4 +1,4 @@
-"""What all ranks of a group have alike, and use for different rows: gradients are summed."""
+"""The identity in the forward, an all-reduce of the gradient in the backward: for values that all ranks share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def sum_gradients(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns x; its gradient is the sum of what the ranks of the group find.
+    """Returns x; the gradient of x is the sum of the gradients of all ranks of the group.
 
     Args:
-        x: the same on all ranks of the group, which go backward together.
+        x: the same on all ranks of the group, which run the backward together.
         group: the ranks.
-    Communication: in the backward, an all-reduce of x's size.
+    Communication: in the backward, one all-reduce of the size of x.
     """
     shared: Tensor = _SumGradients.apply(x, group)  # type: ignore[no-untyped-call]
     return shared

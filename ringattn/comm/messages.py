@@ -1,7 +1,7 @@
-"""Point-to-point messages: posted together, under way while the caller computes, awaited one by one.
+"""Point-to-point messages: posted together, in progress while the caller computes, waited for one by one.
 
-All messages of a step are posted at once, so no order of sends and receives can deadlock, and nothing but the
-messages themselves makes ranks wait for each other: no barrier, no device synchronisation.
+All messages of a step are posted in one batch, so no order of sends and receives can deadlock. Ranks wait for each
+other's messages only: there is no barrier and no device synchronisation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from torch import Tensor
 
 
 class Message(NamedTuple):
-    """A contiguous tensor on its way to (or from) `peer`, a rank of the group; `tag` tells kinds apart."""
+    """A message to or from another rank.
+
+    Args:
+        tensor: the buffer that is sent or received into; contiguous.
+        peer: the other rank, numbered in the group.
+        tag: separates messages of different kinds between the same two ranks.
+    """
 
     tensor: Tensor
     peer: int
@@ -22,14 +28,14 @@ class Message(NamedTuple):
 
 
 class PendingMessage:
-    """A message under way. Its buffer must not be read (a receive) or written (a send) before it is awaited."""
+    """A message in progress. Until `wait` returns, the caller must not read a receive buffer or write a send buffer."""
 
     def __init__(self, message: Message, work: dist.Work | None) -> None:
-        self._message: Message | None = message  # holds the buffer until the message has landed
+        self._message: Message | None = message  # keeps the buffer alive until the message is complete
         self._work = work
 
     def wait(self) -> None:
-        """Waits for the message; on CUDA the current stream waits, not the host."""
+        """Waits until the message is complete; on CUDA the current stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
         self._message = self._work = None
@@ -38,32 +44,55 @@ class PendingMessage:
 def post(
     group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]
 ) -> tuple[list[PendingMessage], list[PendingMessage]]:
-    """Posts all messages of one step and returns at once: a flight for each send, and for each receive.
+    """Posts all messages of one step and returns at once.
 
-    The ranks concerned must post matching messages. Those of one kind between two ranks must stand in the same order
-    at both: NCCL knows messages by nothing else. Empty ones are not posted.
-    Communication: each message once, between its two ranks.
+    Each send must match a receive on its peer. Messages of one kind between two ranks must be listed in the same order
+    on both, because NCCL matches messages by order alone. Empty messages are not posted.
+
+    Args:
+        group: the group that numbers the peers.
+        sends: may be empty.
+        receives: may be empty.
+    Returns:
+        The pending sends and the pending receives, in the order of the arguments.
+    Communication: each message once, directly between its two ranks.
     """
-    # Receives first: gloo tells the peer of them in the stream in which it sends, behind what was posted before; and
-    # a peer who has not been told does not send. So two ranks would send to each other one after the other.
-    posted = [(False, m) for m in receives if m.tensor.numel()] + [(True, m) for m in sends if m.tensor.numel()]
-    ops = [
-        dist.P2POp(
-            dist.isend if is_send else dist.irecv,
-            message.tensor,
-            group=group,
-            tag=message.tag,
-            group_peer=message.peer,
-        )
-        for is_send, message in posted
-    ]
-    works: list[dist.Work] = dist.batch_isend_irecv(ops) if ops else []
-    if len(works) != len(ops):
-        # NCCL coalesces a batch into one piece of work: awaiting any message awaits them all.
-        works = works[:1] * len(ops)
-    rest = iter(works)
-    came, left = (
-        [PendingMessage(m, next(rest) if m.tensor.numel() else None) for m in messages]
+    # Receives first: gloo announces a receive to the peer on the same stream on which it sends data, after everything
+    # posted before, and a peer sends nothing until the announcement arrives. In the other order, two ranks would send
+    # to each other in one direction after the other.
+    posted = [Operation(False, m) for m in receives if m.tensor.numel()]
+    posted += [Operation(True, m) for m in sends if m.tensor.numel()]
+    works = start(group, posted) if posted else []
+    remaining = iter(works)
+    pending_receives, pending_sends = (
+        [PendingMessage(m, next(remaining) if m.tensor.numel() else None) for m in messages]
         for messages in (receives, sends)
     )
-    return left, came
+    return pending_sends, pending_receives
+
+
+class Operation(NamedTuple):
+    """A message that this rank sends or receives."""
+
+    is_send: bool
+    message: Message
+
+
+def start(group: dist.ProcessGroup, operations: Sequence[Operation]) -> list[dist.Work]:
+    """Hands operations to the process group, and returns the work of each.
+
+    On CPUs the group is called directly: torch.distributed checks every argument again, which takes as long as a small
+    message. On GPUs operations are one batch, because NCCL must start them together.
+    """
+    works: list[dist.Work] = []
+    if operations[0].message.tensor.is_cpu:
+        for is_send, (tensor, peer, tag) in operations:
+            works.append(group.send([tensor], peer, tag) if is_send else group.recv([tensor], peer, tag))
+        return works
+    batch = [
+        dist.P2POp(dist.isend if is_send else dist.irecv, m.tensor, group=group, tag=m.tag, group_peer=m.peer)
+        for is_send, m in operations
+    ]
+    works = dist.batch_isend_irecv(batch)
+    # NCCL coalesces a batch into one piece of work: waiting for one message waits for all of them.
+    return works if len(works) == len(batch) else works[:1] * len(batch)

@@ -1,4 +1,4 @@
-"""Packets: several tensors, of any dtypes, in one flat buffer, so that they travel as one message."""
+"""Packets: several tensors of any dtypes in one flat buffer, sent as one message."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch import Tensor
 
 
 class Field(NamedTuple):
-    """The shape and dtype of one tensor of a packet."""
+    """The shape and dtype of one tensor in a packet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """How much of the buffer it takes."""
+        """The bytes of the tensor in the buffer."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class Packet:
-    """A flat buffer of bytes and the tensors that are views of it.
+    """A flat buffer of bytes, and tensors that are views of it.
+
+    Tensors of wider dtypes are placed first, so that each tensor is aligned.
 
     Args:
-        buffer: uint8, one-dimensional, at least as long as the fields; used from its beginning.
-        fields: of the tensors. In the buffer those of wider dtypes come first, so that each is aligned.
+        buffer: uint8, one-dimensional, at least as long as the fields; the packet starts at its beginning.
+        fields: one for each tensor.
     """
 
     def __init__(self, buffer: Tensor, fields: Sequence[Field]) -> None:
@@ -37,7 +39,7 @@ class Packet:
 
     @classmethod
     def empty(cls, fields: Sequence[Field], device: torch.device) -> Packet:
-        """Returns a packet of undefined content."""
+        """Returns a packet with uninitialised tensors."""
         return cls(torch.empty(size_of(fields), dtype=torch.uint8, device=device), fields)
 
     @classmethod
@@ -47,12 +49,11 @@ class Packet:
 
 
 def stacked_views(buffer: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
-    """Returns the tensors of several packets, all with these fields: views (packets, *shape).
+    """Returns one view (packets, *shape) per field, into several packets with the same fields.
 
     Args:
-        buffer: uint8, (packets, bytes): a packet at the beginning of each row, which is as long as a multiple of each
-            itemsize.
-        fields: of every packet. Of those as wide as each other, the first comes first, as in a `Packet`.
+        buffer: uint8, (packets, bytes). Each row starts with a packet; its length is a multiple of each itemsize.
+        fields: of every packet. Fields of equal itemsize keep their order in the buffer, as in a `Packet`.
     """
     return _views(buffer[:, : size_of(fields)], fields)
 
@@ -63,9 +64,12 @@ def size_of(fields: Sequence[Field]) -> int:
 
 
 def _views(flat: Tensor, fields: Sequence[Field]) -> tuple[Tensor, ...]:
-    """Returns the tensors of one packet (bytes), or of several (packets, bytes)."""
+    """Returns the tensors of one packet (bytes,), or of several stacked packets (packets, bytes)."""
     order = sorted(range(len(fields)), key=lambda index: -fields[index].dtype.itemsize)
     parts = torch.split_with_sizes(flat, [fields[index].num_bytes for index in order], dim=-1)
-    several = flat.shape[:-1]
-    views = {i: x.view(fields[i].dtype).view((*several, *fields[i].shape)) for i, x in zip(order, parts, strict=True)}
+    stack_shape = flat.shape[:-1]
+    views = {
+        index: part.view(fields[index].dtype).view((*stack_shape, *fields[index].shape))
+        for index, part in zip(order, parts, strict=True)
+    }
     return tuple(views[index] for index in range(len(fields)))

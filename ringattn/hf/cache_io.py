@@ -42,7 +42,7 @@ def save_rows(
     metadata = {"rows": sequences, "pads": left_padding, "lengths": [store.length(number) for number in sequences]}
 
     def write(content: str | None) -> tuple[Mapping[str, str], None]:
-        if store.team.rank == 0:
+        if store.mesh.rank == 0:
             try:
                 (folder / _ROWS_FILE).unlink(missing_ok=True)
                 if content is not None:
@@ -53,9 +53,9 @@ def save_rows(
                 raise SnapshotError(f"{type(error).__name__}: {error}") from error
         return {}, None
 
-    agree(store.team, None, lambda: write(None))
+    agree(store.mesh, None, lambda: write(None))
     save_cache(store, folder)
-    agree(store.team, None, lambda: write(json.dumps(metadata)))
+    agree(store.mesh, None, lambda: write(json.dumps(metadata)))
 
 
 def load_rows(
@@ -84,9 +84,9 @@ def load_rows(
             f"folder={str(folder)!r}: {_ROWS_FILE} lists sequences {sequences} of {lengths} tokens, but the snapshot "
             "holds others; save the cache again"
         )
-    if store.form.num_layers != num_layers:
+    if store.spec.num_layers != num_layers:
         raise SnapshotError(
-            f"folder={str(folder)!r}: the snapshot has {store.form.num_layers} layers, the model has {num_layers}; "
+            f"folder={str(folder)!r}: the snapshot has {store.spec.num_layers} layers, the model has {num_layers}; "
             "load it for the model that it was saved with"
         )
     for sequence in set(stored) - set(sequences):

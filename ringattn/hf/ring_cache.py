@@ -220,7 +220,7 @@ class RingCache(Cache):
             )
         if step.sequences is None:
             store, computed_rows = self._store, step.plan.computed_rows
-            store.note(f"tokens {step.inputs.digest}")
+            store.add_to_history(f"tokens {step.inputs.digest}")
             new = {} if self._sequences else {row: store.new() for row in sorted(set(computed_rows))}
             step.sequences = self._sequences or tuple(new[row] for row in computed_rows)
             step.lengths = tuple(map(store.length, self._sequences))
@@ -374,7 +374,7 @@ class RingCache(Cache):
         cache._store, cache._sequences, cache._left_padding = load_rows(
             folder, num_layers=cache._num_layers, num_pages=num_pages, device=device, group=cache._group
         )
-        cache._page_size = cache._store.form.page_size
+        cache._page_size = cache._store.spec.page_size
         return cache
 
     # States of layers other than attention.

@@ -27,10 +27,12 @@ _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """A `BlockKernel` in C++: computes tiles as they are, with the running state in cache; see csrc/cpu/forward.h.
+    """A `BlockKernel` in C++ for the CPU, for fp32, fp16 and bf16.
+
+    One call computes all tiles, and updates (out, lse) while they are in cache. See csrc/cpu/forward.h.
 
     Args:
-        isa: the instruction set, one of `instruction_sets`; "" is the widest that this processor has.
+        isa: one of `instruction_sets`; "" selects the widest that this processor has.
     """
 
     isa: str = ""
@@ -40,8 +42,8 @@ class NativeKernel:
     @property
     def about(self) -> str:
         """One line for people: what it is, and which instructions it takes for which dtype."""
-        told = "our own C++ for the CPU, compiled on first use; every option"
-        return f"{told}; fp32, bf16, fp16" if self.available() else f"{told}; {self._instructions()}"
+        about = "our own C++ for the CPU, compiled on first use; every option"
+        return f"{about}; fp32, bf16, fp16" if self.available() else f"{about}; {self._instructions()}"
 
     def _instructions(self) -> str:
         taken = {dtype: self.isa or instruction_sets(dtype)[0] for dtype in _DTYPES}
@@ -49,7 +51,7 @@ class NativeKernel:
         return ", ".join(f"{isa} ({', '.join(names)})" for isa, names in dtypes.items())
 
     def available(self) -> list[str]:
-        """Builds and loads the library, at most once in a process; a reason when that fails."""
+        """Compiles and loads the library, once per process. Returns the reason if that fails."""
         reason = _load()
         return [reason] if reason else []
 
@@ -60,14 +62,16 @@ class NativeKernel:
         if problem.dtype not in _DTYPES:
             reasons.append(f"takes {', '.join(map(str, _DTYPES))}, not {problem.dtype}")
         elif self.isa and self.isa not in instruction_sets(problem.dtype):
-            reasons.append(f"has isa={self.isa!r}, which this processor, or {problem.dtype}, does not go with")
+            reasons.append(
+                f"has isa={self.isa!r}, which does not run on this processor, or does not take {problem.dtype}"
+            )
         return reasons
 
     def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
         if tiles:
             softcap = score.softcap or 0.0
             torch.ops.ringattn_native.forward(
-                queries.q, keys.k, keys.v, _table(tiles), score.factor, softcap, state.out, state.lse, self.isa
+                queries.q, keys.k, keys.v, _tile_table(tiles), score.factor, softcap, state.out, state.lse, self.isa
             )
 
     def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
@@ -75,32 +79,38 @@ class NativeKernel:
             softcap = score.softcap or 0.0
             torch.ops.ringattn_native.backward(
                 queries.dout, queries.q, keys.k, keys.v, queries.lse, queries.delta,
-                _table(tiles), score.factor, softcap, *gradients, self.isa,
+                _tile_table(tiles), score.factor, softcap, *gradients, self.isa,
             )  # fmt: skip
 
 
 def instruction_sets(dtype: torch.dtype) -> list[str]:
-    """Returns the instruction sets that a dtype can be computed with here, the one that is taken first."""
+    """Returns the instruction sets that this processor has and that take the dtype. The first one is the default.
+
+    The library must be loaded: call `NativeKernel().available()` first.
+
+        >>> instruction_sets(torch.float32)  # on a processor with AVX-512
+        ['avx512', 'avx2', 'portable']
+    """
     names: str = torch.ops.ringattn_native.instruction_sets(dtype is torch.bfloat16)
     return names.split(",")
 
 
-def _table(tiles: Tiles) -> Tensor:
+def _tile_table(tiles: Tiles) -> Tensor:
     return torch.from_numpy(tiles.table.copy())
 
 
 @lru_cache(maxsize=1)
 def _load() -> str:
-    """Loads the library into torch, which is for good; returns why it cannot be, or ""."""
+    """Loads the library's ops into torch.ops, for the rest of the process. Returns the reason if that fails, or ""."""
     try:
         torch.ops.load_library(library("cpu"))  # type: ignore[no-untyped-call]
     except (BuildError, OSError) as error:
-        warnings.warn(f"ringattn works without its own CPU kernel, and slower: {error}", stacklevel=2)
+        warnings.warn(f"ringattn works without its own CPU kernel, but more slowly: {error}", stacklevel=2)
         return str(error)
-    for operation in ("forward", "backward", "decode", "merge"):
-        torch.library.register_fake(f"ringattn_native::{operation}", _nothing)
+    for op in ("forward", "backward", "decode", "merge"):
+        torch.library.register_fake(f"ringattn_native::{op}", _fake)
     return ""
 
 
-def _nothing(*_: object) -> None:
-    """What the operations return: they work in place."""
+def _fake(*_: object) -> None:
+    """The ops' fake implementation for torch.compile: they return nothing, since they write into their arguments."""

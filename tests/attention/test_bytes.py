@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ringattn.attention.auto_exchange import prepare
 from ringattn.attention.validate import AttentionCall
+from ringattn.comm import messages
 from ringattn.comm.topology import RankMesh, rank_mesh
 from ringattn.score import Score
 from tests.attention.problem import (
@@ -35,17 +36,17 @@ WAYS = (RING, *FLAT_WAYS, *MESH_WAYS)
 def counted_bytes() -> Iterator[list[int]]:
     """Within it, every message handed to a process group to send leaves its bytes."""
     sent: list[int] = []
-    original = dist.batch_isend_irecv
+    original = messages.start
 
-    def counting(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
-        sent.extend(op.tensor.nbytes for op in p2p_op_list if op.op is dist.isend)
-        return original(p2p_op_list)
+    def counting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+        sent.extend(op.message.tensor.nbytes for op in operations if op.is_send)
+        return original(group, operations)
 
-    dist.batch_isend_irecv = counting
+    messages.start = counting
     try:
         yield sent
     finally:
-        dist.batch_isend_irecv = original
+        messages.start = original
 
 
 def team_for(group: dist.ProcessGroup, way: Way) -> RankMesh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
+from ringattn.comm import messages
 from tests.attention.problem import operations_of_c10d
 from tests.harness import oracle
 from tests.harness.cases import tensors
@@ -213,17 +214,17 @@ OTHER: dict[str, tuple[Callable[[Options], object], str]] = {
 def counted_sends() -> Iterator[list[object]]:
     """Within it, every batch of point-to-point messages leaves an entry."""
     calls: list[object] = []
-    original = dist.batch_isend_irecv
+    original = messages.start
 
-    def counting(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
-        calls.append(p2p_op_list)
-        return original(p2p_op_list)
+    def counting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+        calls.append(operations)
+        return original(group, operations)
 
-    dist.batch_isend_irecv = counting
+    messages.start = counting
     try:
         yield calls
     finally:
-        dist.batch_isend_irecv = original
+        messages.start = original
 
 
 def good_call(group: dist.ProcessGroup, scale: float) -> Options:

@@ -1,4 +1,4 @@
-"""What a cache should hold, as plain lists: the model that random programs are held against."""
+"""The model of a cache, as plain dictionaries, against which random programs are checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ringattn.cache.pages import PagePools
 
 
 def check_invariants(pages: PagePools) -> None:
-    """Every page is free or used, by just the tables that list it; no position is held twice by a sequence."""
+    """Every page is free or in the tables that list it; no sequence stores a position twice."""
     for rank in range(pages.world_size):
         listed = Counter(page for s in pages.sequences for page in pages.table(s, rank).pages)
         assert all(count == pages.num_users(rank, page) for page, count in listed.items())
@@ -18,16 +18,16 @@ def check_invariants(pages: PagePools) -> None:
         for sequence in pages.sequences:
             table = pages.table(sequence, rank)
             assert len(table.pages) == len(set(table.pages))
-            assert table.num_tokens == int((table.slots != EMPTY_SLOT).sum())
-            assert all((row != EMPTY_SLOT).any() for row in table.slots)
+            assert table.num_tokens == int((table.positions != EMPTY_SLOT).sum())
+            assert all((row != EMPTY_SLOT).any() for row in table.positions)
 
 
-def held(pages: PagePools, sequence: int) -> dict[int, tuple[int, int]]:
-    """Returns where each position of a sequence is: (rank, place)."""
+def slot_of_position(pages: PagePools, sequence: int) -> dict[int, tuple[int, int]]:
+    """Returns for each stored position of a sequence (rank, slot index)."""
     found: dict[int, tuple[int, int]] = {}
     for rank in range(pages.world_size):
-        positions, places = pages.table(sequence, rank).held()
-        for position, place in zip(positions.tolist(), places.tolist(), strict=True):
+        positions, slots = pages.table(sequence, rank).stored_tokens()
+        for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
             assert position not in found
-            found[position] = rank, place
+            found[position] = rank, slot
     return found

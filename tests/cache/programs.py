@@ -1,4 +1,4 @@
-"""Programs on a cache: run by every rank, and held against dense lists of keys and values in float64."""
+"""Programs on a cache: every rank runs them and compares with dense keys and values in float64."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Op(NamedTuple):
 
 @dataclass
 class Dense:
-    """One sequence as one process would hold it: (layers, tokens, H_kv, dims), and which positions are there."""
+    """One sequence as a single process would store it: (layers, tokens, H_kv, dims), and its evicted positions."""
 
     k: Tensor
     v: Tensor
@@ -90,7 +90,7 @@ class Runner:
             getattr(self, f"do_{op.name}")(op)
 
     def finish(self) -> None:
-        """Frees what is left: every page must be free then."""
+        """Frees all sequences, and checks that all pages are free."""
         for sequence in list(self.dense):
             self.do_free(Op("free", sorted(self.dense).index(sequence)))
         assert self.cache.num_free_pages == (self.cache.pages.num_pages,) * self.group.size()
@@ -107,9 +107,9 @@ class Runner:
         self.dense[self.cache.new()] = Dense(empty.expand(-1, -1, -1, s.dim), empty.expand(-1, -1, -1, s.v_dim))
 
     def grow(self, sequences: list[int], count: int, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Adds random keys and values to the dense sequences; returns those of each layer, (B, T, ...).
+        """Adds random keys and values to the dense sequences; returns (k, v) of each layer, each (B, T, ...).
 
-        The first token is one that there never was: where tokens are the same, keys and values have to be.
+        The first token id is new, because equal token ids must have equal keys and values.
         """
         s = self.setting
         k = self.normal(s.num_layers, len(sequences), count, s.kv_heads, s.dim)
@@ -203,15 +203,15 @@ class Runner:
         del self.dense[sequence]
 
     def do_share(self, op: Op) -> None:
-        """A new sequence with the same beginning as a remembered one, cut short or changed somewhere."""
+        """A new sequence that shares a cached prefix, and differs from it at one token."""
         donor = self.pick(op.a)
         d = self.dense[donor]
         if not d.tokens or d.gone:
             return
-        self.cache.remember(donor, d.tokens)
+        self.cache.cache_prefix(donor, d.tokens)
         cut = op.b % len(d.tokens)
         wanted = [*d.tokens[:cut], 7, *d.tokens[cut + 1 :]]
-        sequence, count = self.cache.start(wanted)
+        sequence, count = self.cache.match_prefix(wanted)
         assert count <= cut
         assert count % self.setting.page_size == 0
         if count:
@@ -232,31 +232,31 @@ class Runner:
         self.cache = made
 
     def poison(self, number: int) -> None:
-        """What nobody holds becomes NaN, or live keys and values of whatever is there."""
+        """Fills unused slots with NaN, or with keys and values of other tokens."""
         cache, rank, size = self.cache, self.group.rank(), self.setting.page_size
         live = torch.zeros(cache.pages.num_pages, size, dtype=torch.bool)
         for sequence in cache.sequences:
             table = cache.pages.table(sequence, rank)
-            for page, slots in zip(table.pages, table.slots, strict=True):
-                live[page] |= torch.from_numpy(slots != EMPTY_SLOT)
+            for page, positions in zip(table.pages, table.positions, strict=True):
+                live[page] |= torch.from_numpy(positions != EMPTY_SLOT)
         for layer in range(self.setting.num_layers):
             for pool in cache.pools(layer):
                 spare = pool[live][:1] if number % 2 and live.any() else torch.nan
                 pool[~live] = spare
 
     def check(self) -> None:
-        """Every key and value lies where the tables say, and every page is accounted for."""
+        """Every key and value is in the slot that the tables say, and every page is accounted for."""
         check_invariants(self.cache.pages)
         assert set(self.cache.sequences) == set(self.dense)
         rank, size = self.group.rank(), self.setting.page_size
         for sequence, d in self.dense.items():
-            held = sum(self.cache.pages.table(sequence, r).num_tokens for r in range(self.group.size()))
-            assert held == len(d.tokens) - len(d.gone)
-            positions, places = (torch.from_numpy(x) for x in self.cache.pages.table(sequence, rank).held())
+            stored = sum(self.cache.pages.table(sequence, r).num_tokens for r in range(self.group.size()))
+            assert stored == len(d.tokens) - len(d.gone)
+            positions, slots = (torch.from_numpy(x) for x in self.cache.pages.table(sequence, rank).stored_tokens())
             assert not d.gone & set(positions.tolist())
             for layer in range(self.setting.num_layers):
                 for pool, dense in zip(self.cache.pools(layer), (d.k, d.v), strict=True):
-                    assert torch.equal(pool[places // size, places % size], dense[layer][positions])
+                    assert torch.equal(pool[slots // size, slots % size], dense[layer][positions])
 
 
 def run_program(group: dist.ProcessGroup, setting: Setting, program: list[Op]) -> int:

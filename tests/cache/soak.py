@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node=2 -m tests.cache.soak --operations 100000
 
-Runs the operations of tests/cache/programs.py, all ranks the same ones. Every so often all keys and values are held
-against dense tensors, the pages are counted, and what nobody holds is poisoned; attention is held against the oracle as
-often. Each part of the program has pages of another size, and ends with every page free.
+Runs the operations of tests/cache/programs.py, the same on all ranks. Every so often it compares all keys and values
+with dense tensors, counts the pages, fills unused slots with NaN, and compares attention with the oracle. Each part of
+the program has another page size, and ends with every page free.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def soak(group: dist.ProcessGroup, operations: int, every: int, seed: int, folde
             if done % max(1, operations // 50) == 0:
                 used, rate = memory.take(), done / (time.perf_counter() - begin)
                 if group.rank() == 0:
-                    told = (
+                    progress = (
                         f"{done:>7} of {operations} operations, {rate:.0f}/s, {(operations - done) / rate:.0f} s left"
                     )
                     pages = f"{sum(runner.cache.num_free_pages)} pages of {page_size} tokens free"
-                    print(f"{told}; {len(runner.dense)} sequences, {pages}, {used:.1f} MiB", flush=True)
-        runner.cache.agree()
+                    print(f"{progress}; {len(runner.dense)} sequences, {pages}, {used:.1f} MiB", flush=True)
+        runner.cache.check_agreement()
         runner.finish()
         compared += runner.compared
     return compared, memory.growth()

@@ -1,4 +1,4 @@
-"""Decoding: what is sent, what every rank gets, how exact it is in each dtype, and what is refused."""
+"""Decoding: messages, results on every rank, accuracy in each dtype, and errors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.harness.ranks import RankPool
 
 PROMPT, NEW = 37, 3
 
-Sent = list[tuple[str, int, int]]  # what was handed to a process group: its name, whom it is for, its bytes
+Sent = list[tuple[str, int, int]]  # operations on a process group: (name, peer, bytes)
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, everything that is handed to a process group is entered in `sent`."""
+    """Lists in `sent` every operation on a process group inside the context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def filled(group: dist.ProcessGroup, t: Tensors, dtype: torch.dtype, layers: int = 2) -> tuple[DistributedKVCache, int]:
-    """A cache with a prompt, laid out by zigzag."""
+    """A cache with a prompt, sharded by zigzag."""
     cache = DistributedKVCache(
         num_layers=layers, num_kv_heads=t.k.shape[2], head_dim=t.k.shape[3], v_head_dim=t.v.shape[3],
         num_pages=40, page_size=4, dtype=dtype, group=group,
@@ -69,7 +69,7 @@ def decode_once(group: dist.ProcessGroup, dtype: torch.dtype, by_heads: bool) ->
     attend = ringattn.decode_attention_by_heads if by_heads else ringattn.decode_attention
     q, k, v = (x[:, PROMPT:] for x in t[:3])
     extension = cache.extend([sequence], NEW)
-    attend(q, k, v, cache, 0, extension)  # the first call of a signature compares notes
+    attend(q, k, v, cache, 0, extension)  # the first call of a signature compares the ranks
     with Counted() as counted:
         out = attend(q, k, v, cache, 1, extension)
     return out, counted.sent
@@ -171,11 +171,11 @@ WRONG = {
     "two runs": ("MaskError", "sees several runs of keys"),
     "backend": ("BackendError", "backend='magic': must be one of"),
     "values on one rank": ("ArgumentError", "v has shape (1, 3, 2, 5): must be (1, 3, 2, 6)"),
-    "scale on one rank": ("DisagreementError", "the ranks of the group disagree on the call"),
-    "program of one rank": ("DisagreementError", "disagree on what they have asked of the cache so far"),
-    "layout of one rank": ("DisagreementError", "disagree on what is asked of the cache"),
+    "scale on one rank": ("DisagreementError", "disagree on scale (rank 0: 0.25; rank 1: 0.25; rank 2: 0.5)"),
+    "program of one rank": ("DisagreementError", "disagree on the earlier calls on the cache"),
+    "layout of one rank": ("DisagreementError", "disagree on this call on the cache"),
     "prefill": ("ArgumentError", "made by a layout"),
-    "no such sequence": ("SequenceError", "there is none of this name"),
+    "no such sequence": ("SequenceError", "the cache has no sequence of this number"),
     "no room": ("OutOfPagesError", "no rank has a free page of 4 tokens"),
 }
 
@@ -189,7 +189,7 @@ def test_every_rank_raises_and_nothing_changes(pool: RankPool, wrong: str) -> No
 
 
 def decode_a_prefill(group: dist.ProcessGroup) -> None:
-    """Tensors of a known signature, with an extension that is shared out: each rank's share is as many tokens."""
+    """A known signature, with an extension made by a layout that gives each rank the same number of tokens."""
     t = new_tensors(torch.float32)
     cache, sequence = filled(group, t, torch.float32)
     q, k, v = (x[:, PROMPT:] for x in t[:3])
@@ -204,7 +204,7 @@ def test_a_known_signature_with_an_extension_of_another_kind_is_refused(pool: Ra
 
 
 def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
-    """One rank asks for another scale, both being known to all: only the marks tell."""
+    """One rank passes another scale, and all ranks know both signatures: only the call marks differ."""
     t = new_tensors(torch.float32)
     q, k, v = (x[:, PROMPT:] for x in t[:3])
     (cache, sequence), (clean, other) = filled(group, t, torch.float32), filled(group, t, torch.float32)
@@ -212,44 +212,44 @@ def disagree_and_go_on(group: dist.ProcessGroup, deferred: bool) -> None:
     expected = [ringattn.decode_attention(q, k, v, clean, layer, plain, scale=0.5) for layer in (0, 1)]
     ringattn.decode_attention(q, k, v, clean, 1, plain, scale=0.25)
     if deferred:
-        cache.agreement = DeviceMarkCheck(torch.device("cpu"))
+        cache.mark_check = DeviceMarkCheck(torch.device("cpu"))
     extension = cache.extend([sequence], NEW)
     first = ringattn.decode_attention(q, k, v, cache, 0, extension, scale=0.5)
-    free, digest = cache.num_free_pages, cache.pages.digest
-    held = [torch.cat([x.flatten() for x in cache.held(layer, sequence)]) for layer in (0, 1)]
+    free, digest = cache.num_free_pages, cache.pages.history_digest
+    stored = [torch.cat([x.flatten() for x in cache.read(layer, sequence)]) for layer in (0, 1)]
     scale = 0.25 if group.rank() == group.size() - 1 else 0.5
-    told = "disagree on what they ask now"
+    message = "disagree on this call"
     if deferred:
         ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
         for later in (
-            cache.agree,
+            cache.check_agreement,
             lambda: cache.extend([sequence], 1),
             lambda: cache.fork(sequence),
             lambda: cache.truncate(sequence, PROMPT),
             lambda: cache.evict(sequence, sinks=1, window=1),
             lambda: cache.free(sequence),
-            lambda: cache.remember(sequence, [1, 2]),
-            lambda: cache.start([1, 2]),
+            lambda: cache.cache_prefix(sequence, [1, 2]),
+            lambda: cache.match_prefix([1, 2]),
             lambda: ringattn.prefill_attention(q, k, v, cache, 0, extension),
             lambda: ringattn.save_cache(cache, "never written"),
             lambda: ringattn.reshard(cache, num_pages=40, group=group, over=group),
         ):
-            with pytest.raises(DisagreementError, match=told):
+            with pytest.raises(DisagreementError, match=message):
                 later()
-            assert cache.pages.is_last(extension)
+            assert cache.pages.is_current(extension)
             ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
-        with pytest.raises(DisagreementError, match=told):
-            cache.agree()
+        with pytest.raises(DisagreementError, match=message):
+            cache.check_agreement()
     else:
-        with pytest.raises(DisagreementError, match=told):
+        with pytest.raises(DisagreementError, match=message):
             ringattn.decode_attention(q, k, v, cache, 1, extension, scale=scale)
-    assert (cache.num_free_pages, cache.length(sequence), cache.pages.digest) == (free, PROMPT + NEW, digest)
-    cache.agree()
-    # The prompt, and the layer before: nothing of them is lost. The same extension is good for another try.
+    assert (cache.num_free_pages, cache.length(sequence), cache.pages.history_digest) == (free, PROMPT + NEW, digest)
+    cache.check_agreement()
+    # The prompt and the layer before are unchanged. The same extension can be used again.
     again = ringattn.decode_attention(q, k, v, cache, 1, extension, scale=0.5)
-    assert torch.equal(torch.cat([x.flatten() for x in cache.held(0, sequence)]), held[0])
+    assert torch.equal(torch.cat([x.flatten() for x in cache.read(0, sequence)]), stored[0])
     assert all(torch.equal(*pair) for pair in zip((first, again), expected, strict=True))
-    # So is going back to before it.
+    # Truncating to before the extension works too.
     cache.truncate(sequence, PROMPT)
     fresh = cache.extend([sequence], NEW)
     assert torch.equal(ringattn.decode_attention(q, k, v, cache, 1, fresh, scale=0.5), expected[1])
@@ -261,22 +261,22 @@ def test_after_a_disagreement_all_goes_on(pool: RankPool, deferred: bool) -> Non
 
 
 def extend_differently(group: dist.ProcessGroup) -> None:
-    """The lengths differ after a number of tokens that was not the same; the next attention tells all ranks."""
+    """The ranks extended by different numbers of tokens; the next attention raises on all ranks."""
     t = new_tensors(torch.float32)
     cache, sequence = filled(group, t, torch.float32)
     q, k, v = (x[:, -1:] for x in t[:3])
     ringattn.decode_attention(q, k, v, cache, 0, cache.extend([sequence], 1))
     cache.truncate(sequence, PROMPT)
-    held = [torch.cat([x.flatten() for x in cache.held(layer, sequence)]) for layer in (0, 1)]
+    stored = [torch.cat([x.flatten() for x in cache.read(layer, sequence)]) for layer in (0, 1)]
     if group.rank() == 0:
         cache.extend([sequence], 2)
         cache.truncate(sequence, PROMPT)
     extension = cache.extend([sequence], 1)
-    with pytest.raises(DisagreementError, match="so far"):
+    with pytest.raises(DisagreementError, match="earlier calls"):
         ringattn.decode_attention(q, k, v, cache, 0, extension)
     cache.truncate(sequence, PROMPT)
     for layer in (0, 1):
-        assert torch.equal(torch.cat([x.flatten() for x in cache.held(layer, sequence)]), held[layer])
+        assert torch.equal(torch.cat([x.flatten() for x in cache.read(layer, sequence)]), stored[layer])
 
 
 def test_another_number_of_tokens_is_found_by_the_next_attention(pool: RankPool) -> None:
@@ -284,13 +284,13 @@ def test_another_number_of_tokens_is_found_by_the_next_attention(pool: RankPool)
 
 
 def ask_for_another_known_call(group: dist.ProcessGroup) -> None:
-    """All ranks know all calls; messages of another size than was expected are told apart from it by their mark."""
+    """All ranks know all signatures; a message of an unexpected size is recognised by its mark."""
     t = new_tensors(torch.float32)
     attend: list[Callable[..., Tensor]] = [ringattn.decode_attention, ringattn.decode_attention_by_heads]
     news = [[x[:, PROMPT : PROMPT + count] for x in t[:3]] for count in (1, NEW)]
     last = group.rank() == group.size() - 1
     for which in (0, 1):
-        # Each cache decodes one token before the ranks have met with larger messages, or after.
+        # Each cache decodes one token before the group has seen larger messages, or after.
         caches = [filled(group, t, torch.float32) for _ in range(2)]
         expected = {}
         for number, new in enumerate(news):
@@ -302,17 +302,17 @@ def ask_for_another_known_call(group: dist.ProcessGroup) -> None:
             for turn in ((which, 1 - which), (1 - which, which)):
                 new = news[turn[last]]
                 extension = cache.extend([sequence], new[0].shape[1])
-                with pytest.raises(DisagreementError, match=r"so far.*new tokens"):
+                with pytest.raises(DisagreementError, match=r"earlier calls.*new tokens"):
                     attend[which](*new, cache, 0, extension)
                 cache.truncate(sequence, PROMPT)
-                # What the ranks have asked before differs for good; so a cache that is new goes on.
+                # The histories of the ranks differ from here on, so the test goes on with a new cache.
                 cache, sequence = filled(group, t, torch.float32)
             extension = cache.extend([sequence], NEW)
-            with pytest.raises(DisagreementError, match="what they ask now: the operation"):
+            with pytest.raises(DisagreementError, match="this call: the operation"):
                 attend[last](*news[1], cache, 0, extension)
             assert torch.equal(attend[which](*news[1], cache, 0, extension), expected[1][which])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_messages_of_other_sizes_are_told(pool: RankPool, world_size: int) -> None:
+def test_messages_of_other_sizes_are_recognised(pool: RankPool, world_size: int) -> None:
     pool.run(ask_for_another_known_call, world_size)

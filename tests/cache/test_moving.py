@@ -1,4 +1,4 @@
-"""Caches that are saved, loaded on other numbers of ranks, and moved between groups while they live."""
+"""Caches that are saved, loaded on another number of ranks, and moved to another group."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def made(group: dist.ProcessGroup) -> DistributedKVCache:
 
 
 def answers(cache: DistributedKVCache) -> list[Tensor]:
-    """What each sequence answers to the same questions, going on with one token."""
+    """The attention of one more token to each sequence, for the same token in every cache."""
     check_invariants(cache.pages)
     t = tensors(3, 1, 1, 1, 4, 2, 4, 6, torch.float64)
     found = []
@@ -75,7 +75,7 @@ def test_a_snapshot_goes_to_any_number_of_ranks(pool: RankPool, tmp_path: Path, 
 
 
 def load_often(group: dist.ProcessGroup, folder: str, times: int) -> float:
-    """Python's objects that a load leaves behind."""
+    """The number of Python objects that each load leaks."""
     counts = []
     for _ in range(times):
         ringattn.load_cache(folder, num_pages=40, group=group)
@@ -84,7 +84,7 @@ def load_often(group: dist.ProcessGroup, folder: str, times: int) -> float:
     return (counts[-1] - counts[times // 2]) / (times - 1 - times // 2)
 
 
-def test_loading_leaves_nothing_behind(pool: RankPool, tmp_path: Path) -> None:
+def test_loading_leaks_nothing(pool: RankPool, tmp_path: Path) -> None:
     # safetensors' own way of reading leaves two integers for each tensor: here 2 x 14 a load.
     pool.run(save, 1, str(tmp_path))
     assert pool.run(load_often, 1, str(tmp_path), 21)[0] < 10
@@ -105,7 +105,7 @@ BREAKS: dict[str, Any] = {
     "a file is missing": (lambda d: next(d.glob("rank-00001-*")).unlink(), "is missing from the snapshot"),
     "a file is cut short": (lambda d: cut(d / "rank-00000-layer-00001.safetensors"), ""),
     "the index is cut short": (lambda d: cut(d / "index.safetensors"), ""),
-    "a bit of the index flipped": (lambda d: flip(d / "index.safetensors", -5), "tables are not those"),
+    "a bit of the index flipped": (lambda d: flip(d / "index.safetensors", -5), "page tables do not match"),
     "a bit of a page flipped": (lambda d: flip(d / "rank-00001-layer-00000.safetensors", -99), "is corrupt"),
     "a file of another layer": (
         lambda d: (d / "rank-00000-layer-00000.safetensors").write_bytes(b"garbage"), "",
@@ -149,10 +149,10 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_nothing_is_lost(pool: R
         assert error.type_name == "SnapshotError"
 
 
-def move(group: dist.ProcessGroup, members: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+def move(group: dist.ProcessGroup, ranks_of: tuple[tuple[int, ...], ...]) -> list[Tensor]:
     """From the first group of ranks to the next, and so on; every group answers, and each keeps what it had."""
-    groups = [dist.new_group(list(ranks)) for ranks in members]
-    cache = made(groups[0]) if group.rank() in members[0] else None
+    groups = [dist.new_group(list(ranks)) for ranks in ranks_of]
+    cache = made(groups[0]) if group.rank() in ranks_of[0] else None
     found: list[Tensor] = []
     for following in groups[1:]:
         moved = ringattn.reshard(cache, num_pages=60, group=following, over=group)

@@ -13,7 +13,7 @@ from ringattn import LayoutError, OutOfPagesError, SequenceError, contiguous, st
 from ringattn.cache.pages import PagePools, SlotAllocation
 from ringattn.cache.prefix_cache import PrefixIndex, PrefixMatch
 from ringattn.errors import ArgumentError
-from tests.cache.model import check_invariants, held
+from tests.cache.model import check_invariants, slot_of_position
 
 LAYOUTS = (contiguous, zigzag, striped)
 
@@ -39,7 +39,7 @@ class Programs(RuleBasedStateMachine):
 
     def write(self, extension: SlotAllocation) -> None:
         size = self.pages.page_size
-        for rank, old, new in extension.copies:
+        for rank, old, new in extension.page_copies:
             for slot in range(size):
                 if old * size + slot in self.pools[rank]:
                     self.pools[rank][new * size + slot] = self.pools[rank][old * size + slot]
@@ -52,10 +52,10 @@ class Programs(RuleBasedStateMachine):
                 for s, start in zip(extension.sequences, extension.starts, strict=True)
                 for p in positions
             ]
-            for row, place in zip(extension.rows[rank].tolist(), extension.places[rank].tolist(), strict=True):
+            for row, slot in zip(extension.rows[rank].tolist(), extension.slot_indices[rank].tolist(), strict=True):
                 sequence, position = names[row]
                 self.written += 1
-                self.pools[rank][place] = self.written
+                self.pools[rank][slot] = self.written
                 self.expected[sequence][position] = self.written
         for sequence in extension.sequences:
             self.lengths[sequence] += extension.num_tokens
@@ -66,14 +66,14 @@ class Programs(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.expected)), min_size=1, max_size=3, unique=True))
         tokens = count if layout is None else layout(count, self.pages.world_size)
         before = [self.pages.num_free(rank) for rank in range(self.pages.world_size)]
-        digest = self.pages.digest
+        digest = self.pages.history_digest
         try:
             extension = self.pages.extend(chosen, tokens)
         except OutOfPagesError:
             assert before == [self.pages.num_free(rank) for rank in range(self.pages.world_size)]
-            assert digest == self.pages.digest
+            assert digest == self.pages.history_digest
             return
-        assert self.pages.is_last(extension)
+        assert self.pages.is_current(extension)
         self.write(extension)
 
     @precondition(lambda self: self.expected)
@@ -128,7 +128,8 @@ class Programs(RuleBasedStateMachine):
         check_invariants(self.pages)
         assert set(self.pages.sequences) == set(self.expected)
         for sequence, expected in self.expected.items():
-            found = {p: self.pools[rank][place] for p, (rank, place) in held(self.pages, sequence).items()}
+            slots = slot_of_position(self.pages, sequence)
+            found = {p: self.pools[rank][slot] for p, (rank, slot) in slots.items()}
             assert found == expected
             assert self.pages.length(sequence) == self.lengths[sequence]
 
@@ -164,8 +165,8 @@ def test_decoded_tokens_go_to_the_rank_with_the_fewest() -> None:
 
 
 @pytest.mark.parametrize(("world", "size", "length"), [(1, 4, 9), (3, 4, 30), (4, 1, 7), (4, 16, 200), (2, 3, 6)])
-def test_decoded_tokens_are_dealt_by_pages(world: int, size: int, length: int) -> None:
-    """As docs/maths.md has it: round-robin by pages, where nothing was there before."""
+def test_decoded_tokens_go_round_robin_by_pages(world: int, size: int, length: int) -> None:
+    """An empty sequence is filled round-robin by pages, as docs/maths.md says."""
     pages = PagePools(world, 100, size)
     sequence = pages.new()
     for _ in range(length):
@@ -189,10 +190,10 @@ def test_a_prefill_stays_where_it_is_computed() -> None:
     pages = PagePools(2, 10, 4)
     sequence = pages.new()
     pages.extend([sequence], striped(11, 2))
-    assert pages.table(sequence, 0).held()[0].tolist() == [0, 2, 4, 6, 8, 10]
-    assert held(pages, sequence)[5] == (1, 2)
+    assert pages.table(sequence, 0).stored_tokens()[0].tolist() == [0, 2, 4, 6, 8, 10]
+    assert slot_of_position(pages, sequence)[5] == (1, 2)
     pages.evict(sequence, 1, 3)
-    assert 5 not in held(pages, sequence)
+    assert 5 not in slot_of_position(pages, sequence)
     assert pages.layout(sequence).ranges(1) == (range(9, 10),)
     assert pages.layout(sequence).ranges(0) == (range(0, 1), range(8, 9), range(10, 11))
 
@@ -201,7 +202,7 @@ def test_errors_tell_what_is_wrong_and_change_nothing() -> None:
     pages = PagePools(2, 2, 4)
     sequence = pages.new()
     pages.extend([sequence], 3)
-    digest = pages.digest
+    digest = pages.history_digest
     for wrong in (
         lambda: pages.extend([7], 1),
         lambda: pages.extend([sequence, sequence], 1),
@@ -220,30 +221,32 @@ def test_errors_tell_what_is_wrong_and_change_nothing() -> None:
         pages.extend([sequence], contiguous(30, 2))
     with pytest.raises(ArgumentError, match="page_size=0"):
         PagePools(1, 1, 0)
-    assert pages.digest == digest
+    assert pages.history_digest == digest
     assert pages.length(sequence) == 3
 
 
-def test_an_older_extension_is_known_as_such() -> None:
+def test_an_older_extension_is_not_current() -> None:
     pages = PagePools(1, 4, 4)
     sequence = pages.new()
     first = pages.extend([sequence], 2)
-    assert pages.is_last(first)
+    assert pages.is_current(first)
     pages.truncate(sequence, 1)
-    assert not pages.is_last(first)
+    assert not pages.is_current(first)
 
 
 def test_prefixes_are_found_in_whole_blocks() -> None:
     prefixes = PrefixIndex(4)
-    prefixes.record(1, range(10))
-    prefixes.record(2, [*range(8), 99, 99, 99, 99])
-    assert prefixes.longest(range(20)) == PrefixMatch(1, 8)
-    assert prefixes.longest([*range(8), 99, 99, 99, 99, 1]) == PrefixMatch(2, 12)
-    assert prefixes.longest([5, *range(1, 20)]) is None
-    assert prefixes.longest([0, 1, 2]) is None
-    prefixes.keep(1, 7)
-    assert prefixes.longest(range(20)) == PrefixMatch(1, 4) or prefixes.longest(range(20)) == PrefixMatch(2, 8)
-    prefixes.keep(2, 0)
-    assert prefixes.longest(range(20)) == PrefixMatch(1, 4)
-    prefixes.keep(1, 0)
-    assert prefixes.longest(range(20)) is None
+    prefixes.insert(1, range(10))
+    prefixes.insert(2, [*range(8), 99, 99, 99, 99])
+    assert prefixes.longest_match(range(20)) == PrefixMatch(1, 8)
+    assert prefixes.longest_match([*range(8), 99, 99, 99, 99, 1]) == PrefixMatch(2, 12)
+    assert prefixes.longest_match([5, *range(1, 20)]) is None
+    assert prefixes.longest_match([0, 1, 2]) is None
+    prefixes.truncate(1, 7)
+    assert prefixes.longest_match(range(20)) == PrefixMatch(1, 4) or prefixes.longest_match(range(20)) == PrefixMatch(
+        2, 8
+    )
+    prefixes.truncate(2, 0)
+    assert prefixes.longest_match(range(20)) == PrefixMatch(1, 4)
+    prefixes.truncate(1, 0)
+    assert prefixes.longest_match(range(20)) is None

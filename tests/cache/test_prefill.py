@@ -1,4 +1,4 @@
-"""Prefill: keys or queries travel, whichever is fewer bytes, and the result is the same."""
+"""Prefill: pass-KV or pass-Q, whichever is fewer bytes, with the same result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def allowed(start: int, stop: int, window: int | None) -> Tensor:
 def in_chunks(
     group: dist.ProcessGroup, dtype: torch.dtype, kv_heads: int, window: int | None, forced: bool | None
 ) -> list[tuple[Tensor, bool, int, int]]:
-    """Each chunk's whole output, whether queries travelled, the bytes they say to send, and those sent."""
+    """For each chunk: the whole output, whether queries moved, the bytes predicted, and the bytes sent."""
     world, total = group.size(), sum(CHUNKS)
     t = tensors(7, 1, total, total, 8, kv_heads, 8, 6, dtype)
     cache = DistributedKVCache(
@@ -70,8 +70,8 @@ def in_chunks(
             queries, keys = prefill._layouts(cache, extension)
             carried = Payload.Q if decided[-1] else Payload.KV
             sizes = AttentionShape(1, 8, kv_heads, 8, 6, dtype.itemsize, 8 if dtype == torch.float64 else 4)
-            told = prefill.bytes_moved(carried, (mask,), queries, keys, sizes)
-            found.append((whole, decided[-1], told, sum(sent)))
+            predicted = prefill.bytes_moved(carried, (mask,), queries, keys, sizes)
+            found.append((whole, decided[-1], predicted, sum(sent)))
             start += length
     return found
 
@@ -94,7 +94,7 @@ def test_chunks_by_either_way(pool: RankPool, world_size: int, window: int | Non
         start = stop
 
 
-def test_queries_travel_when_few_of_them_meet_a_long_cache(pool: RankPool) -> None:
+def test_queries_move_when_few_of_them_meet_a_long_cache(pool: RankPool) -> None:
     (one, *_) = pool.run(in_chunks, 2, torch.float64, 2, None, None)
     assert [by_queries for _, by_queries, *_ in one][:2] == [False, True]
 
@@ -136,7 +136,7 @@ def make_wrong(group: dist.ProcessGroup, wrong: str) -> None:
 
 
 WRONG = {
-    "two sequences": ("ArgumentError", "takes one of one sequence"),
+    "two sequences": ("ArgumentError", "takes an extension of one sequence"),
     "a number": ("ArgumentError", "made by a layout"),
     "a row too many on one rank": ("ArgumentError", "on rank 0 of 3: q has (sequences, rows) = (1, 5)"),
     "later, another dtype": ("ArgumentError", "q is torch.float64"),

@@ -28,7 +28,7 @@ PROBLEM = Problem(mask_case("documents&causal"), layout_case("zigzag"), 23, batc
 
 @contextlib.contextmanager
 def counted_gathers() -> Iterator[list[object]]:
-    """Within it, every dist.all_gather_object leaves an entry."""
+    """Lists the arguments of every dist.all_gather_object that is called inside the context."""
     calls: list[object] = []
     original = dist.all_gather_object
 

@@ -1,11 +1,14 @@
-"""Messages of one step: uneven, empty, several at once, between ranks of any group; and gathering rows."""
+"""Messages of one step: uneven, empty, several at once, between ranks of any group; and all-gather of rows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ringattn.comm import messages
 from ringattn.comm.messages import Message, post
 from ringattn.comm.uneven_all_gather import all_gather_rows
 from tests.harness.ranks import RankPool
@@ -18,21 +21,21 @@ def content(rank: int, length: int) -> torch.Tensor:
 
 
 def exchange(group: dist.ProcessGroup, sends: list[Message], receives: list[Message]) -> None:
-    for flights in post(group, sends, receives):
-        for flight in flights:
-            flight.wait()
+    for pending in post(group, sends, receives):
+        for message in pending:
+            message.wait()
 
 
 def pass_on(group: dist.ProcessGroup, lengths: list[int]) -> list[float]:
-    """Each rank sends a message of its own length to the next one; returns what came."""
+    """Each rank sends a message of its own length to the next one; returns the message received."""
     rank, world = group.rank(), group.size()
     after, before = (rank + 1) % world, (rank - 1) % world
-    came = torch.full((lengths[before],), torch.nan)
-    sends, receives = post(group, [Message(content(rank, lengths[rank]), after, 0)], [Message(came, before, 0)])
-    for flight in (*receives, *sends):
-        flight.wait()
-        flight.wait()  # again: nothing more to wait for
-    found: list[float] = came.tolist()
+    received = torch.full((lengths[before],), torch.nan)
+    sends, receives = post(group, [Message(content(rank, lengths[rank]), after, 0)], [Message(received, before, 0)])
+    for message in (*receives, *sends):
+        message.wait()
+        message.wait()  # again: nothing more to wait for
+    found: list[float] = received.tolist()
     return found
 
 
@@ -42,9 +45,9 @@ def pass_on(group: dist.ProcessGroup, lengths: list[int]) -> list[float]:
 )
 def test_uneven_and_empty_messages(pool: RankPool, world: int, lengths: list[int]) -> None:
     found = pool.run(pass_on, world, lengths[:world])
-    for rank, came in enumerate(found):
+    for rank, received in enumerate(found):
         before = (rank - 1) % world
-        assert came == content(before, lengths[before]).tolist()
+        assert received == content(before, lengths[before]).tolist()
 
 
 def exchange_two_kinds(group: dist.ProcessGroup) -> list[list[float]]:
@@ -57,17 +60,17 @@ def exchange_two_kinds(group: dist.ProcessGroup) -> list[list[float]]:
     sends += [Message(content(rank, 9).double() - peer, peer, 1) for peer in peers]
     receives = [Message(large[peer], peer, 1) for peer in peers]  # in another order than the sends
     receives += [Message(small[peer], peer, 0) for peer in reversed(peers)]
-    sending, receiving = post(group, sends, receives)
-    for flight in receiving[: len(peers)]:
-        flight.wait()
+    pending_sends, pending_receives = post(group, sends, receives)
+    for message in pending_receives[: len(peers)]:
+        message.wait()
     for peer in peers:
         assert torch.equal(large[peer], content(peer, 9).double() - rank)
-    for flight in receiving[len(peers) :]:
-        flight.wait()
+    for message in pending_receives[len(peers) :]:
+        message.wait()
     for peer in peers:
         assert torch.equal(small[peer], content(peer, 2) + rank)
-    for flight in sending:
-        flight.wait()
+    for message in pending_sends:
+        message.wait()
     return [small[peer].tolist() for peer in peers]
 
 
@@ -78,14 +81,14 @@ def test_kinds_do_not_mix(pool: RankPool, world: int) -> None:
 
 
 def many_steps(group: dist.ProcessGroup) -> float:
-    """Steps without a barrier in between: ranks may run ahead, messages still come in order."""
+    """Steps without barriers: ranks may run ahead, and messages still arrive in order."""
     rank, world = group.rank(), group.size()
-    held = torch.full((3,), float(rank))
+    value = torch.full((3,), float(rank))
     for _ in range(5 * world):
-        came = torch.full((3,), torch.nan)
-        exchange(group, [Message(held, (rank + 1) % world, 0)], [Message(came, (rank - 1) % world, 0)])
-        held = came + 1
-    return float(held[0])
+        received = torch.full((3,), torch.nan)
+        exchange(group, [Message(value, (rank + 1) % world, 0)], [Message(received, (rank - 1) % world, 0)])
+        value = received + 1
+    return float(value[0])
 
 
 def test_many_steps(pool: RankPool) -> None:
@@ -94,10 +97,10 @@ def test_many_steps(pool: RankPool) -> None:
 
 def only_some_ranks(group: dist.ProcessGroup) -> float:
     """Rank 0 to rank 2; the others have nothing to do and return at once."""
-    came = torch.full((1,), torch.nan)
+    received = torch.full((1,), torch.nan)
     sends = [Message(torch.ones(1), 2, 0)] if group.rank() == 0 else []
-    exchange(group, sends, [Message(came, 0, 0)] if group.rank() == 2 else [])
-    return float(came[0])
+    exchange(group, sends, [Message(received, 0, 0)] if group.rank() == 2 else [])
+    return float(received[0])
 
 
 def test_ranks_without_messages(pool: RankPool) -> None:
@@ -132,17 +135,17 @@ def order_posted(group: dist.ProcessGroup) -> list[bool]:
     """Whether each operation handed to the process group sends."""
     peer = 1 - group.rank()
     seen: list[bool] = []
-    original = dist.batch_isend_irecv
+    original = messages.start
 
-    def watching(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
-        seen.extend(op.op is dist.isend for op in p2p_op_list)
-        return original(p2p_op_list)
+    def watching(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+        seen.extend(op.is_send for op in operations)
+        return original(group, operations)
 
-    dist.batch_isend_irecv = watching
+    messages.start = watching
     try:
         exchange(group, [Message(content(0, 3), peer, 0)], [Message(torch.empty(3), peer, 0)])
     finally:
-        dist.batch_isend_irecv = original
+        messages.start = original
     return seen
 
 

@@ -122,20 +122,20 @@ def test_attention_on_a_mesh(pool: RankPool) -> None:
 # ---- meshes
 
 
-def numbers(group: dist.ProcessGroup, mesh_ranks: list[list[int]]) -> tuple[int, int, tuple[int, ...]]:
-    """This rank's number in a mesh, and what each reachable peer says when it is asked along the way to it."""
+def check_routes(group: dist.ProcessGroup, mesh_ranks: list[list[int]]) -> tuple[int, int, tuple[int, ...]]:
+    """Returns (rank, size, shape) of the mesh; checks the route to every peer."""
     mesh = DeviceMesh("cpu", torch.tensor(mesh_ranks), mesh_dim_names=("outer", "inner"))
     ranks = rank_mesh(mesh, ("outer", "inner"))
     flat = [rank for row in mesh_ranks for rank in row]
     for peer in range(4):
-        places = [divmod(number, len(mesh_ranks[0])) for number in (ranks.rank, peer)]
-        differing = sum(a != b for a, b in zip(*places, strict=True))
+        coordinates = [divmod(number, len(mesh_ranks[0])) for number in (ranks.rank, peer)]
+        differing = sum(a != b for a, b in zip(*coordinates, strict=True))
         if differing != 1:
             with pytest.raises(ValueError, match="on no axis"):
                 ranks.route(peer)
             continue
-        axis, member = ranks.route(peer)
-        assert dist.get_global_rank(ranks.axes[axis].group, member) == flat[peer]
+        axis, group_rank = ranks.route(peer)
+        assert dist.get_global_rank(ranks.axes[axis].group, group_rank) == flat[peer]
     assert ranks.submesh(1).shape == (len(mesh_ranks[0]),)
     return ranks.rank, ranks.size, ranks.shape
 
@@ -143,10 +143,10 @@ def numbers(group: dist.ProcessGroup, mesh_ranks: list[list[int]]) -> tuple[int,
 @pytest.mark.parametrize(
     "mesh", [[[0, 1], [2, 3]], [[0, 1], [3, 2]], [[3, 1], [0, 2]], [[2, 0, 3, 1]], [[1], [3], [0], [2]]], ids=str
 )
-def test_numbers_and_ways(pool: RankPool, mesh: list[list[int]]) -> None:
-    """Row by row, whatever order the mesh holds its ranks in."""
+def test_ranks_and_routes(pool: RankPool, mesh: list[list[int]]) -> None:
+    """Ranks are numbered row by row, in any order of the processes in the mesh."""
     flat = [rank for row in mesh for rank in row]
-    for rank, (number, size, shape) in enumerate(pool.run(numbers, 4, mesh)):
+    for rank, (number, size, shape) in enumerate(pool.run(check_routes, 4, mesh)):
         assert (number, size, shape) == (flat.index(rank), 4, (len(mesh), len(mesh[0])))
 
 
@@ -172,8 +172,8 @@ def test_meshes_that_do_not_fit(pool: RankPool) -> None:
     pool.run(meshes_that_do_not_fit, 4)
 
 
-def gathered(group: dist.ProcessGroup, mesh_ranks: list[list[int]]) -> None:
-    """Shards of a mesh, put together again; and their gradients."""
+def shard_and_unshard(group: dist.ProcessGroup, mesh_ranks: list[list[int]]) -> None:
+    """Shards over a mesh unshard to the whole tensor, and so do their gradients."""
     mesh = DeviceMesh("cpu", torch.tensor(mesh_ranks), mesh_dim_names=("ring", "ulysses"))
     for layout in (ringattn.zigzag(13, 4), ringattn.contiguous(3, 4)):
         x = torch.randn(2, layout.seq_len, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -187,4 +187,4 @@ def gathered(group: dist.ProcessGroup, mesh_ranks: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("mesh", [[[0, 1], [2, 3]], [[3, 1], [0, 2]], [[0], [2], [1], [3]]], ids=str)
 def test_shards_of_a_mesh(pool: RankPool, mesh: list[list[int]]) -> None:
-    pool.run(gathered, 4, mesh)
+    pool.run(shard_and_unshard, 4, mesh)

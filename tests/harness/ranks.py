@@ -289,15 +289,15 @@ def _join_groups(rank: int, size: int, folder: str) -> dict[int, dist.ProcessGro
     return {w: dist.new_group(list(range(w)), timeout=timeout, backend="gloo") for w in range(1, size + 1)}
 
 
-def _watch_flights() -> list[str]:
-    """Enters every message that is let go of while it is under way: gloo hangs over it, later and elsewhere."""
+def _watch_pending_messages() -> list[str]:
+    """Lists every message that is dropped while it is pending: gloo would hang over it, later and elsewhere."""
     dropped: list[str] = []
 
-    def let_go(flight: PendingMessage) -> None:
-        if flight._work is not None:
-            dropped.append(str(flight._message))
+    def on_delete(pending: PendingMessage) -> None:
+        if pending._work is not None:
+            dropped.append(str(pending._message))
 
-    PendingMessage.__del__ = let_go  # type: ignore[attr-defined]
+    PendingMessage.__del__ = on_delete  # type: ignore[attr-defined]
     return dropped
 
 
@@ -307,7 +307,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     with _stack_file(folder, rank).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
-        groups, dropped = _join_groups(rank, size, folder), _watch_flights()
+        groups, dropped = _join_groups(rank, size, folder), _watch_pending_messages()
         connection.send_bytes(pickle.dumps(_Returned(None)))
         with contextlib.suppress(EOFError):
             while True:

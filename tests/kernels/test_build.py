@@ -222,7 +222,7 @@ def test_instructions_stay_with_their_set() -> None:
     owner = ""
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         if started := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            named = re.search(r"ringattn::(avx512_bf16|avx512|avx2|portable_bf16|portable)::", started[1])
+            named = re.search(r"ringattn::(avx512_bf16|avx512|avx2|emulated_bf16|portable)::", started[1])
             owner = named[1] if named else "the rest"
         kinds = found.setdefault(owner, set())
         if "dpbf16ps" in line:
@@ -235,7 +235,7 @@ def test_instructions_stay_with_their_set() -> None:
         "": set(),
         "the rest": set(),
         "portable": set(),
-        "portable_bf16": set(),
+        "emulated_bf16": set(),
         "avx2": {"avx"},
         "avx512": {"avx", "wide"},
         "avx512_bf16": {"avx", "wide", "pairs"},

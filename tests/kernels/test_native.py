@@ -36,8 +36,8 @@ from tests.kernels.contract_suite import (
     why_not,
 )
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable", "portable_bf16")
-ANYWHERE = ("portable", "portable_bf16")
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable", "emulated_bf16")
+ANYWHERE = ("portable", "emulated_bf16")
 # Of the bands, which the default instruction set runs all of, each other one runs some.
 SOME = [case for case in CASES if case not in BANDS] + list(BANDS[::5])
 

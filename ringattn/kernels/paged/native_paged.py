@@ -15,10 +15,10 @@ from ringattn.score import Score
 
 @dataclass(frozen=True)
 class NativePaged:
-    """A `PagedKernel` in C++.
+    """A `PagedKernel` in C++ for the CPU, for fp32, fp16 and bf16.
 
     Args:
-        isa: the instruction set, as for native.NativeKernel.
+        isa: as in native.NativeKernel.
     """
 
     isa: str = ""
@@ -26,7 +26,7 @@ class NativePaged:
     score_terms = NativeKernel.score_terms
 
     def available(self) -> list[str]:
-        """Builds and loads the library, at most once in a process; a reason when that fails."""
+        """Compiles and loads the library, once per process. Returns the reason if that fails."""
         return NativeKernel(self.isa).available()
 
     def unsupported(self, problem: ProblemSpec) -> list[str]:

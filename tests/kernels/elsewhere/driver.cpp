@@ -6,13 +6,13 @@
 #include <cstdlib>
 #include <vector>
 
-#include "schedule.h"
+#include "task_schedule.h"
 
 // How many instructions were interpreted, where an interpreter is linked in.
 extern "C" __attribute__((weak)) int64_t interpreted();
 
 namespace ringattn {
-extern const Kernels RINGATTN_SETS;
+extern const KernelTable RINGATTN_SETS;
 
 namespace {
 
@@ -40,21 +40,21 @@ struct Header {
 struct Rows {
   Rows(const Header& h, int64_t batch, int64_t rows, int64_t heads, int64_t dim)
       : bytes(take<char>(batch * rows * heads * dim * (h.dtype == 0 ? 4 : 2))), batch(rows * heads * dim), row(heads * dim), head(dim) {}
-  Input view() const { return {bytes.data(), batch, row, head}; }
+  InputView view() const { return {bytes.data(), batch, row, head}; }
   std::vector<char> bytes;
   int64_t batch, row, head;
 };
 struct Floats {
   Floats(int64_t batch, int64_t rows, int64_t heads, int64_t dim)
       : data(take<float>(batch * rows * heads * dim)), batch(rows * heads * dim), row(heads * dim), head(dim) {}
-  State rows() { return {data.data(), batch, row, head}; }
+  AccumulatorView rows() { return {data.data(), batch, row, head}; }
   std::vector<float> data;
   int64_t batch, row, head;
 };
 // (batch, heads, rows).
 struct Numbers {
   Numbers(int64_t batch, int64_t heads, int64_t rows) : data(take<float>(batch * heads * rows)), heads(heads), rows(rows) {}
-  Statistic view() { return {data.data(), heads * rows, 1, rows}; }
+  RowStatView view() { return {data.data(), heads * rows, 1, rows}; }
   std::vector<float> data;
   int64_t heads, rows;
 };
@@ -65,29 +65,29 @@ struct Scratch {
   void* data;
 };
 
-Problem problem(const Header& h) {
-  Problem p{};
+AttentionParams problem(const Header& h) {
+  AttentionParams p{};
   p.batch = h.sizes[0], p.heads = h.sizes[3], p.kv_heads = h.sizes[4], p.dim = h.sizes[5], p.v_dim = h.sizes[6];
   p.dtype = (Dtype)h.dtype, p.scale = (float)h.scale, p.softcap = (float)h.softcap;
   return p;
 }
 
-void forward(const Header& h, const Kernels& kernels) {
-  Problem p = problem(h);
+void forward(const Header& h, const KernelTable& kernels) {
+  AttentionParams p = problem(h);
   const int64_t rows = h.sizes[1], keys = h.sizes[2];
   const std::vector<int64_t> tiles = take<int64_t>(h.tiles * 7);
   const Rows q(h, p.batch, rows, p.heads, p.dim), k(h, p.batch, keys, p.kv_heads, p.dim), v(h, p.batch, keys, p.kv_heads, p.v_dim);
   Floats out(p.batch, rows, p.heads, p.v_dim);
   Numbers lse(p.batch, p.heads, rows);
   p.q = q.view(), p.k = k.view(), p.v = v.view(), p.out = out.rows(), p.lse = lse.view();
-  const Schedule plan(tiles.data(), h.tiles, p.batch);
+  const TaskSchedule plan(tiles.data(), h.tiles, p.batch);
   const Scratch scratch(kernels.forward_scratch(p));
-  for (const ForwardTask& task : plan.forward(p, kernels)) kernels.forward(p, task, scratch.data);
+  for (const ForwardTask& task : plan.forward_tasks(p, kernels)) kernels.forward(p, task, scratch.data);
   give(out.data), give(lse.data);
 }
 
-void backward(const Header& h, const Kernels& kernels) {
-  Problem p = problem(h);
+void backward(const Header& h, const KernelTable& kernels) {
+  AttentionParams p = problem(h);
   const int64_t rows = h.sizes[1], keys = h.sizes[2];
   const std::vector<int64_t> tiles = take<int64_t>(h.tiles * 7);
   const Rows dout(h, p.batch, rows, p.heads, p.v_dim), q(h, p.batch, rows, p.heads, p.dim);
@@ -96,15 +96,15 @@ void backward(const Header& h, const Kernels& kernels) {
   Floats dq(p.batch, rows, p.heads, p.dim), dk(p.batch, keys, p.kv_heads, p.dim), dv(p.batch, keys, p.kv_heads, p.v_dim);
   p.dout = dout.view(), p.q = q.view(), p.k = k.view(), p.v = v.view(), p.lse = lse.view(), p.delta = delta.view();
   p.dq = dq.rows(), p.dk = dk.rows(), p.dv = dv.rows();
-  const Schedule plan(tiles.data(), h.tiles, p.batch);
+  const TaskSchedule plan(tiles.data(), h.tiles, p.batch);
   const Scratch scratch(kernels.backward_scratch(p));
-  for (const BackwardTask& task : plan.backward(p, {p.dq})) kernels.backward(p, task, scratch.data);
+  for (const BackwardTask& task : plan.backward_tasks(p, {p.dq})) kernels.backward(p, task, scratch.data);
   give(dq.data), give(dk.data), give(dv.data);
 }
 
 // A sequence is one task a kv head: out is (sequences, kv_heads, rows of a task, v_dim), as the kernel writes it.
-void decode(const Header& h, const Kernels& kernels) {
-  DecodeProblem p{};
+void decode(const Header& h, const KernelTable& kernels) {
+  DecodeParams p{};
   const int64_t batch = h.sizes[0], entries = h.sizes[2], pool = h.sizes[7];
   p.tokens = h.sizes[1], p.heads = h.sizes[3], p.kv_heads = h.sizes[4], p.dim = h.sizes[5], p.v_dim = h.sizes[6];
   p.page_size = h.sizes[8], p.dtype = (Dtype)h.dtype, p.scale = (float)h.scale, p.softcap = (float)h.softcap;
@@ -127,8 +127,8 @@ void decode(const Header& h, const Kernels& kernels) {
 }
 
 template <class... Sets>
-const Kernels& numbered(int64_t i, const Sets&... sets) {
-  const Kernels* const all[] = {&sets...};
+const KernelTable& numbered(int64_t i, const Sets&... sets) {
+  const KernelTable* const all[] = {&sets...};
   return *all[i];
 }
 
@@ -137,7 +137,7 @@ const Kernels& numbered(int64_t i, const Sets&... sets) {
 
 int main() {
   using namespace ringattn;
-  constexpr void (*operations[])(const Header&, const Kernels&) = {forward, backward, decode};
+  constexpr void (*operations[])(const Header&, const KernelTable&) = {forward, backward, decode};
   for (Header h; read_into(&h, 1); std::fflush(stdout)) {
     operations[h.operation](h, numbered(h.isa, RINGATTN_SETS));
     const int64_t count = interpreted ? interpreted() : 0;

@@ -50,7 +50,7 @@ class Processor:
 
 
 ARM = Processor(
-    ("aarch64-linux-gnu-g++", "-static", "-Wall", "-Werror"), ("portable", "portable_bf16"), ("qemu-aarch64",)
+    ("aarch64-linux-gnu-g++", "-static", "-Wall", "-Werror"), ("portable", "emulated_bf16"), ("qemu-aarch64",)
 )
 _named: str = get_cxx_compiler()  # type: ignore[no-untyped-call]
 WITH_BF16 = Processor(tuple(shlex.split(_named)), ("avx512_bf16",), interpreter="bf16.cpp")
@@ -75,7 +75,7 @@ class Machine:
 
     def __init__(self, processor: Processor, folder: Path) -> None:
         cpu, here = sources() / "cpu", Path(__file__).parent
-        files = [cpu / f"{isa}.cpp" for isa in processor.isas] + [cpu / "schedule.cpp", here / "driver.cpp"]
+        files = [cpu / f"{isa}.cpp" for isa in processor.isas] + [cpu / "task_schedule.cpp", here / "driver.cpp"]
         if processor.interpreter is not None:
             files.append(here / processor.interpreter)
         flags = [flag for flag in FLAGS if flag != "-fPIC"]

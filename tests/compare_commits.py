@@ -169,6 +169,7 @@ def rank_main(rank: int, out: str, count: int, seed: int) -> None:
 
     import ringattn
 
+    assert Path(ringattn.__file__).is_relative_to(os.environ["PYTHONPATH"]), ringattn.__file__
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=WORLD)
     meshes: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Fine-tune a small model on real text with Trainer, and generate from it; all ranks share its sequences."""
+"""Fine-tune a small model on real text with Trainer, and generate from it; all ranks share each sequence."""
 
 import sysconfig
 from pathlib import Path
@@ -14,7 +14,7 @@ import ringattn.hf as rhf
 
 CONTEXT, STEPS, RANKS = 512, 30, 2
 
-# A model made up here, for nothing is downloaded: yours is LlamaForCausalLM.from_pretrained(...). Its tokens are bytes.
+# A random model whose tokens are bytes; nothing is downloaded. Yours is LlamaForCausalLM.from_pretrained(...).
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
@@ -26,7 +26,7 @@ dataset = [{"input_ids": row, "labels": row} for row in rows]
 
 
 class MyTrainer(rhf.RingTrainer):
-    """A Trainer that saves memory around attention, too; without that, RingTrainer is all one needs."""
+    """A Trainer that also saves memory around attention. RingTrainer alone is enough otherwise."""
 
     def patched(self, model: nn.Module, mesh: DeviceMesh) -> rhf.Handle:
         """Returns the handle of the model, patched for the ranks of `mesh`."""
@@ -35,7 +35,7 @@ class MyTrainer(rhf.RingTrainer):
 
 arguments = TrainingArguments(
     output_dir="results/finetuned",
-    parallelism_config=ParallelismConfig(cp_size=RANKS),  # so many ranks share each sequence
+    parallelism_config=ParallelismConfig(cp_size=RANKS),  # number of ranks that share each sequence
     per_device_train_batch_size=1,
     max_steps=STEPS,
     learning_rate=3e-3,
@@ -52,15 +52,15 @@ trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 assert losses[-1] < 0.8 * losses[0]
 
-# What it writes after a prompt, whose keys and values are spread over the ranks, as those of all that follows.
+# Generate after a prompt; keys and values are distributed over the ranks.
 prompt = rows[:1, :300].to(model.device)
 model.eval()
 with rhf.patch(model) as handle, torch.no_grad():
     cache = rhf.RingCache(handle, num_pages=64)
-    written = model.generate(prompt, past_key_values=cache, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    generated = model.generate(prompt, past_key_values=cache, max_new_tokens=40, do_sample=False, pad_token_id=0)
 
-# One process alone writes the same.
-assert torch.equal(written, model.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0))
+# One process generates the same.
+assert torch.equal(generated, model.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0))
 if dist.get_rank() == 0:
-    print(bytes(written[0, 300:].tolist()))
+    print(bytes(generated[0, 300:].tolist()))
 dist.destroy_process_group()

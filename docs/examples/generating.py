@@ -1,4 +1,4 @@
-"""A transformers model generates from a cache that is spread over all ranks, and goes on with the conversation."""
+"""Generate with a KV cache that is distributed over all ranks, and continue the conversation."""
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,14 @@ config = LlamaConfig(
 )  # fmt: skip
 model = LlamaForCausalLM(config).eval()
 prompt, question = torch.randint(64, (1, 200)), torch.randint(64, (1, 30))  # the whole prompt, on every rank
-expected = model.generate(prompt, max_new_tokens=8, do_sample=False)  # by one process alone
+expected = model.generate(prompt, max_new_tokens=8, do_sample=False)  # the reference: one process
 
 with rhf.patch(model) as handle:
     cache = rhf.RingCache(handle, num_pages=32, page_size=16)
     answer = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
     assert torch.equal(answer, expected)
 
-    longer = torch.cat([answer, question], 1)  # only what is new is computed
+    longer = torch.cat([answer, question], 1)  # only the new tokens are computed
     answer = model.generate(longer, past_key_values=cache, max_new_tokens=8, do_sample=False)
     print(f"rank {rank} of {world}: {cache}, of {cache.store.num_free_pages} pages free")
     cache.reset()

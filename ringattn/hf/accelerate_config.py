@@ -21,7 +21,7 @@ class RingParallelism(ParallelismConfig):  # type: ignore[misc]
     `dp_shard_size` is the number of ranks with different batches, with or without FSDP. Without FSDP, parameters are
     not sharded.
 
-    Args are those of ParallelismConfig.
+    The arguments are the same as for ParallelismConfig.
     """
 
     @classmethod

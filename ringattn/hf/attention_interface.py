@@ -65,7 +65,7 @@ def mask(
 ) -> MaskSpec:
     """Returns the mask pattern and the padding of a layer, in place of a mask tensor.
 
-    Args are those of transformers' mask functions; sizes, offsets and `options` are not needed.
+    The arguments are the same as for transformers' mask functions; sizes, offsets and `options` are ignored.
     """
     padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
     return MaskSpec(CAUSAL if mask_function is None else read_pattern(mask_function), padding)

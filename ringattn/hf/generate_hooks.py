@@ -1,6 +1,6 @@
 """Hooks around the forward passes of a patched model whose past_key_values is a RingCache.
 
-The pre-hook replaces the arguments by this rank's part of them; the hook replaces the logits by those of all ranks.
+The pre-hook replaces the arguments by the local ones of this rank; the hook replaces the logits by the gathered ones.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def find_text_model(model: PreTrainedModel) -> PreTrainedModel | None:
 def _is_multimodal(model: PreTrainedModel) -> bool:
     """Returns whether a model merges other inputs into its text.
 
-    Its modalities alone do not tell: older versions of transformers list images for some text models, too.
+    Its modalities are not enough: older versions of transformers list images for some text models, too.
     """
     config, parameters = model.config, inspect.signature(type(model).forward).parameters
     return _lists_modalities_besides_text(model) and (

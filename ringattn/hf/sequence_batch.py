@@ -68,7 +68,7 @@ class ShardingContext:
 
     Args:
         group: the ranks that share the sequences.
-        rows: layout, documents and padding; of an encoder-decoder, those of the decoder's sequences.
+        rows: layout, documents and padding; of an encoder-decoder: of the decoder's sequences.
         num_tokens: length S of the whole sequence. With fewer tokens than ranks, `rows` has padding at the end, so that
             each rank has a position.
         exchange, backend: as in `context_parallel_attention`.

@@ -117,7 +117,7 @@ class RingMixin(_Base):
         return self.ring.reduce(loss) / self.get_cp_size(), tree_map_only(Tensor, unshard, logits), labels
 
     def _check_options(self, handle: Handle) -> None:
-        """Refuses options that would take one rank's labels, or rows, for those of all ranks."""
+        """Refuses options that would use the labels or rows of one rank as if they were complete."""
         unsupported = {
             "label_smoothing_factor": (self.label_smoother is not None, "labels are shifted before they are sharded"),
             "compute_loss_func": (self.compute_loss_func is not None, "it would get a part of each sequence"),
@@ -139,6 +139,6 @@ class RingMixin(_Base):
 class RingTrainer(RingMixin, Trainer):
     """transformers.Trainer with ring attention over the axis "cp", as described in `RingMixin`.
 
-    Args are those of Trainer. `TrainingArguments(parallelism_config=ParallelismConfig(cp_size=N))` sets the number of
-    ranks that share a sequence.
+    The arguments are the same as for Trainer. `TrainingArguments(parallelism_config=ParallelismConfig(cp_size=N))` sets
+    the number of ranks that share a sequence.
     """

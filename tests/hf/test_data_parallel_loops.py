@@ -102,9 +102,9 @@ def over_ranks(group: dist.ProcessGroup, loop: Loop, cp_size: int, dtype: torch.
     for batch in batches(dp_size):
         row = group.rank() // cp_size
         mine = {name: x[row : row + 1] if x.ndim else x for name, x in batch.items()}
-        share = handle.shard(mine)
+        local_batch = handle.shard(mine)
         with Exact() if dtype is torch.float64 else nullcontext(), cast(loop):
-            loss = wrapped(**share).loss
+            loss = wrapped(**local_batch).loss
         torch.autograd.backward(loss * world_size)  # gradients are averaged over all ranks
     gradients = {name: parameter.grad for name, parameter in trainable(model).items() if parameter.grad is not None}
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients.items()}

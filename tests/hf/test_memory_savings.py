@@ -84,8 +84,8 @@ def patched(group: dist.ProcessGroup, name: str) -> None:
     batch = UNEVEN_LABELS.batch()
     _, loss, gradients = one_process(model, batch)
     with rhf.patch(model, group, tile_mlp=2, chunk_loss=3) as handle, Exact():
-        share = handle.shard(batch)
-        ours = model(**share).loss
+        local_batch = handle.shard(batch)
+        ours = model(**local_batch).loss
     torch.autograd.backward(ours)
     assert_close(handle.reduce(ours), loss, atol=ATOL, name="loss")
     for key, parameter in model.named_parameters():

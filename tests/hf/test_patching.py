@@ -24,9 +24,9 @@ from tests.hf.exact import Exact
 
 
 def _logits(handle: rhf.Handle, batch: dict[str, Tensor]) -> Tensor:
-    share = handle.shard(batch)
+    local_batch = handle.shard(batch)
     with Exact():
-        return handle.unshard(handle.model(**share).logits, share)
+        return handle.unshard(handle.model(**local_batch).logits, local_batch)
 
 
 def _again_with_another_layout(group: dist.ProcessGroup) -> None:
@@ -131,11 +131,11 @@ def _checkpointed(group: dist.ProcessGroup, reentrant: bool) -> None:
     """Layers recomputed in backward get the context of their own batch, although another was sharded since."""
     model = architecture("GptOssForCausalLM").build()
     with rhf.patch(model, group) as handle:
-        share = handle.shard(PLAIN.batch())
-        model(**share).loss.backward()
+        local_batch = handle.shard(PLAIN.batch())
+        model(**local_batch).loss.backward()
         grads = gradients(model)
         model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
-        loss = model(**share).loss
+        loss = model(**local_batch).loss
         handle.shard({"input_ids": torch.ones(1, 5, dtype=torch.long)})
         loss.backward()
     again = gradients(model)

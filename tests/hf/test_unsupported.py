@@ -31,7 +31,7 @@ def run(group: dist.ProcessGroup, name: str = "LlamaForCausalLM", **more: Any) -
         handle.model(**(handle.shard(PLAIN.batch()) | more))
 
 
-def share(group: dist.ProcessGroup, batch: dict[str, Any], name: str = "LlamaForCausalLM", **options: Any) -> None:
+def shard(group: dist.ProcessGroup, batch: dict[str, Any], name: str = "LlamaForCausalLM", **options: Any) -> None:
     with rhf.patch(architecture(name).build(), group, **options) as handle:
         handle.shard(batch)
 
@@ -68,7 +68,7 @@ def mask_of_four_dims(group: dist.ProcessGroup) -> None:
 
 
 def mask_of_four_dims_in_the_batch(group: dist.ProcessGroup) -> None:
-    share(group, PLAIN.batch() | {"attention_mask": torch.zeros(2, 1, 13, 13)})
+    shard(group, PLAIN.batch() | {"attention_mask": torch.zeros(2, 1, 13, 13)})
 
 
 def padding_beside_the_batch(group: dist.ProcessGroup) -> None:
@@ -82,7 +82,7 @@ def padding_beside_the_batch(group: dist.ProcessGroup) -> None:
 def padding_with_holes(group: dist.ProcessGroup) -> None:
     mask = torch.ones(2, 13)
     mask[1, 4] = 0
-    share(group, PLAIN.batch() | {"attention_mask": mask})
+    shard(group, PLAIN.batch() | {"attention_mask": mask})
 
 
 def something_unknown(group: dist.ProcessGroup) -> None:
@@ -99,15 +99,15 @@ def two_windows(group: dist.ProcessGroup) -> None:
 
 def lengths_that_end_early(group: dist.ProcessGroup) -> None:
     ends = torch.tensor([0, 5, 12])
-    share(group, {"input_ids": torch.ones(1, 13, dtype=torch.long), "cu_seq_lens_q": ends, "cu_seq_lens_k": ends})
+    shard(group, {"input_ids": torch.ones(1, 13, dtype=torch.long), "cu_seq_lens_q": ends, "cu_seq_lens_k": ends})
 
 
 def packed_encoder_decoder(group: dist.ProcessGroup) -> None:
-    share(group, PACKED.batch(), "BartForConditionalGeneration")
+    shard(group, PACKED.batch(), "BartForConditionalGeneration")
 
 
 def no_tokens(group: dist.ProcessGroup) -> None:
-    share(group, {"labels": torch.ones(1, 13)})
+    shard(group, {"labels": torch.ones(1, 13)})
 
 
 def no_batch(group: dist.ProcessGroup) -> None:
@@ -121,11 +121,11 @@ def no_cache(group: dist.ProcessGroup) -> None:
 
 
 def unknown_layout(group: dist.ProcessGroup) -> None:
-    share(group, PLAIN.batch(), layout="spiral")
+    shard(group, PLAIN.batch(), layout="spiral")
 
 
 def layout_that_leaves_a_rank_out(group: dist.ProcessGroup) -> None:
-    share(group, PLAIN.batch(), layout=lambda n, w: rhf_layout(n))
+    shard(group, PLAIN.batch(), layout=lambda n, w: rhf_layout(n))
 
 
 def rhf_layout(length: int) -> Any:

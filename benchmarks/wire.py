@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch.distributed as dist
 
@@ -33,12 +32,12 @@ def watched(silent: Collection[dist.ProcessGroup] = ()) -> Iterator[list[int]]:
     sent: list[int] = []
     original = messages.start
 
-    def posting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+    def posting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[messages.PendingMessage]:
         if group in silent:
             for op in operations:
                 if not op.is_send:
                     op.message.tensor.zero_()
-            return [cast(dist.Work, _Landed()) for _ in operations]
+            return [messages.PendingMessage(op.message, None) for op in operations]
         sent.extend(op.message.tensor.nbytes for op in operations if op.is_send)
         return original(group, operations)
 

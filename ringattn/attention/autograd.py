@@ -52,7 +52,7 @@ def forward(
             out, lse = ulysses_forward(plan, plan.sharding, mesh, q, keys, sink)
         else:
             state = empty_state(q, v.shape[3])
-            movement = Forward(plan.headwise(), [Queries(q)], [state], [keys])
+            movement = Forward(plan.headwise, [Queries(q)], [state], [keys])
             execute(plan.compiled(mesh, backward=False), mesh, movement)
             if sink is not None:
                 add_sink_(state.out, state.lse, sink)
@@ -97,7 +97,7 @@ def backward(
         elif any(plan.wanted):
             kind = BackwardByQueries if plan.moves_queries_back else Backward
             dq, dk, dv = _gradient_buffers(q, keys, lse.dtype, queries_move=plan.moves_queries_back)
-            movement = kind(plan.headwise(), [queries], [keys], [dq], [(dk, dv)])
+            movement = kind(plan.headwise, [queries], [keys], [dq], [(dk, dv)])
             execute(plan.compiled(mesh, backward=True), mesh, movement)
         dsink = sink_gradient(sink, lse, delta) if sink is not None and needed[3] else None
     return (

@@ -145,14 +145,14 @@ class _Compiler:
 
     def _post(self, sends: list[tuple[Transfer, int]], receives: list[tuple[Transfer, int]]) -> None:
         for axis in range(len(self._mesh.axes)):
-            posted: list[list[op.Message]] = [[], []]
-            for index, transfers in enumerate((sends, receives)):
+            messages = []
+            for is_send, transfers in ((False, receives), (True, sends)):
                 for t, slot in transfers:
                     on, peer = self._mesh.route(t.peer)
                     if on == axis:
-                        posted[index].append(self._message(t, slot, peer, is_send=index == 0))
-            if posted[0] or posted[1]:
-                self._out.append(op.Post(axis, tuple(posted[0]), tuple(posted[1])))
+                        messages.append(self._message(t, slot, peer, is_send=is_send))
+            if messages := [message for message in messages if message.num_bytes]:
+                self._out.append(op.Post(axis, tuple(messages)))
 
     def _message(self, t: Transfer, slot: int, peer: int, *, is_send: bool) -> op.Message:
         number = self._num_messages
@@ -166,7 +166,7 @@ class _Compiler:
             self._returns[t] = slot, number
         else:
             self._arriving[t.slice] = slot, number
-        return op.Message(number, slot, num_bytes, peer, _TAGS[t.payload])
+        return op.Message(is_send, number, slot, num_bytes, peer, _TAGS[t.payload])
 
     def _await(self, block_slice: BlockSlice) -> None:
         """Makes sure that a slice that is under way has arrived."""
@@ -196,8 +196,7 @@ class _Compiler:
     def _own_rows(self, block_slice: BlockSlice) -> op.OwnRows:
         """The rows of this rank's own block, which lie in one chunk."""
         ((chunk, _, rows),) = self._cut(block_slice.rows)
-        whole = rows == slice(0, len(self._chunks[chunk]))
-        return op.OwnRows(chunk, None if whole else rows)
+        return op.OwnRows(chunk, None if rows in (None, slice(0, len(self._chunks[chunk]))) else rows)
 
     def _zeroed_slot(self, block_slice: BlockSlice) -> int:
         slot = self._new_slot(block_slice, self._program.moving.returning)
@@ -232,9 +231,11 @@ class _Compiler:
                 first, last = max(run.start, chunk.start), min(run.stop, chunk.stop)
                 if first < last:
                     at = start + first - run.start
-                    yield op.RowCopy(
-                        number, slice(at, at + last - first), slice(first - chunk.start, last - chunk.start)
-                    )
+                    if len(self._chunks) == 1 and rows is None:
+                        yield op.RowCopy(number, None, None)
+                    else:
+                        here, there = slice(at, at + last - first), slice(first - chunk.start, last - chunk.start)
+                        yield op.RowCopy(number, here, there)
             start += len(run)
 
 

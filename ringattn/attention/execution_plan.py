@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from ringattn.attention.movement import HeadwiseKernel
 from ringattn.comm.topology import RankMesh
 from ringattn.kernels import BlockKernel
 from ringattn.plan.head_parallel import HeadSharding
-from ringattn.plan.head_shards import HeadShard, HeadSlice, all_heads
+from ringattn.plan.head_shards import HeadShard, all_heads
 from ringattn.plan.payload import AttentionShape, Payload
 from ringattn.plan.plan import Plan, Program
 from ringattn.score import Score
@@ -80,11 +81,6 @@ class ExecutionPlan:
     _compiled: dict[tuple[bool, int, int], CompiledProgram] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def moves_queries_back(self) -> bool:
-        """Whether queries move in the backward."""
-        return self.plan.backward.moving.moves_queries
-
-    @property
     def backward(self) -> Program:
         """The backward's steps, without gradients that are not wanted."""
         program = self.plan.backward
@@ -96,10 +92,19 @@ class ExecutionPlan:
             return (all_heads(self.tensors.heads, self.tensors.kv_heads),)
         return tuple(stage[self.sharding.place] for stage in self.sharding.stages)
 
-    def headwise(self, shard: HeadShard | None = None) -> HeadwiseKernel:
-        """Returns the kernel for a shard of the heads; None is all heads."""
-        heads: tuple[HeadSlice, ...] = (shard or self.shards()[0]).runs()
-        return HeadwiseKernel(self.kernel, self.score, heads)
+    @cached_property
+    def headwise(self) -> HeadwiseKernel:
+        """The kernel for all heads."""
+        return self.headwise_of(all_heads(self.tensors.heads, self.tensors.kv_heads))
+
+    def headwise_of(self, shard: HeadShard) -> HeadwiseKernel:
+        """Returns the kernel for a shard of the heads."""
+        return HeadwiseKernel(self.kernel, self.score, shard.runs())
+
+    @cached_property
+    def moves_queries_back(self) -> bool:
+        """Whether queries move in the backward."""
+        return self.plan.backward.moving.moves_queries
 
     def compiled(self, mesh: RankMesh, shard: HeadShard | None = None, *, backward: bool) -> CompiledProgram:
         """Returns the compiled program of a direction for a shard of the heads; None is all heads."""

@@ -36,11 +36,11 @@ class View(NamedTuple):
 
 
 class RowCopy(NamedTuple):
-    """Rows of a slice of the own block, and where they lie in a chunk of it."""
+    """Rows of a slice of the own block, and where they lie in a chunk of it; None, None is all of both."""
 
     chunk: int
-    slice_rows: slice
-    chunk_rows: slice
+    slice_rows: slice | None
+    chunk_rows: slice | None
 
 
 class OwnRows(NamedTuple):
@@ -51,8 +51,9 @@ class OwnRows(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A message: its number, the slot that it fills or sends, and the rank in the axis' group."""
+    """A message: its direction, its number, the slot that it sends or fills, and the rank in the axis' group."""
 
+    is_send: bool
     number: int
     slot: int
     num_bytes: int
@@ -114,28 +115,31 @@ class Pack(NamedTuple):
     copies: tuple[RowCopy, ...]
 
     def __call__(self, run: Run) -> None:
+        targets = run.tensors[self.slot]
         for chunk, slice_rows, chunk_rows in self.copies:
-            for target, source in zip(run.tensors[self.slot], run.movement.moving[chunk], strict=True):
-                rows_of(target, slice_rows).copy_(rows_of(source, chunk_rows))
+            for target, source in zip(targets, run.movement.moving[chunk], strict=True):
+                if slice_rows is None or chunk_rows is None:
+                    target.copy_(source)
+                else:
+                    rows_of(target, slice_rows).copy_(rows_of(source, chunk_rows))
 
 
 class Post(NamedTuple):
-    """Posts the messages of a step on one axis."""
+    """Posts the messages of a step on one axis, receives first; see `comm.messages.post`."""
 
     axis: int
-    sends: tuple[Message, ...]
-    receives: tuple[Message, ...]
+    messages: tuple[Message, ...]
 
     def __call__(self, run: Run) -> None:
-        buffers = run.buffers
-        sends, receives = (
-            [comm_messages.Message(buffers[m.slot][: m.num_bytes], m.peer, m.tag) for m in messages]  # type: ignore[index]
-            for messages in (self.sends, self.receives)
-        )
-        sent, received = comm_messages.post(run.mesh.axes[self.axis].group, sends, receives)
-        for messages, pending in ((self.sends, sent), (self.receives, received)):
-            for message, each in zip(messages, pending, strict=True):
-                run.messages[message.number] = each
+        operations, buffers = [], run.buffers
+        for is_send, _, slot, num_bytes, peer, tag in self.messages:
+            buffer = buffers[slot]
+            assert buffer is not None
+            message = comm_messages.Message(buffer[:num_bytes], peer, tag)
+            operations.append(comm_messages.Operation(is_send, message))
+        pending = comm_messages.start(run.mesh.axes[self.axis].group, operations)
+        for posted, each in zip(self.messages, pending, strict=True):
+            run.messages[posted[1]] = each
 
 
 class Wait(NamedTuple):
@@ -178,9 +182,12 @@ class AccumulateOwn(NamedTuple):
         source = run.tensors[self.source]
         for chunk, slice_rows, chunk_rows in self.copies:
             target = run.movement.returned[chunk]
-            run.movement.accumulate(
-                tuple([rows_of(x, chunk_rows) for x in target]), tuple([rows_of(x, slice_rows) for x in source])
-            )
+            if slice_rows is None or chunk_rows is None:
+                run.movement.accumulate(target, source)
+            else:
+                run.movement.accumulate(
+                    tuple([rows_of(x, chunk_rows) for x in target]), tuple([rows_of(x, slice_rows) for x in source])
+                )
 
 
 class Release(NamedTuple):

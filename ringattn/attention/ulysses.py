@@ -67,7 +67,7 @@ def ulysses_forward(
             for x, (out_rows, lse_rows) in zip(queries, buffers, strict=True)
         ]
         chunks = [Keys(_by_row(k), _by_row(v)) for k, v in zip(k_chunks, v_chunks, strict=True)]
-        movement = Forward(plan.headwise(shard), queries, states, chunks)
+        movement = Forward(plan.headwise_of(shard), queries, states, chunks)
         execute(_compiled(plan, exchange, shard, backward=False), exchange.inner, movement)
         if sink is not None:
             for state in states:
@@ -104,7 +104,7 @@ def ulysses_backward(
         dv_chunks = _zeros([chunk.v for chunk in kv_chunks], sums, buffers[-1] if dkv else None)
         kind = BackwardByQueries if plan.moves_queries_back else Backward
         gradients = list(zip(dk_chunks, dv_chunks, strict=True))
-        movement = kind(plan.headwise(shard), q_chunks, kv_chunks, dq_chunks, gradients)
+        movement = kind(plan.headwise_of(shard), q_chunks, kv_chunks, dq_chunks, gradients)
         execute(_compiled(plan, exchange, shard, backward=True), exchange.inner, movement)
         results = ([dq_chunks] if dq is not None else []) + ([dk_chunks, dv_chunks] if dkv else [])
         exchange.send_back(stage, [[_by_head(x) for x in chunks] for chunks in results])

@@ -72,14 +72,19 @@ class AttentionCall:
 
     def signature(self) -> Hashable | None:
         """Returns what decides a call apart from the contents of its tensors; None if it is not hashable."""
-        mask = tuple(self.mask) if isinstance(self.mask, list) else self.mask
+        mask: object = self.mask
+        if isinstance(mask, list | tuple):
+            mask = tuple([getattr(row, "text", row) for row in mask])
         looks: list[object] = []
         for x in (self.q, self.k, self.v):
             looks += (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (x,)
-        options = (mask, self.layout, self.kv_layout, self.backend, self.exchange, self.stages, self.model)
+        # Values are told apart by their texts: a text keeps its hash.
+        for value in (mask, self.layout, self.kv_layout, self.exchange, self.model):
+            looks.append(getattr(value, "text", value))
+            looks.append(type(value))
         key = (
-            self.operation, self.returns_lse, options, type(self.stages), *looks, *self.score.signature(),
-            self.require_gradients(),
+            self.operation, self.returns_lse, self.backend, self.stages, type(self.stages), *looks,
+            *self.score.signature(), self.require_gradients(),
         )  # fmt: skip
         try:
             hash(key)

@@ -92,7 +92,7 @@ def prefill_attention(
     plan = _execution_plan(mask, layout, kv_layout, mesh.rank, phase, tensors, kernel, options_only)
     state = empty_state(q, keys.v.shape[3])
     kind = ForwardByQueries if phase is Phase.FORWARD_BY_QUERIES else Forward
-    movement = kind(plan.headwise(), [Queries(q)], [state], [keys])
+    movement = kind(plan.headwise, [Queries(q)], [state], [keys])
     execute(plan.compiled(mesh, backward=False), mesh, movement)
     if score.sink is not None:
         add_sink_(state.out, state.lse, score.sink)

@@ -25,6 +25,7 @@ Prepare = Callable[[], tuple[Mapping[str, str], Result]]
 # drop the same entries.
 _AGREEMENTS: WeakKeyDictionary[dist.ProcessGroup, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
 _MAX_AGREEMENTS = 256
+_NOT_STORED = object()
 
 
 class _Report(NamedTuple):
@@ -49,10 +50,11 @@ def agree(mesh: RankMesh, signature: Hashable, prepare: Prepare[Result]) -> Resu
         afterwards, and none in a mesh of one rank.
     """
     results, signature = _stored_results(mesh, signature)
-    if signature is not None and signature in results:
-        results.move_to_end(signature)
-        stored: Result = results[signature]
-        return stored
+    if signature is not None:
+        stored = results.get(signature, _NOT_STORED)
+        if stored is not _NOT_STORED:
+            results.move_to_end(signature)
+            return stored  # type: ignore[no-any-return]
     result = prepare()[1] if mesh.size == 1 else _compare(mesh, prepare)
     if signature is not None:
         results[signature] = result

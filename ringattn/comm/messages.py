@@ -30,6 +30,8 @@ class Message(NamedTuple):
 class PendingMessage:
     """A message in progress. Until `wait` returns, the caller must not read a receive buffer or write a send buffer."""
 
+    __slots__ = ("_message", "_work")
+
     def __init__(self, message: Message, work: dist.Work | None) -> None:
         self._message: Message | None = message  # keeps the buffer alive until the message is complete
         self._work = work
@@ -62,10 +64,9 @@ def post(
     # to each other in one direction after the other.
     posted = [Operation(False, m) for m in receives if m.tensor.numel()]
     posted += [Operation(True, m) for m in sends if m.tensor.numel()]
-    works = start(group, posted) if posted else []
-    remaining = iter(works)
+    pending = iter(start(group, posted) if posted else [])
     pending_receives, pending_sends = (
-        [PendingMessage(m, next(remaining) if m.tensor.numel() else None) for m in messages]
+        [next(pending) if m.tensor.numel() else PendingMessage(m, None) for m in messages]
         for messages in (receives, sends)
     )
     return pending_sends, pending_receives
@@ -78,21 +79,25 @@ class Operation(NamedTuple):
     message: Message
 
 
-def start(group: dist.ProcessGroup, operations: Sequence[Operation]) -> list[dist.Work]:
-    """Hands operations to the process group, and returns the work of each.
+def start(group: dist.ProcessGroup, operations: Sequence[Operation]) -> list[PendingMessage]:
+    """Hands operations to the process group, and returns the pending message of each. None of them may be empty.
 
     On CPUs the group is called directly: torch.distributed checks every argument again, which takes as long as a small
     message. On GPUs operations are one batch, because NCCL must start them together.
     """
-    works: list[dist.Work] = []
     if operations[0].message.tensor.is_cpu:
-        for is_send, (tensor, peer, tag) in operations:
-            works.append(group.send([tensor], peer, tag) if is_send else group.recv([tensor], peer, tag))
-        return works
+        pending = []
+        for is_send, message in operations:
+            tensor, peer, tag = message
+            work = group.send([tensor], peer, tag) if is_send else group.recv([tensor], peer, tag)
+            pending.append(PendingMessage(message, work))
+        return pending
     batch = [
         dist.P2POp(dist.isend if is_send else dist.irecv, m.tensor, group=group, tag=m.tag, group_peer=m.peer)
         for is_send, m in operations
     ]
     works = dist.batch_isend_irecv(batch)
-    # NCCL coalesces a batch into one piece of work: waiting for one message waits for all of them.
-    return works if len(works) == len(batch) else works[:1] * len(batch)
+    if len(works) != len(batch):
+        # NCCL coalesces a batch into one piece of work: waiting for one message waits for all of them.
+        works = works[:1] * len(batch)
+    return [PendingMessage(m, work) for (_, m), work in zip(operations, works, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,8 @@ class Tiles:
     def __init__(self, table: Ints) -> None:
         self.table = np.ascontiguousarray(table, dtype=np.int64)
         self.table.setflags(write=False)
+        # What a kernel makes of the tiles, by its name, so that it makes it once.
+        self.kernel_data: dict[str, Any] = {}
 
     @classmethod
     def of(cls, *tiles: Tile) -> Tiles:

@@ -96,7 +96,11 @@ def instruction_sets(dtype: torch.dtype) -> list[str]:
 
 
 def _tile_table(tiles: Tiles) -> Tensor:
-    return torch.from_numpy(tiles.table.copy())
+    """Returns the table as a tensor, made once for each list of tiles."""
+    found: Tensor | None = tiles.kernel_data.get("native")
+    if found is None:
+        found = tiles.kernel_data["native"] = torch.from_numpy(tiles.table.copy())
+    return found
 
 
 @lru_cache(maxsize=1)

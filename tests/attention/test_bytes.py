@@ -38,7 +38,7 @@ def counted_bytes() -> Iterator[list[int]]:
     sent: list[int] = []
     original = messages.start
 
-    def counting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+    def counting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[messages.PendingMessage]:
         sent.extend(op.message.tensor.nbytes for op in operations if op.is_send)
         return original(group, operations)
 

@@ -216,7 +216,7 @@ def counted_sends() -> Iterator[list[object]]:
     calls: list[object] = []
     original = messages.start
 
-    def counting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+    def counting(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[messages.PendingMessage]:
         calls.append(operations)
         return original(group, operations)
 

@@ -137,7 +137,7 @@ def order_posted(group: dist.ProcessGroup) -> list[bool]:
     seen: list[bool] = []
     original = messages.start
 
-    def watching(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[dist.Work]:
+    def watching(group: dist.ProcessGroup, operations: Sequence[messages.Operation]) -> list[messages.PendingMessage]:
         seen.extend(op.is_send for op in operations)
         return original(group, operations)
 

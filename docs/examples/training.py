@@ -9,16 +9,16 @@ from ringattn import causal, ring_attention, shard_batch, zigzag
 
 
 class Model(nn.Module):
-    """One layer of attention between an embedding and a projection."""
+    """One attention layer between an embedding and an output projection."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(32, 16), nn.Embedding(64, 16)
+        self.token_embedding, self.position_embedding = nn.Embedding(32, 16), nn.Embedding(64, 16)
         self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, 32)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, layout=None) -> Tensor:  # noqa: ANN001
-        """Logits of the rows given: all of them, or this rank's where there is a layout."""
-        x = self.tokens(input_ids) + self.places(position_ids)
+        """Returns logits for the given rows: the whole sequence, or this rank's rows with a layout."""
+        x = self.token_embedding(input_ids) + self.position_embedding(position_ids)
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(-3)
         if layout is not None:
             y = ring_attention(q, k, v, mask=causal(), layout=layout)
@@ -33,20 +33,20 @@ torch.manual_seed(0)
 model = Model().double()  # the same parameters on every rank
 batch = {"input_ids": torch.randint(32, (2, 61))}
 batch["labels"] = batch["input_ids"].clone()
-batch["labels"][0, :20] = -100  # positions that nobody is to predict
+batch["labels"][0, :20] = -100  # positions without a target
 
-# Sharded: labels are shifted first, then cut.
+# Sharded: shard_batch shifts the labels first, then shards them.
 layout = zigzag(61, dist.get_world_size())
-mine = shard_batch(batch, layout)
-logits = model(mine["input_ids"], mine["position_ids"], layout)
-targets = mine["shift_labels"]
+local = shard_batch(batch, layout)
+logits = model(local["input_ids"], local["position_ids"], layout)
+targets = local["shift_labels"]
 
 num_valid = (targets != -100).sum()
 dist.all_reduce(num_valid)  # over all ranks
 loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / num_valid
 loss.backward()
 for parameter in model.parameters():
-    dist.all_reduce(parameter.grad)  # a sum, not a mean: each rank has its share
+    dist.all_reduce(parameter.grad)  # a sum, not a mean: each rank has its share of the gradient
 total = loss.detach().clone()
 dist.all_reduce(total)
 
@@ -58,6 +58,6 @@ expected = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].fl
 expected.backward()
 
 torch.testing.assert_close(total, expected.detach())
-for ours, theirs in zip(model.parameters(), single.parameters(), strict=True):
-    torch.testing.assert_close(ours.grad, theirs.grad)
+for sharded, whole in zip(model.parameters(), single.parameters(), strict=True):
+    torch.testing.assert_close(sharded.grad, whole.grad)
 dist.destroy_process_group()

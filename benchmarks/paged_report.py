@@ -15,7 +15,7 @@ from benchmarks.measure import Lines
 from benchmarks.triton_report import DTYPES, Report, assembled, source, told_by
 from ringattn.kernels.paged.paged_contract import PageTables, VisibleKeys
 from ringattn.kernels.triton.args import PageArgs, PagedSizes, PartialArgs, ScoreArgs, StridedRows
-from ringattn.kernels.triton.configs import TARGETS, PagedConfig, padded, paged_config
+from ringattn.kernels.triton.configs import TARGETS, PagedConfig, padded_dim, paged_config
 from ringattn.kernels.triton.paged_kernels import combine_kernel, paged_kernel
 from ringattn.kernels.triton.paged_launch import COMBINE_WARPS, COMBINED
 
@@ -25,7 +25,7 @@ PAGE_SIZES = (1, 16, 24, 64, 256)
 ROWS = (16, 32, 64)
 
 # What the launches take beside tensors; see triton_report.source.
-TABLES, SIGHT = PageTables._make(["*i32:16"] * 3), VisibleKeys._make(["*i32:16"] * 2)
+TABLES, VISIBLE = PageTables._make(["*i32:16"] * 3), VisibleKeys._make(["*i32:16"] * 2)
 PARTS = PartialArgs("*fp32:16", "*fp32:16")
 COUNTS = PagedSizes(*["i32"] * 5)
 
@@ -49,7 +49,7 @@ class PagedBuild:
     @property
     def config(self) -> PagedConfig:
         """The configuration that is shipped."""
-        return paged_config(self.arch, DTYPES[self.dtype], padded(self.dim), padded(self.v_dim))
+        return paged_config(self.arch, DTYPES[self.dtype], padded_dim(self.dim), padded_dim(self.v_dim))
 
 
 def builds(archs: Sequence[str], dtypes: Sequence[str]) -> Iterator[PagedBuild]:
@@ -59,7 +59,7 @@ def builds(archs: Sequence[str], dtypes: Sequence[str]) -> Iterator[PagedBuild]:
             for dim, v_dim in DIMS:
                 for rows in ROWS:
                     build = PagedBuild(arch, dtype, dim, v_dim, 16, rows)
-                    if rows <= build.config.most_rows:
+                    if rows <= build.config.max_rows:
                         yield build
             for page_size in PAGE_SIZES:
                 if page_size != 16:
@@ -71,7 +71,7 @@ def compiled(build: PagedBuild, chosen: PagedConfig | None = None) -> Any:
     chosen = chosen or build.config
     tensor = (f"*{build.dtype}:16", "i32:16", "i32:16", "i32:16")
     made = source(
-        paged_kernel, StridedRows(*tensor), PageArgs(*tensor), PageArgs(*tensor), TABLES, SIGHT, PARTS, COUNTS,
+        paged_kernel, StridedRows(*tensor), PageArgs(*tensor), PageArgs(*tensor), TABLES, VISIBLE, PARTS, COUNTS,
         ScoreArgs("fp32" if build.capped else None, "fp32", "fp32"),
         build.dim, build.v_dim, build.page_size, build.tokens, build.rows, chosen.block_n,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def compiled(build: PagedBuild, chosen: PagedConfig | None = None) -> Any:
 def combined(arch: str, v_dim: int) -> Any:
     """Returns triton's result for the merge of parts."""
     out, lse = StridedRows("*fp32:16", *["i32:16"] * 3), StridedRows("*fp32:16", "i32:16", 1, "i32:16")
-    made = source(combine_kernel, PARTS, "*i32:16", out, lse, COUNTS, v_dim, COMBINED // padded(v_dim))
+    made = source(combine_kernel, PARTS, "*i32:16", out, lse, COUNTS, v_dim, COMBINED // padded_dim(v_dim))
     return assembled(made, arch, COMBINE_WARPS, 1)
 
 

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from benchmarks.measure import Lines
 from ringattn.kernels.triton.args import QueryArgs, ScoreArgs, StridedRows, WorkArgs
 from ringattn.kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
-from ringattn.kernels.triton.configs import PASSES, TARGETS, Config, Pass, config, described, padded
+from ringattn.kernels.triton.configs import PASSES, TARGETS, Config, Pass, config, padded_dim, uses_descriptors
 from ringattn.kernels.triton.forward_kernel import forward_kernel
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
@@ -47,7 +47,7 @@ class Build:
     @property
     def config(self) -> Config:
         """The configuration that is shipped."""
-        widths = padded(self.dim), padded(self.v_dim)
+        widths = padded_dim(self.dim), padded_dim(self.v_dim)
         return config(self.arch, DTYPES[self.dtype], *widths, self.which, capped=self.capped)
 
 
@@ -92,8 +92,8 @@ def compiled(build: Build, chosen: Config | None = None, size: str | int = "i32"
     constants = (build.dim, build.v_dim, chosen.block_m, chosen.block_n, chosen.edge_step)
     steps = chosen.block_m if build.which == "dkdv" else chosen.block_n
     by_dim, by_v_dim = (
-        f"tensordesc<{build.dtype}[1, {steps}, 1, {padded(dim)}]>"
-        if described(build.arch, DTYPES[build.dtype])
+        f"tensordesc<{build.dtype}[1, {steps}, 1, {padded_dim(dim)}]>"
+        if uses_descriptors(build.arch, DTYPES[build.dtype])
         else None
         for dim in (build.dim, build.v_dim)
     )

@@ -24,7 +24,7 @@ def out_for_delta(dout: Tensor, delta: Tensor, column: int | None = None) -> Ten
         out[..., column], dout[..., column] = delta.to(out.dtype), 1.0
         return out
     if runs_triton(delta) and dout.dim() == 4 and dout.stride(3) == 1:
-        from ringattn.kernels.triton.delta_kernel import out_for_rows
+        from ringattn.kernels.triton.out_from_delta_kernel import out_for_rows
 
         return out_for_rows(dout, delta)
     acc = dout.to(delta.dtype)

@@ -106,7 +106,7 @@ def test_a_part_that_is_nan_shows() -> None:
 
 def check_delta(dim: int, dtype: torch.dtype) -> None:
     """The Triton kernel against the definition, and against tensor operations."""
-    from ringattn.kernels.triton.delta_kernel import out_for_rows
+    from ringattn.kernels.triton.out_from_delta_kernel import out_for_rows
 
     generator = torch.Generator().manual_seed(dim)
     dout = torch.randn(BATCH, HEADS, ROWS, dim + 8, generator=generator).to(dtype).transpose(1, 2)[..., :dim]
@@ -175,8 +175,8 @@ def source_of(name: str, part: str, dim: int, indexed: bool) -> Any:
     import triton
 
     from benchmarks.triton_report import source
-    from ringattn.kernels.triton import delta_kernel as delta
     from ringattn.kernels.triton import merge_kernel as merge
+    from ringattn.kernels.triton import out_from_delta_kernel as delta
     from ringattn.kernels.triton.args import StridedRows
 
     def rows(dtype: str, stride: str | int = "i32:16") -> StridedRows:
@@ -184,7 +184,7 @@ def source_of(name: str, part: str, dim: int, indexed: bool) -> Any:
 
     sizes, constants = ["i32:16"] * 3, (dim, merge.BLOCK_SIZE // triton.next_power_of_2(dim))
     if name == "delta":
-        return source(delta.delta_kernel, rows(part), rows("fp32"), rows(part), *sizes, *constants)
+        return source(delta.out_from_delta_kernel, rows(part), rows("fp32"), rows(part), *sizes, *constants)
     # Rows of an lse lie next to one another.
     states = rows("fp32"), rows("fp32", 1), rows(part), rows("fp32", 1)
     return source(merge.merge_kernel, *states, "*i32:16" if indexed else None, *sizes, *constants)

@@ -1,17 +1,6 @@
-"""Triton kernels over tile lists: one launch for the forward of a step, two for its backward, however many tiles.
+"""Triton kernels over tile lists: one launch for a forward, two for a backward, however many tiles.
 
-    schedule.py   tiles -> a work list of blocks, in numpy
-    configs.py    block sizes for each architecture
-    values.py     what kernels take, and hand on: tensors with their strides, the work list, how scores are made
-    blocks.py     what the kernels share
-    forward.py    the forward kernel
-    backward.py   the kernels of dq, and of dk and dv
-    launch.py     tensors -> launches
-    paged.py      the kernels over pages, for decoding; their launches are in paged_launch.py
-    merge.py      a foreign kernel's result into the running state, in one pass
-    delta.py      delta for foreign kernels, in one pass
-
-Triton itself is imported when a kernel first runs, so that the package can be imported without it.
+README.md lists the modules. Triton itself is imported when a kernel first runs, so the package imports without it.
 """
 
 from __future__ import annotations
@@ -44,7 +33,7 @@ class TritonKernel:
     score_terms = frozenset({"softcap"})
 
     def available(self) -> list[str]:
-        """Needs triton, and a GPU that configurations are known for, or triton's interpreter."""
+        """Needs triton, and a GPU with an entry in `configs`, or triton's interpreter."""
         if find_spec("triton") is None:
             return ["triton is not installed"]
         if _interpreting():
@@ -63,7 +52,7 @@ class TritonKernel:
             reasons.append(f"takes {', '.join(map(str, DTYPES))}, not {problem.dtype}")
         reasons += unsupported_terms(problem, self.score_terms)
         if problem.score.factor <= 0:
-            # The largest score is found before scores are scaled.
+            # The kernels take the maximum before they scale.
             reasons.append(f"takes a positive scale, not {problem.score.factor}")
         dim = max(problem.head_dim, problem.v_head_dim)
         if dim > MAX_DIM:
@@ -84,7 +73,7 @@ class TritonKernel:
 
 
 def _interpreting() -> bool:
-    """Whether triton runs its kernels in Python, on the CPU: triton's own switch."""
+    """Whether triton interprets kernels in Python, on the CPU (TRITON_INTERPRET=1)."""
     if find_spec("triton") is None:
         return False
     from triton import knobs

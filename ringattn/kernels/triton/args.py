@@ -1,10 +1,10 @@
-"""The values that kernels take, and hand on: NamedTuples, which triton takes apart at a launch.
+"""Arguments of the Triton kernels: NamedTuples, which triton unpacks at a launch.
 
-Fields hold tensors and numbers on the host, and what triton makes of them in a kernel, where a tensor is a pointer. A
-number that is 1 is a constant there. So is None, which stands for what a launch does not have: its code is left out.
+On the host a field holds a tensor or a number; in a kernel a tensor is a pointer. A number that is 1 is a compile-time
+constant. So is None, which marks an absent argument: code that depends on it is not compiled.
 
-Two things stay arguments of their own. Tensor descriptors: launchers of triton 3.6 look for them nowhere else. And
-constants: they would become variables where a kernel gives a name to the tuple that they are in.
+Tensor descriptors and constants are arguments of their own. Launchers of triton 3.6 look for descriptors nowhere else,
+and a constant in a tuple becomes a variable once a kernel names the tuple.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ringattn.score import Score
 
 
 class StridedRows(NamedTuple):
-    """The rows of all heads of a tensor: its address, and its strides. A row's own numbers are next to each other."""
+    """A tensor (batch, rows, heads, dim) as its address and strides. The last dim is contiguous."""
 
     pointer: Any
     batch: Any
@@ -26,34 +26,34 @@ class StridedRows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> StridedRows:
-        """Returns those of a tensor of (batch, rows, heads), or (batch, rows, heads, dim)."""
+        """Returns the rows of a tensor (batch, rows, heads), or (batch, rows, heads, dim)."""
         return cls(x, *x.stride()[:3])
 
     @classmethod
     def of_entries(cls, x: Tensor) -> StridedRows:
-        """Returns those of a tensor of (batch, heads, rows), as an lse is: a row is one number."""
+        """Returns the rows of a tensor (batch, heads, rows), such as an lse: a row is one number."""
         batch, head, row = x.stride()
         return cls(x, batch, row, head)
 
 
 class HeadRows(NamedTuple):
-    """The rows of one head."""
+    """The rows of one head: the address of the first, and the stride between rows."""
 
     pointer: Any
     stride: Any
 
 
 class LoadSource(NamedTuple):
-    """What steps over the rows of one head are loaded from: by a descriptor of the whole tensor, if there is one."""
+    """The rows of one head, for loads of whole steps: through a descriptor of the tensor if there is one."""
 
-    described: Any
+    descriptor: Any
     rows: Any
     batch: Any
     head: Any
 
 
 class QueryArgs(NamedTuple):
-    """What the backward needs of queries: they themselves, their gradients of out, and an lse and a delta for each."""
+    """The queries of a backward: q, dout, lse and delta, each as `StridedRows`."""
 
     q: Any
     dout: Any
@@ -62,11 +62,11 @@ class QueryArgs(NamedTuple):
 
 
 class WorkArgs(NamedTuple):
-    """The work list of a launch, see schedule.Schedule, and what it is a list of.
+    """The tables of a `WorkList`, and the sizes of the launch.
 
-    num_rows, num_heads: on the side whose blocks programs own.
+    num_rows, num_heads: of the side whose blocks the programs own.
     group: query heads that share a kv head.
-    section: heads that programs run through at a time.
+    section: heads whose programs run side by side.
     """
 
     items: Any
@@ -78,17 +78,17 @@ class WorkArgs(NamedTuple):
 
 
 class RowRange(NamedTuple):
-    """The first and the last row of the other side that each own row sees; none if last < first."""
+    """The first and last visible row of the other side, for each own row; none if last < first."""
 
     first: Any
     last: Any
 
 
 class ScoreArgs(NamedTuple):
-    """How q·k becomes a score: q·k * factor or, with softcapping, tanh(q·k * inner) * factor.
+    """The factors of a score: q·k * factor or, with softcapping, tanh(q·k * inner) * factor.
 
     inner: None without softcapping.
-    scale: the derivative of a score by q·k, before what a tanh takes of it.
+    scale: the derivative of a score by q·k, without the derivative of tanh.
     """
 
     inner: Any
@@ -104,15 +104,15 @@ class ScoreArgs(NamedTuple):
 
 
 class OnlineSoftmax(NamedTuple):
-    """An online softmax under way: weighted values, the sum of the weights, and the score that they are relative to."""
+    """The running state of an online softmax: weighted values, sum of weights l_i, maximal score m_i (to base 2)."""
 
     acc: Any
-    total: Any
-    most: Any
+    l_i: Any
+    m_i: Any
 
 
 class PageArgs(NamedTuple):
-    """The slots of all kv heads of a pool of pages: its address, and its strides."""
+    """A pool (pages, page_size, kv heads, dim) as its address and strides."""
 
     pointer: Any
     page: Any
@@ -121,12 +121,12 @@ class PageArgs(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> PageArgs:
-        """Returns those of a pool of (pages, page_size, kv heads, dim)."""
+        """Returns the arguments for a pool."""
         return cls(x, *x.stride()[:3])
 
 
 class HeadSlots(NamedTuple):
-    """Those of one head."""
+    """The slots of one kv head of a pool."""
 
     pointer: Any
     page: Any
@@ -134,7 +134,7 @@ class HeadSlots(NamedTuple):
 
 
 class SlotRun(NamedTuple):
-    """Slots of a sequence that follow one another: the pages they are in, their positions, and how many there are."""
+    """Consecutive slots of a sequence: their pages, their positions, and their number."""
 
     pages: Any
     slots: Any
@@ -142,17 +142,17 @@ class SlotRun(NamedTuple):
 
 
 class PartialArgs(NamedTuple):
-    """What chunks of a paged launch found, until it is merged: (parts, kv heads, rows), out with its dim behind."""
+    """Partial results of the chunks of a paged launch: lse (parts, kv heads, rows), out with the head dim behind."""
 
     out: Any
     lse: Any
 
 
 class PagedSizes(NamedTuple):
-    """How many a paged launch has of everything.
+    """The sizes of a paged launch.
 
     group: query heads that share a kv head.
-    rows: of a kv head: a sequence's new tokens, times the group.
+    rows: query rows of a kv head: new tokens of a sequence, times the group.
     """
 
     sequences: Any

@@ -11,16 +11,16 @@ Pass = Literal["forward", "dq", "dkdv"]
 
 PASSES: tuple[Pass, ...] = ("forward", "dq", "dkdv")
 MIN_WIDTH, MAX_DIM = 16, 256
-# The least query rows that a program of the paged kernel takes: what a matrix instruction does.
+# Query rows per program of the paged kernel, at least: the rows of a matrix instruction.
 MIN_ROWS = 16
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled.
+    """The configuration of a kernel.
 
-    block_m: query rows at a time.
-    block_n: key rows at a time.
-    edge_step: rows of the other side at a time where a mask is applied; there registers are short.
+    block_m: query rows per step.
+    block_n: key rows per step.
+    edge_step: rows of the other side per masked step, which needs more registers.
     """
 
     block_m: int
@@ -31,26 +31,26 @@ class Config(NamedTuple):
 
 
 class PagedConfig(NamedTuple):
-    """How the paged kernel is compiled, and how many of its programs there are.
+    """The configuration of the paged kernel.
 
-    most_rows: query rows at a time, of all new tokens and all query heads that share a kv head.
-    block_n: keys at a time.
-    programs: for each multiprocessor; no more than their registers and shared memory let run on it at once.
+    max_rows: query rows per program, over all new tokens and all query heads that share a kv head.
+    block_n: keys per step.
+    programs: per multiprocessor, within its registers and shared memory.
     """
 
-    most_rows: int
+    max_rows: int
     block_n: int
     num_warps: int
     num_stages: int
     programs: int
 
     def rows(self, num_rows: int) -> int:
-        """Returns how many of so many query rows a program takes: a power of two."""
-        return min(max(MIN_ROWS, 1 << (num_rows - 1).bit_length()), self.most_rows)
+        """Returns the query rows per program, a power of two, for `num_rows` query rows in all."""
+        return min(max(MIN_ROWS, 1 << (num_rows - 1).bit_length()), self.max_rows)
 
 
 class Target(NamedTuple):
-    """What the code for an architecture is made for."""
+    """The compilation target of an architecture."""
 
     backend: str
     arch: int | str
@@ -65,7 +65,7 @@ TARGETS: dict[str, Target] = {
 }
 
 # By architecture, bytes of an element, and pass: for padded head dims up to 64, 128 and 256.
-# What is held to: no entry spills registers. Exact products of wide float32 rows do without only where the stages of a
+# No entry spills registers; a test compiles them all. Exact products of wide float32 rows fit only if the stages of a
 # pipeline keep these rows in shared memory.
 _WIDTHS = (64, 128, 256)
 _TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
@@ -94,7 +94,7 @@ _TABLE: dict[tuple[str, int, Pass], tuple[Config, Config, Config]] = {
     ("gfx942", 4, "dq"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
     ("gfx942", 4, "dkdv"): (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)),
 }
-# With softcapping, where its tanh takes registers that these entries do not have: by padded head dim.
+# With softcapping, where the registers of its tanh would make the entries above spill: by padded head dim.
 _CAPPED: dict[tuple[str, int, Pass], dict[int, Config]] = {
     ("sm_80", 2, "forward"): {256: Config(64, 32, 32, 8, 2)},
     ("sm_80", 2, "dkdv"): {64: Config(32, 64, 16, 4, 2), 256: Config(32, 32, 16, 8, 2)},
@@ -107,8 +107,8 @@ _CAPPED: dict[tuple[str, int, Pass], dict[int, Config]] = {
     ("gfx942", 2, "dkdv"): {256: Config(16, 32, 16, 4, 1)},
     ("gfx942", 4, "forward"): {128: Config(16, 32, 16, 8, 1)},
 }
-# The same for the paged kernel. Where a load needs the address that another one brings, triton gives each of them half
-# of the stages: with 5, a step of keys and values is on its way while the last one is computed.
+# The paged kernel. Where the address of a load is the result of another, triton gives each half of the stages:
+# with 5, a step of keys and values is in flight while the one before is computed.
 _PAGED: dict[tuple[str, int], tuple[PagedConfig, PagedConfig, PagedConfig]] = {
     ("sm_80", 2): (PagedConfig(64, 128, 8, 5, 1), PagedConfig(64, 64, 8, 5, 1), PagedConfig(32, 32, 8, 5, 1)),
     ("sm_80", 4): (PagedConfig(32, 32, 8, 5, 2), PagedConfig(16, 16, 8, 7, 2), PagedConfig(32, 16, 8, 5, 1)),
@@ -121,20 +121,20 @@ _PAGED: dict[tuple[str, int], tuple[PagedConfig, PagedConfig, PagedConfig]] = {
 }
 INTERPRETER = "interpreter"
 
-# Where tensor descriptors pay: hardware that copies blocks by itself (TMA), and feeds matrix units from there.
-_DESCRIBED = {("sm_90", 2), ("sm_100", 2), (INTERPRETER, 2), (INTERPRETER, 4)}
+# Where tensor descriptors pay: hardware with asynchronous block copies (TMA) that feed the matrix units.
+_WITH_DESCRIPTORS = {("sm_90", 2), ("sm_100", 2), (INTERPRETER, 2), (INTERPRETER, 4)}
 # Small, so that small tests have several blocks.
 _INTERPRETED = Config(64, 64, 32, 1, 1)
 _INTERPRETED_PAGED = PagedConfig(64, 64, 1, 1, 8)
 
 
-def padded(dim: int) -> int:
-    """Returns the width in which a head dim is computed: the next power of two from 16 on."""
+def padded_dim(dim: int) -> int:
+    """Returns the width in which a head dim is computed: the next power of two, at least 16."""
     return max(MIN_WIDTH, 1 << (dim - 1).bit_length())
 
 
 def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass, *, capped: bool) -> Config:
-    """Returns how to compile a pass for an architecture, element size in bytes, padded head dims, and softcapping."""
+    """Returns the configuration of a pass, for an element size in bytes and padded head dims."""
     if arch == INTERPRETER:
         return _INTERPRETED
     wider = max(width, v_width, _WIDTHS[0])
@@ -143,15 +143,15 @@ def config(arch: str, itemsize: int, width: int, v_width: int, which: Pass, *, c
 
 
 def paged_config(arch: str, itemsize: int, width: int, v_width: int) -> PagedConfig:
-    """Returns the same of the paged kernel."""
+    """Returns the configuration of the paged kernel."""
     if arch == INTERPRETER:
         return _INTERPRETED_PAGED
     return _PAGED[arch, itemsize][_WIDTHS.index(max(width, v_width, _WIDTHS[0]))]
 
 
-def described(arch: str, itemsize: int) -> bool:
-    """Returns whether kernels load whole blocks by tensor descriptors, where strides allow it."""
-    return (arch, itemsize) in _DESCRIBED
+def uses_descriptors(arch: str, itemsize: int) -> bool:
+    """Returns whether kernels load whole blocks through tensor descriptors, where strides allow it."""
+    return (arch, itemsize) in _WITH_DESCRIPTORS
 
 
 @lru_cache(maxsize=64)
@@ -162,7 +162,7 @@ def architecture(device: torch.device) -> str | None:
         name = str(properties.gcnArchName).split(":")[0]
     else:
         name = f"sm_{properties.major}0"
-        # Those between have less shared memory than the configurations of their family take.
+        # Other GPUs of a family have less shared memory than its configurations need.
         if (properties.major, properties.minor) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
             return None
     return name if name in TARGETS else None

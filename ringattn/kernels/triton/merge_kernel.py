@@ -1,8 +1,8 @@
-"""The merge of partial attention as one kernel: a pass over memory, where tensor operations take five.
+"""The merge of partial attention as one kernel: one pass over memory, where tensor operations take five.
 
-Each program merges a few rows of one head. Rows of a head lie far apart in `out`, but each is hundreds of bytes long;
-their lse lie side by side. Programs of neighbouring heads run next to one another, so that together they read
-whole pages. Rows where the part attended to nothing are neither read nor written.
+Each program merges a few rows of one head. Rows of a head are far apart in `out`, each hundreds of bytes long; their
+lse are contiguous. Programs of neighbouring heads run side by side, so that together they read whole pages. Rows that
+are empty in the part are neither read nor written.
 """
 
 import torch
@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 
 from ringattn.kernels.triton.args import StridedRows
-from ringattn.kernels.triton.tile_io import offsets
+from ringattn.kernels.triton.tile_io import row_offsets
 
-# Numbers of `out` that a program holds: 32 for each of its threads.
+# Elements of `out` per program: 32 per thread.
 BLOCK_SIZE = 4096
 NUM_WARPS = 4
 
 
 @triton.jit
 def merge_kernel(out, lse, part, part_lse, rows, num_rows, length, num_heads, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for each block of rows and head. See merge_rows_."""
+    """One program per block of rows, and head."""
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
     index = program // num_heads * BLOCK + tl.arange(0, BLOCK)
@@ -28,28 +28,28 @@ def merge_kernel(out, lse, part, part_lse, rows, num_rows, length, num_heads, DI
         index = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
     batch, row = index // length, index % length
 
-    lse_here = lse.pointer + offsets(lse, batch, row, head)
-    part_lse_here = part_lse.pointer + offsets(part_lse, batch, row, head)
-    new = tl.load(part_lse_here, mask=inside, other=float("-inf"))
-    # NaN is not nothing: it must show.
-    some = (new != float("-inf")) & (new != float("inf"))
-    old = tl.load(lse_here, mask=some, other=float("-inf"))
-    # Differences are of -inf and a number at most, since rows with -inf on the part's side are left out.
-    new = tl.where(some, new, 0.0)
+    lse_pointers = lse.pointer + row_offsets(lse, batch, row, head)
+    part_lse_pointers = part_lse.pointer + row_offsets(part_lse, batch, row, head)
+    new = tl.load(part_lse_pointers, mask=inside, other=float("-inf"))
+    # A NaN is no empty row: it propagates.
+    row_mask = (new != float("-inf")) & (new != float("inf"))
+    old = tl.load(lse_pointers, mask=row_mask, other=float("-inf"))
+    # The difference is never (-inf) - (-inf), since empty rows of the part are masked.
+    new = tl.where(row_mask, new, 0.0)
     weight = 1.0 / (1.0 + tl.exp(old - new))
     larger = tl.maximum(old, new, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(lse_here, larger + tl.log(1.0 + tl.exp(-tl.abs(old - new))), mask=some)
+    tl.store(lse_pointers, larger + tl.log(1.0 + tl.exp(-tl.abs(old - new))), mask=row_mask)
 
     dims = tl.arange(0, triton.next_power_of_2(DIM))
-    mask = some[:, None] & (dims < DIM)[None, :]
-    out_here = out.pointer + (offsets(out, batch, row, head)[:, None] + dims[None, :])
-    part_here = part.pointer + (offsets(part, batch, row, head)[:, None] + dims[None, :])
-    before = tl.load(out_here, mask=mask, other=0.0)
-    further = tl.load(part_here, mask=mask, other=0.0).to(tl.float32)
-    # From the nearer end, so that no small difference of large numbers decides.
-    way, w = further - before, weight[:, None]
-    merged = tl.where(w < 0.5, before + w * way, further - (1.0 - w) * way)
-    tl.store(out_here, merged, mask=mask)
+    mask = row_mask[:, None] & (dims < DIM)[None, :]
+    out_pointers = out.pointer + (row_offsets(out, batch, row, head)[:, None] + dims[None, :])
+    part_pointers = part.pointer + (row_offsets(part, batch, row, head)[:, None] + dims[None, :])
+    old_out = tl.load(out_pointers, mask=mask, other=0.0)
+    new_out = tl.load(part_pointers, mask=mask, other=0.0).to(tl.float32)
+    # Interpolated from the nearer end, which avoids cancellation.
+    difference, w = new_out - old_out, weight[:, None]
+    merged = tl.where(w < 0.5, old_out + w * difference, new_out - (1.0 - w) * difference)
+    tl.store(out_pointers, merged, mask=mask)
 
 
 def merge_rows_(
@@ -59,7 +59,7 @@ def merge_rows_(
     part_lse: torch.Tensor,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """Does what merge.merge_part_ says, for an fp32 state; `rows` are int32, each at most once."""
+    """Merges as `merge.merge_part_`, for an fp32 state; `rows` are int32 and distinct."""
     batch, length, heads, dim = out.shape
     num_rows = batch * length if rows is None else rows.numel()
     if not (num_rows and heads and dim):

@@ -1,4 +1,4 @@
-"""Kernels over pages, for decoding. PAGED_BACKENDS is an ordered table, as BACKENDS is."""
+"""Kernels over pages, for decoding: PAGED_BACKENDS, an ordered table like BACKENDS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our own kernel over pages for GPUs, in Triton: kernels/triton/paged.py, behind the contract."""
+"""The Triton kernel over pages for GPUs (triton/paged_kernels.py), behind the contract."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ringattn.softmax import merge_, merge_parts
 
 
 class ReferencePaged:
-    """See contract.PagedKernel."""
+    """A `PagedKernel` in plain tensor operations."""
 
     name = "reference"
     score_terms = frozenset({"softcap"})

@@ -89,7 +89,7 @@ class FlashKernel:
         dim, v_dim = self._padded_dims(q.shape[3], v.shape[3])
         for launch in varlen_launches(tiles, q.shape[0], q.shape[1], k.shape[1]):
             segments, rows = _on_device(launch, q.device)
-            here, here_lse = out[launch.batch, launch.q], lse[launch.batch, :, launch.q]
+            out_i, lse_i = out[launch.batch, launch.q], lse[launch.batch, :, launch.q]
             part, part_lse = self.op.forward(
                 FlashOperands(
                     _pack_rows(_pad_dim(q[launch.batch, launch.q], dim), segments),
@@ -100,11 +100,11 @@ class FlashKernel:
                     score,
                 )
             )
-            batch, length, heads, _ = here.shape
+            batch, length, heads, _ = out_i.shape
             part = part.reshape(batch, length, heads, v_dim)[..., : v.shape[3]]
             if segments is not None:
                 part_lse = part_lse.reshape(heads, batch, length).transpose(0, 1)
-            merge_part_(here, here_lse, part, part_lse, rows)
+            merge_part_(out_i, lse_i, part, part_lse, rows)
             # Freed before the next launch allocates its results.
             del part, part_lse
 

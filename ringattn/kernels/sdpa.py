@@ -40,8 +40,8 @@ from ringattn.score import Score
 
 # Bytes of the intermediate results of a head group, at most, unless one head takes more.
 GROUP_BYTES = 6 << 20
-# Query-key pairs x head dim that make a launch of a backward worth its overhead: groups have no more heads than that
-# takes, since the CPU operation's backward is faster one head at a time.
+# Query-key pairs x head dim that make a launch of a backward worth its overhead. A group has no more heads than are
+# needed for that, since the backward of the CPU operation is faster one head at a time.
 LAUNCH_WORK = 1 << 25
 
 # Computes masked tiles for operations without a mask, and gradients of lse without a free column.
@@ -148,14 +148,14 @@ def _computed_dim(op: FusedOp, dim: int, v_dim: int) -> int:
     return -(-width // op.dim_multiple) * op.dim_multiple
 
 
-def _head_groups(q: Tensor, k: Tensor, num_buffers: int, max_work: float) -> list[tuple[slice, slice]]:
+def _head_groups(q: Tensor, k: Tensor, num_buffers: int, max_heads: float) -> list[tuple[slice, slice]]:
     """Splits the heads into groups: (query heads, their kv heads) each.
 
     Args:
         q: (B, Sq, H, D).
         k: (B, Sk, Hkv, D).
-        num_buffers: fp32 buffers of a group, which share GROUP_BYTES.
-        max_work: heads of a group, at most. On a CPU a group has at least one head per thread, whatever the limits.
+        num_buffers: fp32 buffers per group, which share GROUP_BYTES.
+        max_heads: heads of a group. On a CPU, a group has at least one head per thread, whatever the limits.
     """
     batch, rows, heads, dim = q.shape
     group = heads // k.shape[2]
@@ -163,7 +163,7 @@ def _head_groups(q: Tensor, k: Tensor, num_buffers: int, max_work: float) -> lis
     if q.device.type == "cpu":
         min_size = -(-torch.get_num_threads() // max(batch, 1))
         max_size = GROUP_BYTES // max(num_buffers * batch * max(rows, k.shape[1]) * dim * 4, 1)
-        size = int(min(max(1, min_size, min(max_size, max_work)), heads))
+        size = int(min(max(1, min_size, min(max_size, max_heads)), heads))
     # A group holds whole kv heads, or query heads of one kv head only.
     span = heads if size >= group else group
     size = max(1, size - size % group) if size >= group else size

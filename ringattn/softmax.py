@@ -1,11 +1,11 @@
 """Merging partial attention: softmax over a union of keys, from softmax over its parts.
 
-Attention over a set A of keys is summed up by (out_A, lse_A): the weighted mean of the values, and the logarithm
-of the sum of the weights. For disjoint A and B
+Attention over a set A of keys is given by (out_A, lse_A): the weighted mean of the values, and the logarithm of the sum
+of the weights. For disjoint A and B
 
     lse = log(exp(lse_A) + exp(lse_B)),    out = out_A + sigmoid(lse_B - lse_A) * (out_B - out_A)
 
-which is exact, associative up to rounding, and has (0, -inf), nothing attended to, as its neutral element.
+which is exact, and associative up to rounding. Its neutral element is (0, -inf): no keys.
 Derived in docs/maths.md; Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
@@ -67,47 +67,47 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
     Args:
         out: running output (B, S, H, Dv), accumulation dtype; updated.
-        lse: running log-sum-exp (B, H, S), natural log, -inf where nothing was seen; updated.
+        lse: running log-sum-exp (B, H, S), natural log, -inf for a row without keys; updated.
         part: output over further keys, (B, S, H, Dv); finite also where part_lse is -inf.
         part_lse: its log-sum-exp (B, H, S).
     """
     weight = torch.sigmoid(part_lse - lse)
-    # Nothing on either side: (-inf) - (-inf) is NaN, and nothing changes.
+    # Without keys on both sides, (-inf) - (-inf) is NaN; out must not change.
     weight.nan_to_num_(nan=0.0)
     out.lerp_(part.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1))
     torch.logaddexp(lse, part_lse, out=lse)
 
 
 def merge_parts(outs: Tensor, lses: Tensor, *, first: int = 0, sink: Tensor | None = None) -> Tensor:
-    """Returns the output over all keys, from those over disjoint parts of them; always summed up in the same order.
+    """Returns the output over all keys, from outputs over disjoint parts of them. The order of summation is fixed.
 
     Args:
         outs: outputs over each part, (parts, B, S, H, Dv); zero where lses is -inf.
         lses: their log-sum-exps, (parts, B, H, S), natural log.
-        first: where in the order the part belongs that stands first; the others follow in order.
+        first: the index, in the order of summation, of the part at index 0; the other parts keep their order.
         sink: (H,) logits that take part in each row's denominator, or None; see `add_sink_`.
     Returns:
         (B, S, H, Dv).
     """
     if first:
         order = [*range(1, first + 1), 0, *range(first + 1, len(outs))]
-        outs, lses = (torch.stack([x[place] for place in order]) for x in (outs, lses))
-    # Nothing anywhere: (-inf) - (-inf) is NaN, but zeros may be weighed alike.
+        outs, lses = (torch.stack([x[index] for index in order]) for x in (outs, lses))
+    # A row without any keys: (-inf) - (-inf) would be NaN. Clamped, its zeros get equal weights.
     limits = torch.finfo(lses.dtype)
     lses = lses.clamp(min=limits.min)
-    top = lses.amax(dim=0)
+    max_lse = lses.amax(dim=0)
     logit = None if sink is None else sink.to(lses.dtype).clamp(limits.min, limits.max)[:, None]
     if logit is not None:
-        top = torch.maximum(top, logit)
-    # Not torch.softmax, whose result for a row depends on how many rows there are beside it.
-    weights = torch.exp_(lses - top)
-    total = _summed(weights)
-    weights /= total if logit is None else total + torch.exp(logit - top)
-    return _summed(outs * weights.transpose(2, 3).unsqueeze(-1))
+        max_lse = torch.maximum(max_lse, logit)
+    # Not torch.softmax, whose result for a row depends on the number of rows.
+    weights = torch.exp_(lses - max_lse)
+    total = _sum_in_order(weights)
+    weights /= total if logit is None else total + torch.exp(logit - max_lse)
+    return _sum_in_order(outs * weights.transpose(2, 3).unsqueeze(-1))
 
 
-def _summed(parts: Tensor) -> Tensor:
-    """Sums up along the first dim, in its order: that of torch.sum follows the strides, from five parts on."""
+def _sum_in_order(parts: Tensor) -> Tensor:
+    """Sums along the first dim, in order. The order of torch.sum depends on strides from five parts on."""
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
@@ -115,7 +115,7 @@ def _summed(parts: Tensor) -> Tensor:
 
 
 def add_sink_(out: Tensor, lse: Tensor, sink: Tensor) -> None:
-    """Lets a logit per head, with no value, take part in each row's denominator, in place.
+    """Adds a logit per head, whose value is zero, to each row's denominator, in place.
 
     Args:
         out: final output (B, S, H, Dv); updated.

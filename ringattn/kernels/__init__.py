@@ -1,4 +1,4 @@
-"""Floor 2: what computes one rank's share. BACKENDS is an ordered table; `select` takes the first that can."""
+"""Kernels: attention of one rank. BACKENDS is an ordered table; `select` takes the first that can run a problem."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "select",
 ]
 
-# In the order of preference. A new kernel is one line here.
+# In order of preference. A new kernel is one line here.
 BACKENDS: dict[str, BlockKernel] = {
     kernel.name: kernel
     for kernel in (

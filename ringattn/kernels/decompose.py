@@ -1,16 +1,16 @@
-"""Cutting tiles into what a fused kernel can express: rectangles, triangles, and small masked blocks.
+"""Decomposition of tiles into dense tiles, which a fused kernel can express: rectangles, triangles, masked strips.
 
-Fused attention kernels know `full` and `causal` (top-left: j <= i). A tile between two diagonals is cut so that
+Fused attention kernels know `full` and `causal` (top-left: j <= i). A tile between two diagonals is decomposed so that
 nothing outside its band is computed:
 
     upper diagonal only:  ▉▉▉◣      a rectangle and a causal triangle
     lower diagonal only:  ◥▉▉▉      a triangle that is causal when its rows and columns are reversed, a rectangle
-    both, a band:         ◥▉◣       strips of a few rows, each with the keys that any of its rows sees and a dense
-                            ◥▉◣     mask; all strips are alike, so that batched calls take many together
+    both, a band:         ◥▉◣       strips of a few rows, each with all keys that are visible to any of its rows, under
+                            ◥▉◣     a dense mask; strips are equal, so a batched call takes many
 
-A strip computes more than its band by the share of its own height. Small tiles become one such block, too: there
-triangles would cost more in calls than they save. Measured against triangles as high as the band is wide, in
-docs/performance.md.
+The overhead of a strip over its band is in proportion to its height. A small tile becomes one masked tile, since
+triangles would cost more in calls than they save. docs/performance.md compares this with triangles as high as the band
+is wide.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import NamedTuple
 
 from ringattn.geometry.tiles import Tile, Tiles
 
-# Strips of a band are a quarter as high as it is wide, within these bounds; a tile no larger than the smaller one is
-# masked whole. Batches of strips bound the memory of overlapping gradients.
+# Strips are a quarter as high as their band is wide, within these bounds; a tile of at most MIN_STRIP rows and columns
+# is masked as a whole. Batches of strips bound the memory of overlapping gradients.
 MIN_STRIP, MAX_STRIP = 64, 256
 STRIPS_PER_BATCH = 16
 
 
 class TileShape(Enum):
-    """Which pairs of a piece may attend, in its own rows and columns."""
+    """The pairs (i, j) of a dense tile's own rows and columns that may attend."""
 
     FULL = "full"
     CAUSAL = "causal"  # j <= i
-    REVERSED = "reversed"  # j >= i: causal, when rows and columns are reversed; square
+    REVERSED = "reversed"  # j >= i: causal once rows and columns are reversed; square
     MASKED = "masked"  # lo <= j - i <= hi
 
 
 class DenseTile(NamedTuple):
-    """`copies` equal blocks of rows x cols, each `stride` rows and columns further down the diagonal."""
+    """`copies` equal tiles of rows x cols, each `stride` rows and columns further down the diagonal."""
 
     shape: TileShape
     q_start: int
@@ -53,27 +53,27 @@ class DenseTile(NamedTuple):
 
 @lru_cache(maxsize=512)
 def dense_tiles(tiles: Tiles) -> tuple[DenseTile, ...]:
-    """Returns disjoint pieces that hold exactly the pairs of the tiles."""
-    return tuple(piece for tile in tiles for piece in _decompose(tile))
+    """Returns disjoint dense tiles with exactly the pairs of the tiles."""
+    return tuple(dense for tile in tiles for dense in _decompose(tile))
 
 
 @lru_cache(maxsize=512)
 def masked_tiles(tiles: Tiles) -> Tiles:
-    """Returns the masked pieces of the tiles, as tiles."""
+    """Returns the masked dense tiles of the tiles, as tiles."""
     return Tiles.of(
         *(
             Tile(
-                piece.q_start + strip * piece.stride,
-                piece.q_start + strip * piece.stride + piece.rows,
-                piece.k_start + strip * piece.stride,
-                piece.k_start + strip * piece.stride + piece.cols,
-                piece.lo + piece.k_start - piece.q_start,
-                piece.hi + piece.k_start - piece.q_start,
-                piece.batch,
+                dense.q_start + strip * dense.stride,
+                dense.q_start + strip * dense.stride + dense.rows,
+                dense.k_start + strip * dense.stride,
+                dense.k_start + strip * dense.stride + dense.cols,
+                dense.lo + dense.k_start - dense.q_start,
+                dense.hi + dense.k_start - dense.q_start,
+                dense.batch,
             )
-            for piece in dense_tiles(tiles)
-            if piece.shape is TileShape.MASKED
-            for strip in range(piece.copies)
+            for dense in dense_tiles(tiles)
+            if dense.shape is TileShape.MASKED
+            for strip in range(dense.copies)
         )
     )
 
@@ -82,10 +82,10 @@ def _decompose(tile: Tile) -> list[DenseTile]:
     rows, cols = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
     corner = tile.k_start - tile.q_start
     lo, hi = tile.lo - corner, tile.hi - corner
-    # Rows before `low` are not cut by the lower diagonal, rows from `high` on not by the upper one.
+    # The lower diagonal cuts rows from `low` on, the upper one rows before `high`.
     low = min(max(1 - lo, 0), rows)
     high = min(max(cols - 1 - hi, 0), rows)
-    # The outermost uncut row lies on a diagonal's end: it completes the triangle, or the band, that it borders on.
+    # The outermost uncut row is at a diagonal's end: it completes the adjacent triangle or band.
     if high < low:
         high += high > 0
         low -= high < low < rows
@@ -94,11 +94,11 @@ def _decompose(tile: Tile) -> list[DenseTile]:
     if rows <= MIN_STRIP and cols <= MIN_STRIP and (low, high) != (rows, 0) and not (lo <= 1 - rows and hi == 0):
         return [DenseTile(TileShape.MASKED, tile.q_start, tile.k_start, rows, cols, tile.batch, lo=lo, hi=hi)]
 
-    found: list[DenseTile] = []
+    pieces: list[DenseTile] = []
 
     def add(shape: TileShape, i: int, j: int, height: int, width: int, copies: int = 1, **band: int) -> None:
         if height > 0 and width > 0 and copies > 0:
-            found.append(
+            pieces.append(
                 DenseTile(shape, tile.q_start + i, tile.k_start + j, height, width, tile.batch, copies, **band)
             )
 
@@ -128,4 +128,4 @@ def _decompose(tile: Tile) -> list[DenseTile]:
         upper(0, high)
         add(TileShape.FULL, high, 0, low - high, cols)
         lower(low, rows)
-    return found
+    return pieces

@@ -1,9 +1,8 @@
-"""FlashAttention 2, 3 and 4 as installed, in one form. None of them is imported before it is asked for.
+"""The installed FlashAttention 2, 3 and 4 behind one interface. Each is imported on first use.
 
-What they have in common: a window is counted from the last query and the last key; lse is a natural logarithm in fp32,
-(B, H, S), or (H, total) where rows are packed; partial results come in the dtype of the inputs. What they differ in is
-translated here, each time beside the reason, as read in the sources of flash-attn 2.8, flash-attn-3 of August
-2026, and flash-attn-4 4.0.0b36.
+Common to all: a window is aligned to the last query and the last key; lse is a natural logarithm in fp32, (B, H, S), or
+(H, total) for packed rows; results have the dtype of the inputs. The differences are handled here, with the reason
+beside each, after the sources of flash-attn 2.8, flash-attn-3 of August 2026, and flash-attn-4 4.0.0b36.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ringattn.score import Score
 
 
 class VarlenArgs(NamedTuple):
-    """Where packed rows end, int32 (segments + 1,) on the device of the rows, and the longest segments."""
+    """The segments of packed rows: their ends, int32 (segments + 1,) on the device, and their maximal lengths."""
 
     q_ends: Tensor
     k_ends: Tensor
@@ -53,12 +52,12 @@ class FlashOp(Protocol):
 
     @property
     def module(self) -> str:
-        """Where its functions are."""
+        """The module of its functions."""
         ...
 
     @property
     def functions(self) -> Functions:
-        """What is called there, and the parameters that tell this interface from older ones."""
+        """The functions that are called, and the parameters that distinguish this interface from older ones."""
         ...
 
     @property
@@ -66,16 +65,16 @@ class FlashOp(Protocol):
         """Whether its backward takes a gradient of lse."""
         ...
 
-    def devices(self, capability: tuple[int, int]) -> str | None:
-        """Returns what it runs on, if that is not a GPU of this compute capability."""
+    def required_device(self, capability: tuple[int, int]) -> str | None:
+        """Returns the required compute capability if this one does not suffice, else None."""
         ...
 
-    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
-        """Returns the head dims that it computes these in, by padding with zeros; None if there are none."""
+    def padded_dims(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """Returns the head dims (of q and k, of v) to pad to with zeros; None if no kernel is wide enough."""
         ...
 
-    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
-        """Returns what it lacks for a problem on a GPU of this compute capability."""
+    def missing_feature(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
+        """Returns a feature that a problem needs and this GPU's kernels lack, as "no ..."; else None."""
         ...
 
     def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
@@ -102,22 +101,22 @@ class Flash2:
     )
     takes_dlse = False
 
-    def devices(self, capability: tuple[int, int]) -> str | None:
+    def required_device(self, capability: tuple[int, int]) -> str | None:
         return None if capability >= (8, 0) else "compute capability 8.0 and newer"
 
-    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
-        """All of q, k and v have one head dim, a multiple of 8 up to 256."""
-        return _equal_widths(dim, v_dim, 256)
+    def padded_dims(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """q, k and v have one head dim, a multiple of 8 up to 256."""
+        return _equal_dims(dim, v_dim, 256)
 
-    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
-        """Nothing."""
+    def missing_feature(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
+        """Lacks nothing."""
         return None
 
     def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
         """Returns lse = +inf for rows without keys, which `merge_part_` takes for -inf."""
         flash = import_flash(self.module)
         q, k, v, window, segments, score = operands
-        options = _windows(window, -1) | {
+        options = _window_kwargs(window, -1) | {
             "dropout_p": 0.0,
             "softmax_scale": score.factor,
             "causal": window.causal,
@@ -126,16 +125,16 @@ class Flash2:
             "return_softmax": False,
         }
         if segments is None:
-            found = flash._flash_attn_forward(q, k, v, **options)
+            results = flash._flash_attn_forward(q, k, v, **options)
         else:
-            found = flash._flash_attn_varlen_forward(q, k, v, **self._told(segments, window), **options)
-        return found[0], found[1]
+            results = flash._flash_attn_varlen_forward(q, k, v, **self._varlen_kwargs(segments, window), **options)
+        return results[0], results[1]
 
     def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
         flash = import_flash(self.module)
         q, k, v, window, segments, score = operands
         dout, out, lse, _ = results
-        options = _windows(window, -1) | {
+        options = _window_kwargs(window, -1) | {
             "dropout_p": 0.0,
             "softmax_scale": score.factor,
             "causal": window.causal,
@@ -146,15 +145,15 @@ class Flash2:
         if segments is None:
             flash._flash_attn_backward(dout, q, k, v, out, lse, *into, **options)
         else:
-            told = self._told(segments, window)
-            flash._flash_attn_varlen_backward(dout, q, k, v, out, lse, *into, **told, **options)
+            varlen_kwargs = self._varlen_kwargs(segments, window)
+            flash._flash_attn_varlen_backward(dout, q, k, v, out, lse, *into, **varlen_kwargs, **options)
 
-    def _told(self, segments: VarlenArgs, window: Window) -> dict[str, Any]:
-        """What to tell of the segments; their lengths need only be bounds."""
-        # Where no segment has more than one query, each is believed to have just one.
+    def _varlen_kwargs(self, segments: VarlenArgs, window: Window) -> dict[str, Any]:
+        """Returns the arguments for segments; max_seqlen need only be an upper bound."""
+        # With max_seqlen_q == 1, each segment is assumed to have exactly one query.
         max_q = max(segments.max_q, 2)
-        # A limit of as many keys as the longest segment has, or more, is taken for none, and none beside a limit for
-        # as many keys: both cut too little, or too much, off the first of more queries.
+        # A limit of max_seqlen_k keys or more is taken for no limit, and no limit beside a limit for max_seqlen_k keys.
+        # Both are wrong for the first queries of a segment with more queries than keys.
         limited = not window.causal and (window.left is not None or window.right is not None)
         return {
             "cu_seqlens_q": segments.q_ends,
@@ -174,16 +173,16 @@ class Flash3:
     )
     takes_dlse = False
 
-    def devices(self, capability: tuple[int, int]) -> str | None:
-        """Its kernels use what Hopper has, and neither those before nor those after."""
+    def required_device(self, capability: tuple[int, int]) -> str | None:
+        """Its kernels use instructions of Hopper alone."""
         return None if capability == (9, 0) else "compute capability 9.0"
 
-    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+    def padded_dims(self, dim: int, v_dim: int) -> tuple[int, int] | None:
         """One head dim, a multiple of 8 up to 256, or 192 with values of 128."""
-        return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 256)
+        return _latent_dims(dim, v_dim) or _equal_dims(dim, v_dim, 256)
 
-    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
-        """It has no deterministic gradients of the widest heads."""
+    def missing_feature(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
+        """Lacks deterministic gradients of the widest heads."""
         wide = max(problem.head_dim, problem.v_head_dim) > 192
         deterministic = problem.needs_grad and torch.are_deterministic_algorithms_enabled()
         return "no deterministic gradients of head dims above 192" if wide and deterministic else None
@@ -191,17 +190,17 @@ class Flash3:
     def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
         """Returns lse = -inf for rows without keys."""
         q, k, v, window, segments, score = operands
-        found = import_flash(self.module)._flash_attn_forward(
+        results = import_flash(self.module)._flash_attn_forward(
             q,
             k,
             v,
-            **_told(segments),
-            **_windows(window, -1),
+            **_varlen_kwargs(segments),
+            **_window_kwargs(window, -1),
             softmax_scale=score.factor,
             causal=window.causal,
             softcap=score.softcap or 0.0,
         )
-        return found[0], found[1]
+        return results[0], results[1]
 
     def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
         q, k, v, window, segments, score = operands
@@ -213,9 +212,9 @@ class Flash3:
             v,
             out,
             lse,
-            **_told(segments),
+            **_varlen_kwargs(segments),
             **into._asdict(),
-            **_windows(window, -1),
+            **_window_kwargs(window, -1),
             softmax_scale=score.factor,
             is_causal=window.causal,
             softcap=score.softcap or 0.0,
@@ -233,16 +232,16 @@ class Flash4:
     )
     takes_dlse = True
 
-    def devices(self, capability: tuple[int, int]) -> str | None:
+    def required_device(self, capability: tuple[int, int]) -> str | None:
         """Its backward has no kernels for Ampere."""
         return None if 9 <= capability[0] <= 12 else "compute capabilities 9.0 to 12.x"
 
-    def widths(self, dim: int, v_dim: int) -> tuple[int, int] | None:
-        """One head dim, a multiple of 8 up to 128, or 192 with values of 128, or 256: what Blackwell has."""
-        return _latent_widths(dim, v_dim) or _equal_widths(dim, v_dim, 128) or _exactly(256, dim, v_dim)
+    def padded_dims(self, dim: int, v_dim: int) -> tuple[int, int] | None:
+        """One head dim, a multiple of 8 up to 128, or 192 with values of 128, or 256: the kernels for Blackwell."""
+        return _latent_dims(dim, v_dim) or _equal_dims(dim, v_dim, 128) or _exactly(256, dim, v_dim)
 
-    def lacks(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
-        """On compute capability 12.x its backward takes no changes of scores, which softcap is to it."""
+    def missing_feature(self, problem: ProblemSpec, capability: tuple[int, int]) -> str | None:
+        """On compute capability 12.x its backward takes no score modifications, such as softcap."""
         if not problem.needs_grad or capability[0] != 12:
             return None
         if problem.score.softcap:
@@ -252,18 +251,18 @@ class Flash4:
     def forward(self, operands: FlashOperands) -> tuple[Tensor, Tensor]:
         """Returns lse = -inf for rows without keys. A window side without limit is None here: -1 is a limit."""
         q, k, v, window, segments, score = operands
-        found = import_flash(self.module)._flash_attn_fwd(
+        results = import_flash(self.module)._flash_attn_fwd(
             q,
             k,
             v,
-            **_told(segments),
-            **_windows(window, None),
+            **_varlen_kwargs(segments),
+            **_window_kwargs(window, None),
             softmax_scale=score.factor,
             causal=window.causal,
             softcap=score.softcap,
             return_lse=True,
         )
-        return found[0], found[1]
+        return results[0], results[1]
 
     def backward(self, operands: FlashOperands, results: FlashResults, into: Gradients) -> None:
         q, k, v, window, segments, score = operands
@@ -275,9 +274,9 @@ class Flash4:
             out,
             dout,
             lse,
-            **_told(segments),
+            **_varlen_kwargs(segments),
             **into._asdict(),
-            **_windows(window, None),
+            **_window_kwargs(window, None),
             softmax_scale=score.factor,
             causal=window.causal,
             softcap=score.softcap or 0.0,
@@ -286,7 +285,7 @@ class Flash4:
         )
 
 
-def _told(segments: VarlenArgs | None) -> dict[str, Any]:
+def _varlen_kwargs(segments: VarlenArgs | None) -> dict[str, Any]:
     if segments is None:
         return {}
     return {
@@ -297,8 +296,8 @@ def _told(segments: VarlenArgs | None) -> dict[str, Any]:
     }
 
 
-def _windows(window: Window, unlimited: int | None) -> dict[str, int | None]:
-    """A causal window is told by its flag alone."""
+def _window_kwargs(window: Window, unlimited: int | None) -> dict[str, int | None]:
+    """Returns the arguments for a window; a causal one is passed by its flag alone."""
     left, right = (None, None) if window.causal else window
     return {
         "window_size_left": unlimited if left is None else left,
@@ -306,15 +305,15 @@ def _windows(window: Window, unlimited: int | None) -> dict[str, int | None]:
     }
 
 
-def _equal_widths(dim: int, v_dim: int, most: int) -> tuple[int, int] | None:
+def _equal_dims(dim: int, v_dim: int, max_dim: int) -> tuple[int, int] | None:
     width = -(-max(dim, v_dim) // 8) * 8
-    return (width, width) if width <= most else None
+    return (width, width) if width <= max_dim else None
 
 
 def _exactly(width: int, dim: int, v_dim: int) -> tuple[int, int] | None:
     return (width, width) if max(dim, v_dim) <= width else None
 
 
-def _latent_widths(dim: int, v_dim: int) -> tuple[int, int] | None:
-    """The dims of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), which have kernels of their own."""
+def _latent_dims(dim: int, v_dim: int) -> tuple[int, int] | None:
+    """The dims of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), which have their own kernels."""
     return (192, 128) if 128 < dim <= 192 and v_dim <= 128 else None

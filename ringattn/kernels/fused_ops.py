@@ -1,4 +1,4 @@
-"""torch's own fused attention operations: CPU flash, CUDA flash, cuDNN, all in one form."""
+"""The fused attention operations of torch behind one interface: CPU flash, CUDA flash, cuDNN."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class FusedOp(Protocol):
 
     @property
     def device_type(self) -> str:
-        """Where it runs."""
+        """The device type that it runs on."""
         ...
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the inputs."""
+        """The dtypes of its inputs."""
         ...
 
     @property
@@ -50,12 +50,12 @@ class FusedOp(Protocol):
 
     @property
     def wants_packed(self) -> bool:
-        """Whether it is faster on contiguous (B, H, S, D) by more than a copy costs."""
+        """Whether contiguous (B, H, S, D) operands save more time than the copy costs."""
         ...
 
     @property
     def dim_multiple(self) -> int:
-        """Head dims are multiples of this."""
+        """Head dims must be multiples of this."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class CpuFlash:
     max_dim = None
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns fp32 for half precision: torch's bf16 kernel rounds lse to 5e-5, and is no faster."""
+        """Returns fp32 for half precision: the bf16 operation rounds lse to 5e-5, and is not faster."""
         return torch.float64 if dtype is torch.float64 else torch.float32
 
     def forward(self, operands: DenseOperands) -> tuple[Tensor, Tensor]:

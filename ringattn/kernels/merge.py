@@ -1,4 +1,4 @@
-"""Merging what a foreign kernel returns into the running state, on the rows that it was asked for."""
+"""Merging the results of other libraries' kernels into the state, on the rows that they computed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def merge_part_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: 
         out: running output (B, S, H, Dv), accumulation dtype; updated.
         lse: running log-sum-exp (B, H, S), natural log; updated.
         part: output over further keys, (B, S, H, Dv), any floating dtype.
-        part_lse: its log-sum-exp (B, H, S). Both -inf and +inf say that a row attended to nothing: FlashAttention-2
-            writes the latter.
-        rows: integers below B * S: the rows, counted over the batch, to merge; None for all.
+        part_lse: its log-sum-exp (B, H, S). Both -inf and +inf mark a row without keys: FlashAttention-2 writes +inf.
+        rows: (n,) integers below B * S, the rows to merge, counted over the batch; None merges all.
     """
     if runs_triton(out):
         from ringattn.kernels.triton.merge_kernel import merge_rows_
@@ -32,13 +31,13 @@ def merge_part_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: 
         merge_(out, lse, part, part_lse)
         return
     b, i = rows // out.shape[1], rows % out.shape[1]
-    some, some_lse = out[b, i], lse[b, :, i]
-    merge_(some[None], some_lse.T[None], part[b, i][None], part_lse[b, :, i].T[None])
-    out[b, i], lse[b, :, i] = some, some_lse
+    out_rows, lse_rows = out[b, i], lse[b, :, i]
+    merge_(out_rows[None], lse_rows.T[None], part[b, i][None], part_lse[b, :, i].T[None])
+    out[b, i], lse[b, :, i] = out_rows, lse_rows
 
 
 def runs_triton(state: Tensor) -> bool:
-    """Returns whether passes over a state like this run as Triton kernels: in fp32, on a GPU, and where Triton is."""
+    """Returns whether Triton kernels process a state: fp32, on a GPU, with Triton installed."""
     return state.is_cuda and state.dtype is torch.float32 and _has_triton()
 
 

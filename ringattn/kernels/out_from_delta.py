@@ -1,4 +1,4 @@
-"""Handing delta to kernels that do not take it, but compute rowsum(dout * out) themselves."""
+"""An `out` that makes a kernel compute a given delta, for kernels that compute rowsum(dout * out) themselves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ringattn.kernels.merge import runs_triton
 def out_for_delta(dout: Tensor, delta: Tensor, column: int | None = None) -> Tensor:
     """Returns an `out` of dout's shape and dtype with rowsum(dout * out) = delta, up to rounding.
 
-    It is a multiple of dout, bounded by |out|. Where delta also holds a gradient of lse there may be no such multiple,
-    since dout can be 0: then one more column carries delta.
+    Each row is a multiple of dout's row, bounded by |out|. If delta also holds a gradient of lse, there may be no such
+    multiple, since dout can be 0: then a padding column carries delta.
 
     Args:
         dout: (..., D).
         delta: (...), in the accumulation dtype.
-        column: a padding column of dout that no value stands in; set to 1 there, in place.
+        column: a padding column of dout, which is set to 1 in place; None if delta holds no gradient of lse.
     """
     if column is not None:
         out = torch.zeros_like(dout)

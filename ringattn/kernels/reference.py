@@ -1,7 +1,7 @@
-"""The reference kernel: plain tensor maths, on any device, in any dtype, with every option.
+"""The reference kernel: plain tensor operations, on any device, in any dtype, with every option.
 
-It is the oracle of the other kernels and the last resort for what they refuse. Each tile is computed in strips of
-query rows against the keys that the strip can see, so that its cost, too, follows the area.
+It is the oracle of the other kernels, and the last resort for problems that they refuse. Each tile is computed in
+strips of query rows against the keys visible to the strip, so its cost follows the area, too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ReferenceKernel:
         return unsupported_terms(problem, self.score_terms)
 
     def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
-        (q, _), (k, v, _), (out, lse) = queries, keys, state
+        q, k, v, (out, lse) = queries.q, keys.k, keys.v, state
         for strip in _strips(tiles):
             b, i, j = _indices(strip)
             scores, _ = _scores(q[b, i], k[b, j], score, strip, lse.dtype)
@@ -54,7 +54,7 @@ class ReferenceKernel:
 
     def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
         q, dout, lse, delta = queries[:4]
-        (k, v, _), (dq, dk, dv) = keys, gradients
+        k, v, (dq, dk, dv) = keys.k, keys.v, gradients
         acc = lse.dtype
         for strip in _strips(tiles):
             b, i, j = _indices(strip)
@@ -84,7 +84,7 @@ def _indices(tile: Tile) -> tuple[slice, slice, slice]:
 
 
 def _scores(q: Tensor, k: Tensor, score: Score, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns the scores (B, H, Sq, Sk), -inf outside the band, and the softcap's slope there, if any."""
+    """Returns the scores (B, H, Sq, Sk), -inf outside the band, and the derivative of the softcap, if any."""
     scores = _grouped_dot(q.to(dtype), k.to(dtype)) * score.factor
     slope = None
     if score.softcap is not None:

@@ -1,19 +1,19 @@
-"""Packing tiles into as few calls as a varlen kernel takes.
+"""Packing of tiles into few calls of a varlen kernel.
 
 A varlen kernel attends segment by segment: queries [q_ends[s], q_ends[s + 1]) to keys [k_ends[s], k_ends[s + 1]), for
-all segments in one call, under one window, which is aligned to each segment's last query and last key. Every tight
-tile is a segment: its last query and its last key both take part, so the distances from them to its diagonals are
-no less than zero. Tiles share a call when
+all segments in one call, under one window that is aligned to each segment's last query and last key. Every tight tile
+is a segment: its last query and last key both take part, so their distances to its diagonals are at least zero. Tiles
+share a call if
 
-- one window says what all of them mean. A diagonal that cuts nothing off a tile may lie anywhere beyond it, so a
-  causal document that is shorter than the window goes with the longer ones;
-- their queries and their keys are disjoint, and in the same order. What lies between them becomes segments without
-  keys, or without queries, so that nothing is copied. Tiles that share keys or cross go into further calls: rows
-  gathered for one call would cost a pass over them, and gradients a scattered sum. Steps of a staircase, which a
-  layout of blocks makes of a causal mask, are cut at halves, quarters, ... of the keys: pieces over the same keys
-  join, and those of one size make one call, so that n steps take about log2(n) calls.
+- one window fits all of them. A diagonal that cuts nothing off a tile may be anywhere beyond it, so a causal document
+  shorter than the window is packed with longer ones;
+- their queries and their keys are disjoint and in the same order. Rows between them become segments without keys, or
+  without queries, so nothing is copied. Tiles that share keys or cross go into further calls: gathering rows for one
+  call would cost a pass over them, and gradients a scattered sum. The steps of a staircase (a causal mask over a layout
+  of blocks) are split at halves, quarters, ... of the keys. Parts over the same keys join, and parts of one size share
+  a call, so n steps take about log2(n) calls.
 
-A call of one tile needs no segments: it is a rectangle of the tensors as they are.
+A call of one tile needs no segments: it is a rectangle of the tensors.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Ints = npt.NDArray[np.int32]
 
 
 class Window(NamedTuple):
-    """Query i of a segment sees its key j when -left <= j - i - (keys - queries) <= right; None is no limit."""
+    """Key j is visible to query i of a segment if -left <= j - i - (keys - queries) <= right; None is no limit."""
 
     left: int | None
     right: int | None
 
     @property
     def causal(self) -> bool:
-        """Whether it is what kernels call causal."""
+        """Whether it is the causal window of the kernels."""
         return self.left is None and self.right == 0
 
 
 class Packing(NamedTuple):
-    """Where the segments of a call end, (segments + 1,) int32 from 0 on, counted over its batch rows."""
+    """The ends of a call's segments, (segments + 1,) int32 from 0 on, counted over its batch rows."""
 
     q_ends: Ints
     k_ends: Ints
@@ -55,7 +55,7 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One call: a block of batch rows, query rows and key rows, dense if there is no packing."""
+    """One call: a block of batch rows, query rows and key rows; dense if there is no packing."""
 
     window: Window
     batch: slice
@@ -65,7 +65,7 @@ class Launch:
 
 
 class _Segment(NamedTuple):
-    """A tile, in rows counted over the batch, and its window; a diagonal that cuts nothing off is as far as it is."""
+    """A tile in rows counted over the batch, and the distances from its last query and key to its diagonals."""
 
     q_start: int
     q_stop: int
@@ -76,21 +76,21 @@ class _Segment(NamedTuple):
 
     @property
     def window(self) -> Window:
-        """Its limits, where they cut anything off."""
+        """The limits that cut anything off."""
         return Window(
             self.left if self.left < self.k_stop - self.k_start - 1 else None,
             self.right if self.right < self.q_stop - self.q_start - 1 else None,
         )
 
-    def fits(self, window: Window) -> bool:
-        """Whether another tile's window leaves it just its own pairs."""
+    def is_compatible(self, window: Window) -> bool:
+        """Whether another tile's window selects exactly this tile's pairs."""
         own = self.window
         left = window.left == own.left or (own.left is None and (window.left or 0) >= self.left)
         right = window.right == own.right or (own.right is None and (window.right or 0) >= self.right)
         return left and right
 
     def shifted(self, rows: int, cols: int) -> _Segment:
-        """The same, further on in the batch."""
+        """The segment, further on in the batch."""
         return self._replace(
             q_start=self.q_start + rows,
             q_stop=self.q_stop + rows,
@@ -100,62 +100,62 @@ class _Segment(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def launches_of(tiles: Tiles, batch: int, num_q: int, num_k: int) -> tuple[Launch, ...]:
-    """Returns calls that together hold each pair of the tiles once, and no other.
+def varlen_launches(tiles: Tiles, batch: int, num_q: int, num_k: int) -> tuple[Launch, ...]:
+    """Returns calls that together cover each pair of the tiles once, and no other pair.
 
     Args:
         tiles: tight and disjoint.
-        batch: how many batch rows there are.
-        num_q: query rows of each.
-        num_k: key rows of each.
+        batch: number of batch rows.
+        num_q: query rows per batch row.
+        num_k: key rows per batch row.
     """
     # Tiles of every batch row are packed once, and repeated.
-    alike = all(tile.batch == EVERY_BATCH_ROW for tile in tiles)
-    segments = _segments(tiles, 1 if alike else batch, num_q, num_k)
-    repeats = range(batch if alike else 1)
+    all_alike = all(tile.batch == EVERY_BATCH_ROW for tile in tiles)
+    segments = _segments(tiles, 1 if all_alike else batch, num_q, num_k)
+    repeats = range(batch if all_alike else 1)
     return tuple(
         _launch(chain, repeats, num_q, num_k)
-        for window, group in _by_window(segments).items()
-        for chain in _fewest_chains(group, window)
+        for window, group in _group_by_window(segments).items()
+        for chain in _min_chains(group, window)
     )
 
 
 def _segments(tiles: Tiles, batch: int, num_q: int, num_k: int) -> list[_Segment]:
-    found: list[_Segment] = []
+    segments: list[_Segment] = []
     for tile in tiles:
         surplus = (tile.k_stop - tile.k_start) - (tile.q_stop - tile.q_start)
         corner = tile.k_start - tile.q_start
-        here = _Segment(
+        segment = _Segment(
             tile.q_start, tile.q_stop, tile.k_start, tile.k_stop, surplus + corner - tile.lo, tile.hi - corner - surplus
         )
         rows: Iterable[int] = range(batch) if tile.batch == EVERY_BATCH_ROW else (tile.batch,)
-        found.extend(here.shifted(row * num_q, row * num_k) for row in rows)
-    return found
+        segments.extend(segment.shifted(row * num_q, row * num_k) for row in rows)
+    return segments
 
 
-def _by_window(segments: list[_Segment]) -> dict[Window, list[_Segment]]:
-    """Groups segments that one window fits, those first that leave no choice."""
+def _group_by_window(segments: list[_Segment]) -> dict[Window, list[_Segment]]:
+    """Groups segments by a common window; segments with the most limits first, which leave the least choice."""
     groups: dict[Window, list[_Segment]] = {}
     for segment in sorted(segments, key=lambda s: s.window.count(None)):
-        window = next((window for window in groups if segment.fits(window)), segment.window)
+        window = next((window for window in groups if segment.is_compatible(window)), segment.window)
         groups.setdefault(window, []).append(segment)
     return groups
 
 
-def _fewest_chains(segments: list[_Segment], window: Window) -> list[list[_Segment]]:
+def _min_chains(segments: list[_Segment], window: Window) -> list[list[_Segment]]:
     chains = _chains(segments)
     if len(chains) > 1 and window == Window(None, None):
-        chains = min(chains, _chains(_halved(segments)), key=len)
+        chains = min(chains, _chains(_split_at_powers(segments)), key=len)
     return chains
 
 
-def _halved(segments: list[_Segment]) -> list[_Segment]:
-    """Cuts rectangles along their keys, at the largest powers of two of a unit, and joins those over the same keys."""
+def _split_at_powers(segments: list[_Segment]) -> list[_Segment]:
+    """Splits rectangles along their keys, at powers of two of a unit, and joins those over the same keys."""
     unit = min(s.q_stop - s.q_start for s in segments)
     origin = min(s.k_start for s in segments)
     rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for segment in sorted(segments):
-        for keys in _powers(segment.k_start - origin, segment.k_stop - origin, unit):
+        for keys in _power_ranges(segment.k_start - origin, segment.k_stop - origin, unit):
             ranges = rows.setdefault(keys, [])
             start = segment.q_start
             if ranges and ranges[-1][1] == start:
@@ -168,8 +168,8 @@ def _halved(segments: list[_Segment]) -> list[_Segment]:
     ]
 
 
-def _powers(start: int, stop: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Ranges that make up [start, stop): units times powers of two, each at a multiple of its size, and rests."""
+def _power_ranges(start: int, stop: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Ranges whose union is [start, stop): powers of two of the unit, aligned to their size, and remainders."""
     while start < stop:
         size = unit - start % unit
         while size % unit == 0 and start % (2 * size) == 0 and start + 2 * size <= stop:
@@ -184,7 +184,7 @@ def _chains(segments: list[_Segment]) -> list[list[_Segment]]:
     for segment in sorted(segments):
         fitting = [c for c in chains if c[-1].q_stop <= segment.q_start and c[-1].k_stop <= segment.k_start]
         if fitting:
-            # The one that would be closed to more of the others.
+            # The chain that can take the fewest of the remaining segments.
             max(fitting, key=lambda c: c[-1].k_stop).append(segment)
         else:
             chains.append([segment])
@@ -198,14 +198,14 @@ def _launch(chain: list[_Segment], repeats: range, num_q: int, num_k: int) -> La
     )
     first, last = chain[0], chain[-1]
     row = first.q_start // num_q
-    if len(chain) == 1 and _can_be_dense(first, window):
+    if len(chain) == 1 and _fits_dense_call(first, window):
         first = first.shifted(-row * num_q, -row * num_k)
         q, k = slice(first.q_start, first.q_stop), slice(first.k_start, first.k_stop)
         return Launch(window, slice(row, row + len(repeats)), q, k)
     num_rows = (last.q_stop - 1) // num_q - row + len(repeats)
     batch, q, k = slice(row, row + num_rows), slice(0, num_q), slice(0, num_k)
     if num_rows == 1:
-        # Rows of several batch rows follow one another only as wholes.
+        # Only whole batch rows are contiguous, so a range of rows needs a single one.
         q = slice(first.q_start - row * num_q, last.q_stop - row * num_q)
         k = slice(first.k_start - row * num_k, last.k_stop - row * num_k)
     origin = -row * num_q - q.start, -row * num_k - k.start
@@ -213,11 +213,11 @@ def _launch(chain: list[_Segment], repeats: range, num_q: int, num_k: int) -> La
     return Launch(window, batch, q, k, _pack(packed, num_rows * (q.stop - q.start), num_rows * (k.stop - k.start)))
 
 
-def _can_be_dense(segment: _Segment, window: Window) -> bool:
-    """Whether a call without segments is understood by every kernel.
+def _fits_dense_call(segment: _Segment, window: Window) -> bool:
+    """Whether every generation computes a call without segments right.
 
-    FlashAttention-2 takes a limit of as many keys as there are, or more, for none, also on the right, where it would
-    cut off keys of the first of more queries. A varlen call can be told of longer keys.
+    FlashAttention-2 takes a limit of at least as many keys as there are for no limit, also on the right, where it cuts
+    off keys of the first queries if there are more queries than keys. A varlen call can state longer keys instead.
     """
     unlimited = window.left is None and window.right is None
     return unlimited or window.causal or segment.k_stop - segment.k_start >= segment.q_stop - segment.q_start

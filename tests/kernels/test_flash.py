@@ -16,7 +16,7 @@ from torch import Tensor
 from ringattn.geometry.tiles import Tiles
 from ringattn.kernels import BACKENDS, ProblemSpec, flash, flash_ops, refusals, varlen
 from ringattn.kernels.flash import FlashKernel
-from ringattn.kernels.flash_import import missing_parts
+from ringattn.kernels.flash_import import interface_mismatch
 from ringattn.kernels.flash_ops import Flash2, Flash3, Flash4
 from ringattn.kernels.varlen import Window
 from ringattn.score import Score
@@ -106,39 +106,39 @@ def mutate_causal(patch: pytest.MonkeyPatch) -> None:
 def mutate_lse_layout(patch: pytest.MonkeyPatch) -> None:
     """lse of packed rows, the batch before the heads."""
     patch.setattr(
-        flash, "_packed_lse", lambda x, segments: x.contiguous() if segments is None else x.reshape(x.shape[1], -1)
+        flash, "_pack_lse", lambda x, segments: x.contiguous() if segments is None else x.reshape(x.shape[1], -1)
     )
 
 
 def mutate_single_queries(patch: pytest.MonkeyPatch) -> None:
     """FlashAttention-2 told of segments of one query."""
-    real = Flash2._told
+    real = Flash2._varlen_kwargs
 
     def told(self: Flash2, segments: flash_ops.VarlenArgs, window: Window) -> dict[str, object]:
         return real(self, segments, window) | {"max_seqlen_q": segments.max_q}
 
-    patch.setattr(Flash2, "_told", told)
+    patch.setattr(Flash2, "_varlen_kwargs", told)
 
 
 def mutate_lengths(patch: pytest.MonkeyPatch) -> None:
     """FlashAttention-2 told of fewer keys than a limit reaches over."""
-    real = Flash2._told
+    real = Flash2._varlen_kwargs
 
     def told(self: Flash2, segments: flash_ops.VarlenArgs, window: Window) -> dict[str, object]:
         return real(self, segments, window) | {"max_seqlen_k": segments.max_k}
 
-    patch.setattr(Flash2, "_told", told)
+    patch.setattr(Flash2, "_varlen_kwargs", told)
 
 
 def mutate_dense(patch: pytest.MonkeyPatch) -> None:
     """A tall window without segments."""
-    patch.setattr(varlen, "_can_be_dense", lambda segment, window: True)
+    patch.setattr(varlen, "_fits_dense_call", lambda segment, window: True)
 
 
 def mutate_no_limit(patch: pytest.MonkeyPatch) -> None:
     """FlashAttention-4 told of no limit as the others are."""
-    real = flash_ops._windows
-    patch.setattr(flash_ops, "_windows", lambda window, unlimited: real(window, -1))
+    real = flash_ops._window_kwargs
+    patch.setattr(flash_ops, "_window_kwargs", lambda window, unlimited: real(window, -1))
 
 
 def mutate_delta(patch: pytest.MonkeyPatch) -> None:
@@ -178,10 +178,10 @@ def test_a_mistake_is_caught(
     check(name, "cpu", named(case))
     with monkeypatch.context() as patch:
         mutate(patch)
-        varlen.launches_of.cache_clear()
+        varlen.varlen_launches.cache_clear()
         with pytest.raises(AssertionError):
             check(name, "cpu", named(case))
-    varlen.launches_of.cache_clear()
+    varlen.varlen_launches.cache_clear()
 
 
 def test_refuses_what_it_cannot_take() -> None:
@@ -250,11 +250,11 @@ def test_another_version() -> None:
     older = ModuleType("flash_attn.cute.interface")
     older._flash_attn_fwd = module4()._flash_attn_fwd  # type: ignore[attr-defined]
     with installed(older):
-        assert "has no _flash_attn_bwd" in str(missing_parts(Flash4.module, Flash4.functions))
+        assert "has no _flash_attn_bwd" in str(interface_mismatch(Flash4.module, Flash4.functions))
         older._flash_attn_bwd = lambda q, cu_seqlens_q, window_size_left, softcap, dq: None  # type: ignore[attr-defined]
-        assert "_flash_attn_bwd has no dlse" in str(missing_parts(Flash4.module, Flash4.functions))
+        assert "_flash_attn_bwd has no dlse" in str(interface_mismatch(Flash4.module, Flash4.functions))
     for op in (Flash2, Flash3, Flash4):
-        assert missing_parts(op.module, op.functions) is None
+        assert interface_mismatch(op.module, op.functions) is None
 
 
 def test_torch_operators_tell_their_parameters() -> None:
@@ -267,7 +267,7 @@ def test_torch_operators_tell_their_parameters() -> None:
 
     module._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]
     with installed(module):
-        assert "has no cu_seqlens_q" in str(missing_parts(Flash3.module, Flash3.functions))
+        assert "has no cu_seqlens_q" in str(interface_mismatch(Flash3.module, Flash3.functions))
 
 
 def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,13 +282,13 @@ import torch
 import ringattn, ringattn.cli
 from ringattn.kernels import BACKENDS, ProblemSpec, refusals, select
 from ringattn.score import Score
-from ringattn.kernels.flash_import import missing_parts
+from ringattn.kernels.flash_import import interface_mismatch
 print(ringattn.cli.info())
 select(None, ProblemSpec("cpu", torch.bfloat16, 4, 2, 64, 64, True, Score(0.1)))
 assert not [name for name in sys.modules if name.startswith("flash_attn")], "imported before it was asked for"
 for name in ("flash2", "flash3", "flash4"):
     op = BACKENDS[name].op
-    print(missing_parts(op.module, op.functions))
+    print(interface_mismatch(op.module, op.functions))
 """
 
 

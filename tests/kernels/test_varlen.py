@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ringattn import Layout, Mask, causal, contiguous, documents, full, prefix_lm, sliding_window, striped, zigzag
 from ringattn.geometry.tiles import Tile, Tiles, tiles_of_rank
-from ringattn.kernels.varlen import Launch, Window, launches_of
+from ringattn.kernels.varlen import Launch, Window, varlen_launches
 from tests.geometry.brute import Counts, tile_counts
 from tests.geometry.strategies import examples, layouts, masks, tiles
 
@@ -46,7 +46,7 @@ def launch_counts(launches: tuple[Launch, ...], batch: int, num_q: int, num_k: i
 
 
 def check(found: Tiles, batch: int, num_q: int, num_k: int) -> tuple[Launch, ...]:
-    launches = launches_of(found, batch, num_q, num_k)
+    launches = varlen_launches(found, batch, num_q, num_k)
     expected = tile_counts(found, batch, num_q, num_k)
     np.testing.assert_array_equal(launch_counts(launches, batch, num_q, num_k), expected)
     return launches
@@ -73,7 +73,7 @@ def test_tiles_of_ranks(seq_len: int, world_size: int, batch: int, data: st.Data
 @examples(100)
 def test_every_diagonal_is_told_from_the_last_query_and_key(size: int, data: st.DataObject) -> None:
     found = Tiles.of(data.draw(tiles(size, data.draw(st.integers(1, 30)))))
-    for launch in launches_of(found, 1, size, 30):
+    for launch in varlen_launches(found, 1, size, 30):
         assert all(limit is None or limit >= 0 for limit in launch.window)
 
 
@@ -85,7 +85,7 @@ def windows_of(mask: Mask, layout: Layout, rank: int, batch: int = 1) -> list[tu
     """For each source, the windows of its calls, and which of them are packed."""
     found = []
     for source, some in tiles_of_rank((mask,), layout, layout, rank).items():
-        launches = launches_of(some, batch, layout.num_tokens(rank), layout.num_tokens(source))
+        launches = varlen_launches(some, batch, layout.num_tokens(rank), layout.num_tokens(source))
         found.append((source, [x.window for x in launches], [x.packing is not None for x in launches]))
     return found
 
@@ -148,4 +148,4 @@ def test_tall_windows_are_packed() -> None:
 
 
 def test_no_tiles_no_calls() -> None:
-    assert launches_of(Tiles.of(), 2, 5, 5) == ()
+    assert varlen_launches(Tiles.of(), 2, 5, 5) == ()

@@ -1,4 +1,4 @@
-"""Kernels over pages, for decoding. PAGED_BACKENDS is an ordered table, as BACKENDS is."""
+"""Kernels over pages, for decoding: PAGED_BACKENDS, an ordered table like BACKENDS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ringattn.kernels.select_kernel import select_from
 
 __all__ = ["PAGED_BACKENDS", "PageTables", "PagedKernel", "Pools", "VisibleKeys", "select_paged"]
 
-# In the order of preference. A new kernel is one line here.
+# In order of preference. A new kernel is one line here.
 PAGED_BACKENDS: dict[str, PagedKernel] = {
     kernel.name: kernel for kernel in (NativePaged(), TritonPaged(), ReferencePaged())
 }

@@ -1,4 +1,4 @@
-"""The reference kernel over pages: plain tensor maths, sequence by sequence, on the keys that are seen."""
+"""The reference kernel over pages: plain tensor operations, sequence by sequence, on the visible keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringattn.softmax import merge_, merge_parts
 
 
 class ReferencePaged:
-    """See contract.PagedKernel."""
+    """A `PagedKernel` in plain tensor operations."""
 
     name = "reference"
     score_terms = frozenset({"softcap"})
@@ -28,15 +28,15 @@ class ReferencePaged:
     def forward(
         self, queries: Queries, pools: Pools, tables: PageTables, visible: VisibleKeys, score: Score, state: State
     ) -> None:
-        (q, _), (k, v), (out, lse) = queries, pools, state
+        q, (k, v), (out, lse) = queries.q, pools, state
         acc, group = lse.dtype, q.shape[2] // k.shape[2]
         starts = tables.starts.tolist()
         for b in range(q.shape[0]):
             pages, slots = (x[starts[b] : starts[b + 1]] for x in (tables.pages, tables.slots))
             first, stop = visible.first[b, :, None], visible.stop[b, :, None]
-            sees = (slots.flatten() >= first) & (slots.flatten() < stop)  # (T, keys)
-            some = sees.any(dim=0)
-            page, slot = some.reshape(slots.shape).nonzero(as_tuple=True)
+            mask = (slots.flatten() >= first) & (slots.flatten() < stop)  # (T, keys)
+            used = mask.any(dim=0)
+            page, slot = used.reshape(slots.shape).nonzero(as_tuple=True)
             if not len(page):
                 continue
             keys, values = (pool[pages[page].long(), slot].to(acc) for pool in (k, v))
@@ -44,7 +44,7 @@ class ReferencePaged:
             scores = torch.einsum("thgd,shd->hgts", rows, keys).flatten(0, 1) * score.factor
             if score.softcap is not None:
                 scores = score.softcap * torch.tanh(scores / score.softcap)
-            scores = scores.masked_fill(~sees[:, some], -torch.inf)
+            scores = scores.masked_fill(~mask[:, used], -torch.inf)
             part_lse = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - part_lse[..., None]).nan_to_num_(nan=0.0)
             weights = weights.reshape(-1, group, *weights.shape[1:])

@@ -1,4 +1,4 @@
-"""Our own kernel over pages for GPUs, in Triton: kernels/triton/paged.py, behind the contract."""
+"""The Triton kernel over pages for GPUs (triton/paged_kernels.py), behind the contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringattn.softmax import merge_parts
 
 
 class TritonPaged:
-    """See contract.PagedKernel.
+    """A `PagedKernel` in Triton.
 
     Its grid follows from shapes; lengths are read on the device. So a captured CUDA graph may be replayed after the
     contents of `tables` and `visible` have changed in place: entries after starts[B] are not looked at.

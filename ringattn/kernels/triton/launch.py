@@ -31,7 +31,7 @@ CACHE_BYTES = 24 << 20
 
 def forward(queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
     """Merges attention over the tiles into the state: `BlockKernel.forward` in one launch."""
-    (q, _), (k, v, _), (out, lse) = queries, keys, state
+    q, k, v, (out, lse) = queries.q, keys.k, keys.v, state
     chosen = _config(q, v, score, "forward")
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     section = heads_per_section(heads, group, _bytes_per_head(k) + _bytes_per_head(v), CACHE_BYTES)
@@ -47,7 +47,7 @@ def forward(queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: Sta
 def backward(queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
     """Adds the gradients over the tiles: `BlockKernel.backward` in two launches."""
     q, dout, lse, delta = queries[:4]
-    (k, v, _), (dq, dk, dv) = keys, gradients
+    k, v, (dq, dk, dv) = keys.k, keys.v, gradients
     batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     group = heads // kv_heads
     query_rows = QueryArgs(

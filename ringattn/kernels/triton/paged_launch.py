@@ -24,7 +24,7 @@ def forward(
     queries: Queries, pools: Pools, tables: PageTables, visible: VisibleKeys, score: Score, state: State
 ) -> None:
     """Merges attention to the visible keys into the state: `PagedKernel.forward` in two launches."""
-    (q, _), (k, v), (out, lse) = queries, pools, state
+    q, (k, v), (out, lse) = queries.q, pools, state
     (batch, tokens, heads, dim), v_dim, kv_heads = q.shape, v.shape[3], k.shape[2]
     group, page_size = heads // kv_heads, k.shape[1]
     num_rows = tokens * group

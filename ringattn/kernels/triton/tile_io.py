@@ -94,16 +94,16 @@ def load_rows(rows, first, stop, SIZE: tl.constexpr, DIM: tl.constexpr, CUT: tl.
     """Rows [first, first + SIZE), (SIZE, width); 0 from column DIM on and, if CUT, from row `stop` on."""
     WIDTH: tl.constexpr = width_of(DIM)
     pointers = row_pointers(rows, first, SIZE, WIDTH)
-    here = (first + tl.arange(0, SIZE) < stop)[:, None]
+    row_mask = (first + tl.arange(0, SIZE) < stop)[:, None]
     dims = (tl.arange(0, WIDTH) < DIM)[None, :]
     if DIM == WIDTH:
         if CUT:
-            block = tl.load(pointers, mask=here, other=0.0)
+            block = tl.load(pointers, mask=row_mask, other=0.0)
         else:
             block = tl.load(pointers)
     else:
         if CUT:
-            block = tl.load(pointers, mask=here & dims, other=0.0)
+            block = tl.load(pointers, mask=row_mask & dims, other=0.0)
         else:
             block = tl.load(pointers, mask=dims, other=0.0)
     return block
@@ -128,8 +128,8 @@ def load_step(source, first, stop, SIZE: tl.constexpr, DIM: tl.constexpr, CUT: t
 def store_rows(rows, first, stop, block, SIZE: tl.constexpr, DIM: tl.constexpr):
     """Writes rows [first, stop) to memory."""
     WIDTH: tl.constexpr = width_of(DIM)
-    here = (first + tl.arange(0, SIZE) < stop)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
-    tl.store(row_pointers(rows, first, SIZE, WIDTH), block, mask=here)
+    mask = (first + tl.arange(0, SIZE) < stop)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+    tl.store(row_pointers(rows, first, SIZE, WIDTH), block, mask=mask)
 
 
 @triton.jit
@@ -137,8 +137,8 @@ def add_rows(rows, first, stop, block, SIZE: tl.constexpr, DIM: tl.constexpr):
     """Adds to rows [first, stop) in memory."""
     WIDTH: tl.constexpr = width_of(DIM)
     pointers = row_pointers(rows, first, SIZE, WIDTH)
-    here = (first + tl.arange(0, SIZE) < stop)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
-    tl.store(pointers, tl.load(pointers, mask=here, other=0.0) + block, mask=here)
+    mask = (first + tl.arange(0, SIZE) < stop)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + block, mask=mask)
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""Floor 3: plan + kernels + comm = the public operations."""
+"""Floor 4: plan + kernels + comm = the public operations."""

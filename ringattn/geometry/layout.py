@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -48,6 +48,8 @@ class OwnerSegments(NamedTuple):
 class Layout:
     """Who holds which positions of a sequence: an immutable, hashable value, equal by content.
 
+    Equal layouts have equal hashes in every process. A pickle holds the text.
+
     Args:
         seq_len: positions 0 .. seq_len - 1 are held, each by exactly one rank.
         rank_ranges: for each rank its ranges, in the order of its local rows; ascending steps only.
@@ -61,7 +63,7 @@ class Layout:
     rank_ranges: tuple[tuple[range, ...], ...]
     name: str = "Layout(...)"
     whole: bool = True
-    # The content, the same in every process; `parse_layout` reads it. A plain attribute, as that of Mask.
+    # The content and the name, the same in every process; `parse_layout` reads it. A plain attribute, as in Mask.
     text: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,12 +72,13 @@ class Layout:
         if not self.rank_ranges:
             raise LayoutError("rank_ranges is empty: a layout needs at least one rank")
         ranges = tuple(tuple(r for r in own if len(r)) for own in self.rank_ranges)
+        if any(r.step < 1 for own in ranges for r in own):
+            raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
+        ranges = tuple(tuple(map(_canonical, own)) for own in ranges)
         object.__setattr__(self, "rank_ranges", ranges)
         triples = [[(r.start, r.stop, r.step) for r in own] for own in ranges]
         content = [self.seq_len, triples, self.name, self.whole]
         object.__setattr__(self, "text", json.dumps(content, separators=(",", ":")))
-        if any(r.step < 1 for own in ranges for r in own):
-            raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
         held = [r for own in ranges for r in own]
         if any(r[0] < 0 or r[-1] >= self.seq_len for r in held):
             raise LayoutError(f"{self.name}: a range leaves the sequence of {self.seq_len} positions")
@@ -144,12 +147,12 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the content that is the same in every process, as `hash` is not."""
-        return hashlib.sha256(repr(self.rank_ranges).encode()).hexdigest()[:16]
+        """A digest of the content, 16 hexadecimal digits: equal layouts have equal digests in every process."""
+        return hashlib.sha256(repr((self.seq_len, self.rank_ranges)).encode()).hexdigest()[:16]
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.seq_len, self.rank_ranges))
+        return hash(int(self.digest, 16))
 
     def __hash__(self) -> int:
         return self._hash
@@ -161,8 +164,16 @@ class Layout:
             return NotImplemented
         return self.seq_len == other.seq_len and self._hash == other._hash and self.rank_ranges == other.rank_ranges
 
+    def __reduce__(self) -> tuple[Callable[[str], Layout], tuple[str]]:
+        return parse_layout, (self.text,)
+
     def __repr__(self) -> str:
         return self.name
+
+
+def _canonical(r: range) -> range:
+    """Returns the equal range that ends after its last element, and has step 1 if it has one element."""
+    return range(r.start, r[-1] + 1, r.step if len(r) > 1 else 1)
 
 
 def check_sizes(seq_len: int, world_size: int) -> tuple[int, int]:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ringattn.geometry.intervals import expand, overlapping_pairs
 from ringattn.geometry.layout import Layout
-from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, expand, overlapping_pairs
+from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask
 from ringattn.types import Bools, Ints, Rows
 
 EVERY_BATCH_ROW = -1

@@ -16,7 +16,7 @@ from ringattn.attention.auto_attention import (
     explain,
 )
 from ringattn.attention.calibration import measure_compute, measure_link
-from ringattn.attention.sharding import shard, shard_batch, unshard
+from ringattn.attention.sharding import position_ids, shard, shard_batch, unshard
 from ringattn.cache.decode import decode_attention, decode_attention_by_heads
 from ringattn.cache.kv_cache import DistributedKVCache
 from ringattn.cache.prefill import prefill_attention
@@ -85,6 +85,7 @@ __all__ = [
     "load_cache",
     "measure_compute",
     "measure_link",
+    "position_ids",
     "prefill_attention",
     "prefix_lm",
     "reshard",

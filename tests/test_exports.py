@@ -28,7 +28,12 @@ INFERENCE = {
     "reshard",
     "save_cache",
 }
-CALLS = ATTENTION | INFERENCE | {"explain", "measure_compute", "measure_link"} | {"shard", "shard_batch", "unshard"}
+CALLS = (
+    ATTENTION
+    | INFERENCE
+    | {"explain", "measure_compute", "measure_link"}
+    | {"position_ids", "shard", "shard_batch", "unshard"}
+)
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "key_range", "prefix_lm", "sliding_window"}
 VALUES = {"Choice", "Compute", "CostModel", "DistributedKVCache", "Layout", "Link", "Mask"}

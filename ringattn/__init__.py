@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ringattn.attention import custom_ops as custom_ops  # registers torch.ops.ringattn
 from ringattn.comm import gloo_exit as gloo_exit  # its exit handler runs after the handlers registered later
 from ringattn.cost.cost_model import Compute, CostModel, Link
 from ringattn.errors import (
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The modules of the other public names, which import torch. They are imported when such a name is first used.
+# The modules of the other public names. They are imported when such a name is first used.
 _LAZY_MODULES = (
     "ringattn.attention.api",
     "ringattn.attention.auto_attention",

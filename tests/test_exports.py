@@ -36,7 +36,7 @@ CALLS = (
 )
 LAYOUTS = {"balanced", "contiguous", "striped", "zigzag"}
 MASKS = {"causal", "chunked", "documents", "full", "key_range", "prefix_lm", "sliding_window"}
-VALUES = {"Choice", "Compute", "CostModel", "DistributedKVCache", "Layout", "Link", "Mask"}
+VALUES = {"Choice", "Compute", "CostModel", "DistributedKVCache", "Layout", "Link", "Mask", "Gather", "Ring", "Ulysses"}
 ERRORS = {
     "ArgumentError",
     "ArgumentTypeError",

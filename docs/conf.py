@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 import ringattn
+from ringattn.geometry.masks import REGISTERED_MASKS
 
 project = "ringattn"
 author = "The ringattn authors"
@@ -72,7 +76,22 @@ def _with_colons(app: Sphinx, what: str, name: str, obj: object, options: object
     lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
+class MaskTable(SphinxDirective):
+    """A table of the registered masks: how each is made, and the first line of its docstring."""
+
+    def run(self) -> list[nodes.Node]:
+        """Returns the table."""
+        rows = ["| mask | meaning |", "|---|---|"]
+        for constructor in (ringattn.full, *(known.constructor for known in REGISTERED_MASKS.values())):
+            parameters = inspect.signature(constructor).parameters.values()
+            arguments = ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)
+            summary = inspect.getdoc(constructor).partition("\n")[0]
+            rows.append(f"| `{constructor.__name__}({arguments})` | {summary} |")
+        return self.parse_text_to_nodes("\n".join(rows))
+
+
 def setup(app: Sphinx) -> None:
-    """Registers the conversions, before and after napoleon's own."""
+    """Registers the table of masks, and the conversions of docstrings before and after napoleon's own."""
+    app.add_directive("mask-table", MaskTable)
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=400)
     app.connect("autodoc-process-docstring", _with_colons, priority=600)

@@ -1,4 +1,4 @@
-"""The command line: `ringattn info` tells what this machine offers, `ringattn which` what runs a given call."""
+"""The command line: `ringattn info` lists what this machine offers, `ringattn which` which backend runs a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ringattn.score import Score
 
 
 def info() -> str:
-    """Returns what this machine offers: versions, devices, and each backend in order, with why it is unavailable."""
+    """Returns the report of `ringattn info`: versions, devices, and the backends in order, available or why not."""
     lines = [
         f"ringattn  {ringattn.__version__}",
         f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -47,7 +47,7 @@ def _cuda() -> str:
 
 
 def _transformers() -> str:
-    """The version and which may be, without an import that takes seconds."""
+    """Returns the installed version and the supported ones, without importing transformers."""
     try:
         return f"transformers {version('transformers')}; supported: {_supported('transformers')}"
     except PackageNotFoundError:
@@ -55,9 +55,9 @@ def _transformers() -> str:
 
 
 def _supported(name: str) -> str:
-    """The versions of an optional dependency that the installed package asks for."""
+    """Returns the supported versions of an optional dependency, from the metadata of the installed package."""
     try:
-        found = (re.fullmatch(rf"{name}([^;]+);.*", asked) for asked in requires("ringattn") or ())
+        found = (re.fullmatch(rf"{name}([^;]+);.*", requirement) for requirement in requires("ringattn") or ())
     except PackageNotFoundError:  # run from its sources
         return "see pyproject.toml"
     return next((match[1] for match in found if match), "see pyproject.toml")
@@ -71,19 +71,19 @@ def _exchanges() -> list[str]:
 
 
 def which(call: ProblemSpec) -> tuple[str, bool]:
-    """Returns what each backend says to a call, in order, and whether any of them runs it."""
+    """Returns the report of `ringattn which` for a call, and whether any backend runs it."""
     reasons = {name: refusals(name, call) for name in BACKENDS}
     chosen = next((name for name, why in reasons.items() if not why), None)
     lines = []
     for number, (name, why) in enumerate(reasons.items(), 1):
-        told = "refuses: " + "; ".join(why) if why else "runs it" if name == chosen else "could run it"
-        lines.append(f"  {number}. {name:<10} {told}")
+        verdict = "refuses: " + "; ".join(why) if why else "runs it" if name == chosen else "could run it"
+        lines.append(f"  {number}. {name:<10} {verdict}")
     answer = "no backend runs this call" if chosen is None else f"backend=None takes {chosen!r}"
     return "\n".join([f"{answer}:", *lines]), chosen is not None
 
 
 def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ProblemSpec:
-    """Returns the call that the flags describe; those left out are as in attention with as many heads all over."""
+    """Returns the call that the flags describe. By default, keys and values have the heads and the head dim of q."""
     head_dim, heads = args.head_dim, args.heads
     kv_heads = heads if args.kv_heads is None else args.kv_heads
     v_head_dim = head_dim if args.v_head_dim is None else args.v_head_dim
@@ -97,7 +97,7 @@ def _call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ProblemS
 
 
 def _positive(text: str) -> int:
-    """Returns a whole number from 1."""
+    """Parses a positive integer."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be 1 or more")
@@ -109,9 +109,9 @@ def _add_call_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("float64", "float32", "bfloat16", "float16"))
     parser.add_argument("--head-dim", type=_positive, default=128)
-    parser.add_argument("--v-head-dim", type=_positive, help="of the values; --head-dim if left out")
+    parser.add_argument("--v-head-dim", type=_positive, help="head dim of the values; default: --head-dim")
     parser.add_argument("--heads", type=_positive, default=8)
-    parser.add_argument("--kv-heads", type=_positive, help="--heads if left out")
+    parser.add_argument("--kv-heads", type=_positive, help="default: --heads")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--forward-only", action="store_true", help="no gradients are needed")
 
@@ -121,13 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ringattn", description="Exact attention over sharded sequences.")
     parser.add_argument("--version", action="version", version=f"ringattn {ringattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="tell what this machine offers: torch, devices, each backend and its refusals")
-    asking = commands.add_parser("which", help="tell which backend runs a call, and why others refuse it")
-    _add_call_flags(asking)
+    commands.add_parser(
+        "info", help="list what this machine offers: torch, devices, and each backend or why it is unavailable"
+    )
+    which_parser = commands.add_parser("which", help="show which backend runs a call, and why others refuse it")
+    _add_call_flags(which_parser)
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
         return 0
-    told, runs = which(_call(asking, args))
-    print(told)
+    report, runs = which(_call(which_parser, args))
+    print(report)
     return 0 if runs else 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -169,3 +171,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.strip() == f"ringattn {ringattn.__version__}"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["which", "--device", "cpu"], ["which", "--dtype", "int8"]])
+def test_python_m(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "ringattn", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(cli.main(arguments))
+    printed = capsys.readouterr()
+    assert (done.returncode, done.stdout, done.stderr) == (caught.value.code, printed.out, printed.err)

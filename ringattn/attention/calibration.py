@@ -159,5 +159,7 @@ def _fastest(group: dist.ProcessGroup, own: list[list[float]]) -> list[float]:
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
-    has_gpu = torch.cuda.is_available() and "nccl" in str(dist.get_backend(group))
+    # Only the group of one process without torch.distributed has no backend.
+    on_gpu = not dist.is_initialized() or "nccl" in str(dist.get_backend(group))
+    has_gpu = torch.cuda.is_available() and on_gpu
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The operators that stand for a call in a compiled graph.
+"""What the operators do that stand for a call in a compiled graph; `custom_ops.py` registers them.
 
 A graph holds tensors, numbers and texts, so a call's mask, layouts and group are written into one text while the graph
 is made, and read again when it runs. The text is all there is: no table that a graph could outlive, and a graph that
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.node import has_side_effect
 
 from ringattn.attention import autograd
 from ringattn.attention.auto_exchange import prepare
+from ringattn.attention.custom_ops import OPERATORS, attention, attention_backward
 from ringattn.attention.execution_plan import ExecutionPlan
 from ringattn.attention.inductor_order import keep_order
 from ringattn.attention.validate import AttentionCall, mesh_for
@@ -149,8 +149,7 @@ def _rebuild_call(
 # ---- the operators
 
 
-@torch.library.custom_op("ringattn::attention", mutates_args=())
-def attention(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,8 +166,7 @@ def attention(
     return autograd.forward(plan, mesh, q, k, v, sink)
 
 
-@attention.register_fake
-def _(
+def fake_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -178,16 +176,16 @@ def _(
     softcap: float | None,
     stages: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """Returns empty tensors like the results of `forward`."""
     _parse(call)  # a mask that cannot be read again is refused before anything runs
-    keep_order(*_OPERATORS)
+    keep_order(*OPERATORS)
     # Slices, so that tensors of wrong shapes get as far as the checks that all ranks make together.
     out = q.new_empty((*q.shape[:3], *v.shape[3:]))
     lse = q.new_empty((*q.shape[:1], *q.shape[2:3], *q.shape[1:2]), dtype=accumulation_dtype(q.dtype))
     return out, lse
 
 
-@torch.library.custom_op("ringattn::attention_backward", mutates_args=())
-def attention_backward(
+def backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -215,8 +213,7 @@ def _own_storage(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
-@attention_backward.register_fake
-def _(
+def fake_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -230,26 +227,20 @@ def _(
     softcap: float | None,
     stages: int | None,
 ) -> list[Tensor]:
+    """Returns empty tensors like the results of `backward`."""
     wanted = _parse(call).gradients
     return [x.new_empty(x.shape) for x, wants in zip((q, k, v, sink), wanted, strict=True) if wants and x is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Saves the inputs and outputs of the forward operator for its gradient."""
     q, k, v, sink, *ctx.call = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, sink, *output)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of all inputs of the forward operator, by the backward operator."""
     found = iter(attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call))
     gradients = [next(found) if wanted else None for wanted in _parse(ctx.call[0]).gradients]
     return (*gradients, None, None, None, None)
-
-
-attention.register_autograd(_backward, setup_context=_setup_context)
-
-_OPERATORS = (torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default)
-
-# A rank that does not use its result must still do its part for the others.
-for _operator in _OPERATORS:
-    has_side_effect(_operator)

@@ -120,8 +120,24 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
             shares[name] = value
     if "position_ids" not in shares:
         device = next((value.device for value in shares.values() if isinstance(value, Tensor)), None)
-        shares["position_ids"] = torch.as_tensor(layout.positions(team.rank), device=device)[None]
+        shares["position_ids"] = position_ids(layout, team.rank, device=device)[None]
     return shares
+
+
+def position_ids(layout: Layout, rank: int, *, device: torch.device | str | int | None = None) -> Tensor:
+    """Returns the global positions of a rank's rows, in the order of its local rows: `layout.positions` as a tensor.
+
+    Args:
+        layout: who holds which positions.
+        rank: a rank of the layout.
+        device: where the tensor is; None is the default device of torch.
+    Returns:
+        (layout.num_tokens(rank),) int64. Models take `position_ids(...)[None]`, one row for the whole batch.
+    Raises:
+        LayoutError: when the layout has no such rank.
+    Communication: none.
+    """
+    return torch.tensor(layout.positions(rank), device=device)
 
 
 def _check_sequence(name: str, x: object, layout: Layout) -> None:

@@ -78,8 +78,9 @@ def reshard(
         num_pages=num_pages,
         error=_pending_error(cache),
     )
-    ranks: list[Any] = [None] * all_ranks.size()
-    dist.all_gather_object(ranks, own, group=all_ranks)
+    ranks: list[Any] = [own] * all_ranks.size()
+    if all_ranks.size() > 1:
+        dist.all_gather_object(ranks, own, group=all_ranks)
     spec, old_pages = _check_ranks(ranks)
     world_size = sum(rank.new_rank is not None for rank in ranks)
     pages, moves = old_pages.resharded(world_size, num_pages)

@@ -36,10 +36,10 @@ _INDEX = "index.safetensors"
 
 
 def save_cache(cache: DistributedKVCache, folder: str | Path) -> None:
-    """Writes a cache to a folder that all ranks share; returns when the files of all ranks are complete.
+    """Writes a cache to a folder that all ranks share.
 
-    All ranks of the cache call this together. Sequences keep their numbers, and the pages that they share. Cached
-    prefixes are not saved.
+    Returns when the files of all ranks are complete. All ranks of the cache call this together. Sequences keep their
+    numbers, and the pages that they share. Cached prefixes are not saved.
 
     Args:
         cache: it does not change.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ast import literal_eval
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from ringattn.errors import ArgumentError, ArgumentTypeError
+
+# What `mesh_name` calls the group of one process without torch.distributed.
+_SINGLE_RANK = "this process alone"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,11 @@ class RankMesh:
 
 def mesh_name(mesh: RankMesh) -> str:
     """Returns a text from which `mesh_from_name` rebuilds the mesh in this process."""
-    return repr(tuple((axis.group.group_name, axis.ranks, axis.coordinate) for axis in mesh.axes))
+    return repr(tuple((_group_name(axis.group), axis.ranks, axis.coordinate) for axis in mesh.axes))
+
+
+def _group_name(group: dist.ProcessGroup) -> str:
+    return _SINGLE_RANK if group is _single_rank_group() else group.group_name
 
 
 def mesh_from_name(name: str) -> RankMesh:
@@ -106,7 +114,10 @@ def _parse_axes(name: str) -> tuple[tuple[str, tuple[int, ...], int], ...]:
 
 def _axis_from_name(group_name: str, ranks: tuple[int, ...], coordinate: int) -> MeshAxis:
     try:
-        group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+        alone = group_name == _SINGLE_RANK
+        group = resolve_group(None) if alone else _resolve_process_group(group_name)  # type: ignore[arg-type]
+    except ArgumentError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(
             f"the group {group_name!r} that this was compiled for is no longer there; compile again"
@@ -123,7 +134,8 @@ def rank_mesh(group: object, axes: tuple[str, ...] = ()) -> RankMesh:
     """Returns the mesh for the `group` argument of a public function.
 
     Args:
-        group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
+        group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group; without
+            torch.distributed initialised, None is this process alone.
         axes: the required names of the dims of a two-dimensional mesh, slow to fast; () accepts any names.
     Raises:
         ArgumentTypeError: if `group` has another type.
@@ -153,16 +165,19 @@ def resolve_group(group: object) -> dist.ProcessGroup:
     """Returns the process group for the `group` argument of a public function.
 
     Args:
-        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group; without torch.distributed
+            initialised, None is a group of this process alone.
     Raises:
         ArgumentTypeError: if `group` has another type.
-        ArgumentError: if the group does not exist, or this process is not in it.
+        ArgumentError: if the group does not exist, or this process is not in it; or if the environment says that more
+            processes than this one were started, and torch.distributed is not initialised.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise ArgumentError(
-            f"group={group!r}: torch.distributed is not initialised; start the program with torchrun and call "
-            "torch.distributed.init_process_group() first (one process alone is a group of one rank)"
-        )
+    if not dist.is_initialized():
+        # Without init_process_group, a program started on several ranks would compute a part of the result on each.
+        one_process = group is None and os.environ.get("WORLD_SIZE", "1") == "1"
+        if not one_process and group is not _single_rank_group():
+            check_initialized(f"group={group!r}")
+        return _single_rank_group()
     found: object
     if group is None:
         found = dist.group.WORLD
@@ -185,3 +200,19 @@ def resolve_group(group: object) -> dist.ProcessGroup:
     if dist.get_rank(found) < 0:
         raise ArgumentError(f"group={group!r}: this process is not a member of the group")
     return found
+
+
+@lru_cache(maxsize=1)
+def _single_rank_group() -> dist.ProcessGroup:
+    """Returns a group of this process alone. It has no backend and no name, and torch.distributed does not know it."""
+    return dist.ProcessGroup(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
+
+
+def check_initialized(what: str) -> None:
+    """Raises ArgumentError if torch.distributed is not initialised; the message begins with `what`."""
+    if not dist.is_initialized():
+        started = os.environ.get("WORLD_SIZE")
+        raise ArgumentError(
+            f"{what}: torch.distributed is not initialised{f', and WORLD_SIZE is {started}' if started else ''}; start "
+            "the program with torchrun and call torch.distributed.init_process_group() first"
+        )

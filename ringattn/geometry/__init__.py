@@ -1,1 +1,1 @@
-"""Floor 1: integers only. Layouts and masks meet here and become tiles and plans, before any tensor exists."""
+"""Floor 1: positions as integers. Layouts and masks meet here and become tiles, before any tensor exists."""

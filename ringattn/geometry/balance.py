@@ -1,4 +1,4 @@
-"""Balancing: chunks of positions dealt to ranks so that a mask's work is even, and little need travel for it."""
+"""The balanced layout: chunks of positions assigned to ranks so that the work of a mask is even, with few rows sent."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ringattn.geometry.masks import Mask
 from ringattn.geometry.tiles import needed_blocks, work_of_ranges
 from ringattn.types import Floats, Ints
 
-# The work may be uneven by this much: to come closer costs traffic.
+# Accepted imbalance of the work, as a share of the mean. Less imbalance would cost traffic.
 TOLERANCE = 0.02
-# More chunks than this are dealt by their work alone: who needs whom would be too large a table.
+# More chunks than this are assigned by their work alone: the table of which chunk needs which would be too large.
 _MOST_CHUNKS = 1024
-# A chunk is swapped with one of so many ranks, those with the least work.
+# The number of ranks, those with the least work, that a chunk may be swapped with.
 _PARTNERS = 4
 
 
 @lru_cache(maxsize=64, typed=True)
 def balanced(mask: Mask, seq_len: int, world_size: int, chunk: int | None = None) -> Layout:
-    """Chunks of positions are dealt so that this mask's work, and the tokens, are even over the ranks.
+    """Assigns chunks of positions so that the work of this mask, and the number of tokens, are even over the ranks.
 
-    Ranks begin with consecutive chunks, between which the least travels. While one has over 2 % more work than the
-    average, it swaps a chunk for a lighter one of another rank: where that helps most for the rows which then have
-    to travel more. The same is done beginning with two runs each, as in `zigzag`, and the better is taken. Where
-    swaps do not get that far, chunks are dealt from the heaviest to the lightest instead, each to the rank with the
+    Ranks start with consecutive chunks, which need the fewest rows of other ranks. While a rank has over 2 % more work
+    than the mean, it swaps a chunk for a lighter one of another rank, and picks the swap with the most relief per
+    additional row sent. A second search starts with two runs per rank, as in `zigzag`; the result with less traffic
+    wins. If swaps do not reach 2 %, chunks are assigned from the heaviest to the lightest, each to the rank with the
     least work so far. Every rank has the same number of chunks, or one less.
 
     Args:
-        mask: what the queries will see; decides the work of each chunk.
+        mask: the mask of the attention calls; it decides the work of each chunk.
         seq_len: positions.
         world_size: ranks.
         chunk: positions in a chunk; None gives each rank about 32 chunks, or 16 beyond 32 ranks. More than 1024 chunks
-            in all are dealt by their work alone: the search would take too long.
+            in all are assigned by their work alone: the search would take too long.
     Raises:
         LayoutError: when a number is not allowed.
         MaskError: when the mask does not fit the length.
@@ -67,7 +67,7 @@ def _imbalance(work: Ints, owner: Ints, world_size: int) -> float:
 
 
 def _heaviest_first(work: Ints, world_size: int) -> Ints:
-    """Returns the rank of each chunk, by work alone."""
+    """Assigns chunks by work alone: returns the rank of each chunk."""
     quota, longer = divmod(len(work), world_size)
     load = np.zeros(world_size, dtype=np.int64)
     taken = np.zeros(world_size, dtype=np.int64)
@@ -83,7 +83,7 @@ def _heaviest_first(work: Ints, world_size: int) -> Ints:
 
 
 def _starts(num_chunks: int, world_size: int) -> tuple[Ints, Ints]:
-    """Returns where swaps begin: runs of chunks in order, as contiguous; and two of them each, as zigzag."""
+    """Returns the assignments that swaps start from: one run of chunks per rank, and two per rank as in zigzag."""
     quota, longer = divmod(num_chunks, world_size)
     counts = np.full(world_size, quota) + (np.arange(world_size) < longer)
     first, ranks = counts // 2, np.arange(world_size)
@@ -92,15 +92,15 @@ def _starts(num_chunks: int, world_size: int) -> tuple[Ints, Ints]:
 
 
 def _who_sees_whom(mask: Mask, chunks: list[range], seq_len: int) -> Floats:
-    """Returns which chunks' queries see anything of which chunks: 0 or 1, [queries, keys]."""
+    """Returns [query chunk, key chunk]: 1 where a query of the one sees a key of the other, else 0."""
     each = Layout(seq_len, tuple((run,) for run in chunks), "a chunk each")
     return needed_blocks((mask,), each, each).T.astype(np.float64)
 
 
 class _Swaps:
-    """Chunks that were dealt somehow, and are swapped in pairs.
+    """An assignment of chunks to ranks, improved by swapping pairs of chunks.
 
-    Traffic is counted in positions that a rank's queries see and that it does not hold, as a gather sends them.
+    Traffic is the number of positions that the queries of a rank see and that it does not hold, as a gather sends them.
     """
 
     def __init__(self, sees: Floats, chunks: list[range], work: Ints, start: Ints) -> None:
@@ -117,11 +117,11 @@ class _Swaps:
 
     @property
     def traffic(self) -> float:
-        """How many positions all ranks receive."""
+        """The number of positions that all ranks receive."""
         return float((((self._seen > 0) & (self._held == 0)) @ self._length).sum())
 
     def run(self) -> _Swaps:
-        """Swaps until the work is even, or no swap brings it closer."""
+        """Swaps until the work is even, or no swap makes it more even."""
         mean = self._load.mean()
         limit = (1 + TOLERANCE) * mean
         for _ in range(4 * len(self.owner)):
@@ -135,7 +135,7 @@ class _Swaps:
         return self
 
     def _best_swap(self, heavy: int, mean: float) -> tuple[int, int] | None:
-        """Returns a chunk of the rank with most work, and a lighter one of another rank."""
+        """Returns the best swap: a chunk of the rank with the most work, and a lighter chunk of another rank."""
         mine = np.flatnonzero(self.owner == heavy)
         lightest = np.argsort(self._load, kind="stable")[:_PARTNERS]
         others = np.flatnonzero(np.isin(self.owner, lightest[self._load[lightest] < mean]))
@@ -143,7 +143,7 @@ class _Swaps:
             return None
         to = self.owner[others]
         moved = self._work[mine][:, None] - self._work[others][None, :]
-        # What the heavy rank is relieved of, less what the other then has too much.
+        # The excess that the heavy rank loses, minus the excess that the other rank gains.
         relief = np.minimum(moved, self._load[heavy] - mean) - np.maximum(self._load[to][None, :] + moved - mean, 0)
         relief[moved <= 0] = 0
         leaves_heavy, leaves_others = self._saved_by_leaving(mine), self._saved_by_leaving(others)
@@ -156,14 +156,14 @@ class _Swaps:
         return (int(mine[a]), int(others[b])) if relief[a, b] > 0 else None
 
     def _cost_of_joining(self, rank: int) -> Floats:
-        """For every chunk: how much more the rank would receive if it held that one, too."""
+        """For every chunk: how many more positions the rank would receive if it held that chunk, too."""
         missing = (self._seen[rank] == 0) & (self._held[rank] == 0)
         cost: Floats = self._sees @ (missing * self._length)
-        # The chunk itself would be here: no need to receive it.
+        # The rank would hold the chunk itself, and not receive it.
         return cost - self._length * np.where(missing, self._sees.diagonal(), self._held[rank] == 0)
 
     def _saved_by_leaving(self, chunks: Ints) -> Floats:
-        """For each of these chunks: how much less its rank would receive without it."""
+        """For each of these chunks: how many fewer positions its rank would receive without it."""
         rank = self.owner[chunks]
         alone = (self._seen[rank] == self._sees[chunks]) & (self._held[rank] == 0)
         saved: Floats = (self._sees[chunks] * alone) @ self._length

@@ -1,20 +1,20 @@
-"""Layouts: which global positions each rank holds, and in what order.
+"""Layouts: the global positions that each rank holds, and their order.
 
-A layout is a tuple of Python ranges for every rank. A rank's *local rows* are its ranges, one after the other:
+A layout is a tuple of Python ranges for every rank. The *local rows* of a rank are its ranges, concatenated:
 
     contiguous(12, 2)   rank 0: 0 1 2 3 4 5         rank 1: 6 7 8 9 10 11
     zigzag(12, 2)       rank 0: 0 1 2 | 9 10 11     rank 1: 3 4 5 | 6 7 8
     striped(12, 2)      rank 0: 0 2 4 6 8 10        rank 1: 1 3 5 7 9 11
     striped(12, 2, 3)   rank 0: 0 1 2 | 6 7 8       rank 1: 3 4 5 | 9 10 11
 
-Any length goes with any world size: shards may be uneven or empty, and nothing is padded.
+Any length works with any world size: shards may be uneven or empty, and nothing is padded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -27,17 +27,17 @@ from ringattn.types import Ints
 
 
 class RangeTable(NamedTuple):
-    """Every range of a layout as parallel arrays, sorted by its first position."""
+    """The ranges of a layout as parallel arrays, sorted by first position."""
 
-    owner: Ints  # the rank that holds it
-    start: Ints  # its first position
+    owner: Ints  # the rank
+    start: Ints  # the first position
     step: Ints
-    length: Ints  # how many positions
-    offset: Ints  # the local row of its first position
+    length: Ints  # the number of positions
+    offset: Ints  # the local row of the first position
 
 
 class OwnerSegments(NamedTuple):
-    """The sequence cut into pieces of consecutive positions with one owner each, in order of position."""
+    """Segments of consecutive positions with one owner each, in order of position."""
 
     owner: Ints
     start: Ints
@@ -48,20 +48,22 @@ class OwnerSegments(NamedTuple):
 class Layout:
     """Who holds which positions of a sequence: an immutable, hashable value, equal by content.
 
+    Equal layouts have equal hashes in every process. A pickle holds the text.
+
     Args:
-        seq_len: positions 0 .. seq_len - 1 are held, each by exactly one rank.
+        seq_len: the number of positions, each held by exactly one rank.
         rank_ranges: for each rank its ranges, in the order of its local rows; ascending steps only.
-        name: how it was made, for messages.
-        whole: whether each position is held; if not, some may be held by nobody.
+        name: the call that made it, for messages.
+        whole: whether every position is held; otherwise some may be held by no rank.
     Raises:
-        LayoutError: when a position is held twice, by nobody, or lies outside the sequence.
+        LayoutError: when a position is held twice, by no rank, or lies outside the sequence.
     """
 
     seq_len: int
     rank_ranges: tuple[tuple[range, ...], ...]
     name: str = "Layout(...)"
     whole: bool = True
-    # The content, the same in every process; `parse_layout` reads it. A plain attribute, as that of Mask.
+    # The content and the name, the same in every process; `parse_layout` reads it. A plain attribute, as in Mask.
     text: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,12 +72,13 @@ class Layout:
         if not self.rank_ranges:
             raise LayoutError("rank_ranges is empty: a layout needs at least one rank")
         ranges = tuple(tuple(r for r in own if len(r)) for own in self.rank_ranges)
+        if any(r.step < 1 for own in ranges for r in own):
+            raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
+        ranges = tuple(tuple(map(_canonical, own)) for own in ranges)
         object.__setattr__(self, "rank_ranges", ranges)
         triples = [[(r.start, r.stop, r.step) for r in own] for own in ranges]
         content = [self.seq_len, triples, self.name, self.whole]
         object.__setattr__(self, "text", json.dumps(content, separators=(",", ":")))
-        if any(r.step < 1 for own in ranges for r in own):
-            raise LayoutError(f"{self.name}: ranges must ascend (step of 1 or more)")
         held = [r for own in ranges for r in own]
         if any(r[0] < 0 or r[-1] >= self.seq_len for r in held):
             raise LayoutError(f"{self.name}: a range leaves the sequence of {self.seq_len} positions")
@@ -91,7 +94,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """How many ranks the sequence is spread over."""
+        """The number of ranks."""
         return len(self.rank_ranges)
 
     def ranges(self, rank: int) -> tuple[range, ...]:
@@ -101,7 +104,7 @@ class Layout:
         return self.rank_ranges[rank]
 
     def num_tokens(self, rank: int) -> int:
-        """Returns how many positions `rank` holds."""
+        """Returns the number of positions that `rank` holds."""
         return sum(len(r) for r in self.ranges(rank))
 
     def positions(self, rank: int) -> Ints:
@@ -124,13 +127,13 @@ class Layout:
 
     @cached_property
     def segments(self) -> OwnerSegments:
-        """The sequence as consecutive segments; neighbours have different owners, or positions of nobody between."""
+        """The sequence as segments; neighbours have different owners, or unowned positions between them."""
         runs = self.runs
         single = (runs.step == 1) | (runs.length == 1)
         if single.all():
             owner, start, stop = runs.owner, runs.start, runs.start + runs.length
         else:
-            # Interleaved ranges: go through the owner of every position.
+            # Interleaved ranges: look up the owner of every position.
             owner = np.full(self.seq_len, -1, dtype=np.int64)
             for rank, own in enumerate(self.rank_ranges):
                 for r in own:
@@ -144,12 +147,12 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the content that is the same in every process, as `hash` is not."""
-        return hashlib.sha256(repr(self.rank_ranges).encode()).hexdigest()[:16]
+        """A digest of the content, 16 hexadecimal digits: equal layouts have equal digests in every process."""
+        return hashlib.sha256(repr((self.seq_len, self.rank_ranges)).encode()).hexdigest()[:16]
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.seq_len, self.rank_ranges))
+        return hash(int(self.digest, 16))
 
     def __hash__(self) -> int:
         return self._hash
@@ -161,12 +164,20 @@ class Layout:
             return NotImplemented
         return self.seq_len == other.seq_len and self._hash == other._hash and self.rank_ranges == other.rank_ranges
 
+    def __reduce__(self) -> tuple[Callable[[str], Layout], tuple[str]]:
+        return parse_layout, (self.text,)
+
     def __repr__(self) -> str:
         return self.name
 
 
+def _canonical(r: range) -> range:
+    """Returns the equal range that ends after its last element, and has step 1 if it has one element."""
+    return range(r.start, r[-1] + 1, r.step if len(r) > 1 else 1)
+
+
 def check_sizes(seq_len: int, world_size: int) -> tuple[int, int]:
-    """Returns the two numbers that every layout has, as integers; raises LayoutError where they are not allowed."""
+    """Returns both numbers as integers; raises LayoutError if one is not allowed."""
     return check_integer("seq_len", seq_len, 0, LayoutError), check_integer("world_size", world_size, 1, LayoutError)
 
 
@@ -214,7 +225,7 @@ def zigzag(seq_len: int, world_size: int) -> Layout:
 
 @lru_cache(maxsize=256, typed=True)
 def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
-    """Blocks of `block` positions are dealt to the ranks in turn.
+    """Blocks of `block` positions are assigned to the ranks round-robin.
 
     With block=1 a rank holds every W-th position, as one range of step W.
 
@@ -239,7 +250,7 @@ def striped(seq_len: int, world_size: int, block: int = 1) -> Layout:
 
 
 def join_ranges(runs: Iterable[range]) -> tuple[range, ...]:
-    """Joins neighbouring runs of consecutive positions into one."""
+    """Joins adjacent ranges of step 1 into one."""
     found: list[range] = []
     for run in runs:
         if found and found[-1].stop == run.start:

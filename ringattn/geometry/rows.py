@@ -22,7 +22,7 @@ def union_of(start: Ints, stop: Ints) -> Rows:
 
 
 def count_rows(rows: Rows) -> int:
-    """Returns how many rows there are."""
+    """Returns the number of rows."""
     return sum(map(len, rows))
 
 
@@ -36,8 +36,8 @@ def split_rows(rows: Rows, parts: int) -> list[Rows]:
 def halves(num_rows: int) -> tuple[Rows, Rows]:
     """Cuts a block in two: its outer quarters, and its middle.
 
-    There is as much work in each where that of a row is even, falls evenly from one end to the other, as under a causal
-    mask, or is in one half of the block only, as in the steps of a zigzag ring.
+    Both parts have the same work if the work per row is constant, rises linearly (as under a causal mask), or is in one
+    half of the block only (as in the steps of a zigzag ring).
     """
     quarter = num_rows // 4
     outer, middle = (range(quarter), range(num_rows - quarter, num_rows)), range(quarter, num_rows - quarter)
@@ -45,7 +45,7 @@ def halves(num_rows: int) -> tuple[Rows, Rows]:
 
 
 def slice_rows(rows: Rows, first: int, last: int) -> Rows:
-    """Returns the rows from the first-th up to the last-th."""
+    """Returns the rows number first, first + 1, ..., last - 1 of the set."""
     found, seen = [], 0
     for run in rows:
         part = run[max(first - seen, 0) : max(last - seen, 0)]

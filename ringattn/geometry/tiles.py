@@ -1,7 +1,7 @@
-"""Tiles: masks and layouts, lowered to local row numbers. A tile is all that a kernel knows of either.
+"""Tiles: masks and layouts, lowered to local row numbers. Kernels see neither masks nor layouts, only tiles.
 
-A tile says: queries in rows [q_start, q_stop) of this rank attend to keys in rows [k_start, k_stop) of the block
-at hand, where lo <= j - i <= hi for query row i and key row j. Tiles are kept *tight* (no row without a pair, a
+A tile says: queries in rows [q_start, q_stop) of this rank attend to keys in rows [k_start, k_stop) of one block
+of keys, where lo <= j - i <= hi for query row i and key row j. Tiles are kept *tight* (no row without a pair, a
 band no wider than the pairs in it), so that equal sets of pairs look equal, and two tiles can be joined exactly
 when the tile around them holds no pair more than they do.
 """
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ringattn.geometry.intervals import expand, overlapping_pairs
 from ringattn.geometry.layout import Layout
-from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, expand, overlapping_pairs
+from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask
 from ringattn.types import Bools, Ints, Rows
 
 EVERY_BATCH_ROW = -1
@@ -28,7 +29,7 @@ _HULL_STOPS = [Q_STOP, K_STOP, HI]
 
 
 class Tile(NamedTuple):
-    """Local query rows x local key rows, between two diagonals; `batch` is a batch row, or -1 for all of them."""
+    """Local query rows x local key rows, between two diagonals, in one batch row (`batch`) or in all (-1)."""
 
     q_start: int
     q_stop: int
@@ -56,13 +57,13 @@ class Tiles:
 
     @classmethod
     def of(cls, *tiles: Tile) -> Tiles:
-        """Returns the tight form of the tiles given; those without a pair vanish."""
+        """Returns the tight form of these tiles, without empty ones."""
         table = np.array(tiles, dtype=np.int64).reshape(-1, 7)
         return cls(_tighten(table))
 
     @cached_property
     def rows(self) -> tuple[Tile, ...]:
-        """The tiles as Python integers."""
+        """The tiles, as named tuples of Python integers."""
         return tuple(Tile(*row) for row in self.table.tolist())
 
     def __iter__(self) -> Iterator[Tile]:
@@ -103,7 +104,7 @@ class Tiles:
         return _tighten_and_join(table)
 
     def _clipped(self, rows: Rows, column: int) -> tuple[Ints, Ints]:
-        """Each tile within each run of rows that it meets: a table, and which run."""
+        """Clips each tile to each range that it overlaps; returns a table, and the index of the range of each entry."""
         start = np.array([r.start for r in rows], dtype=np.int64)
         stop = np.array([r.stop for r in rows], dtype=np.int64)
         tile, run = overlapping_pairs(self.table[:, column], self.table[:, column + 1], start, stop)
@@ -113,7 +114,7 @@ class Tiles:
         return t, run
 
     def area(self, batch: int = 1) -> int:
-        """Returns the work: how many (query, key) pairs the tiles hold, over `batch` rows of a batch."""
+        """Returns the number of (query, key) pairs of the tiles, summed over `batch` batch rows."""
         copies = np.where(self.table[:, BATCH] == EVERY_BATCH_ROW, batch, 1)
         return int((areas(self.table) * copies).sum())
 
@@ -122,7 +123,7 @@ class Tiles:
 
 
 class BoundingBox(NamedTuple):
-    """A rectangle of local rows, and tiles numbered from its corner."""
+    """A rectangle of local rows, and tiles in row numbers that count from its corner."""
 
     q: slice
     k: slice
@@ -133,7 +134,7 @@ NO_TILES = Tiles(np.empty((0, 7), dtype=np.int64))
 
 
 def areas(table: Ints) -> Ints:
-    """Returns how many (i, j) each tile of a table holds, (n,) int64."""
+    """Returns the number of pairs (i, j) of each tile of a table, (n,) int64."""
     q_count = np.maximum(table[:, Q_STOP] - table[:, Q_START], 0)
     k_count = np.maximum(table[:, K_STOP] - table[:, K_START], 0)
     shift = table[:, K_START] - table[:, Q_START]
@@ -154,7 +155,7 @@ def _triangle(x: Ints) -> Ints:
 
 
 def _tighten(table: Ints) -> Ints:
-    """Trims rows that see nothing and bands that no pair reaches; drops tiles without a pair."""
+    """Removes rows without a pair, diagonals without a pair, and empty tiles."""
     t = table.copy()
     t[:, Q_START] = np.maximum(t[:, Q_START], t[:, K_START] - t[:, HI])
     t[:, Q_STOP] = np.minimum(t[:, Q_STOP], t[:, K_STOP] - t[:, LO])
@@ -172,7 +173,7 @@ def _tighten_and_join(table: Ints) -> Tiles:
 
 
 def _coalesce(table: Ints) -> Ints:
-    """Joins tiles of one source and batch row while the tile around two of them holds just their pairs."""
+    """Joins tiles of the same source and batch row as long as the tile around two of them holds only their pairs."""
     while True:
         before = len(table)
         for along, across in ((K_START, Q_START), (Q_START, K_START)):
@@ -236,13 +237,13 @@ def _ceil_div(a: Ints, b: Ints) -> Ints:
 
 @lru_cache(maxsize=32)
 def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, rank: int) -> dict[int, Tiles]:
-    """Returns rank's tiles against the block of every source that it attends to anything of.
+    """Returns the tiles of a rank's queries against the block of every source rank with a key that they see.
 
     Args:
-        masks: one for all batch rows, or one for each.
-        layout: who holds which queries.
-        kv_layout: who holds which keys and values.
-        rank: whose queries.
+        masks: one mask for all batch rows, or one for each.
+        layout: the positions of the queries.
+        kv_layout: the positions of the keys and values.
+        rank: the rank of the queries.
     Raises:
         MaskError: when a mask does not fit the lengths.
     """
@@ -253,7 +254,7 @@ def tiles_of_rank(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
 
 @lru_cache(maxsize=32)
 def tiles_of_keys(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, rank: int) -> dict[int, Tiles]:
-    """Returns the tiles of every rank whose queries attend to anything of rank's keys: `tiles_of_rank` transposed."""
+    """Returns the tiles of every rank with a query that sees a key of `rank`: the transpose of `tiles_of_rank`."""
     q, k = _Ranges(*layout.runs), _Ranges(*kv_layout.runs)
     table, q_owner, _ = _lowered(masks, layout, kv_layout, q, k.take(k.owner == rank))
     return _by_source(table, q_owner)
@@ -262,7 +263,7 @@ def tiles_of_keys(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, ra
 def _lowered(
     masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, q: _Ranges, k: _Ranges
 ) -> tuple[Ints, Ints, Ints]:
-    """Returns the tiles of these pieces under all masks, (n, 7), and who holds their queries and their keys, (n,)."""
+    """Returns the tiles of these ranges under all masks, (n, 7), and the owners of their queries and keys, (n,)."""
     steps = np.unique(np.concatenate([q.step[q.length > 1], k.step[k.length > 1]]))
     if len(steps) > 1:
         # A band between ranges of different steps is no band in local rows, unless one of them is a single row.
@@ -285,14 +286,14 @@ def _by_source(table: Ints, source: Ints) -> dict[int, Tiles]:
 
 
 def _lower(slices: Ints, q: _Ranges, k: _Ranges, batch: int) -> Ints:
-    """Intersects slices with query and key pieces: (n, 9) tight tiles, the holders of queries and keys behind."""
+    """Intersects slices with ranges of queries and keys: (n, 9) tight tiles; the last columns are the owners."""
     piece, sl = overlapping_pairs(q.start, q.stop, slices[:, Q_START], slices[:, Q_STOP])
     qs, s = q.take(piece), slices[sl]
     i_start = np.clip(_ceil_div(s[:, Q_START] - qs.start, qs.step), 0, qs.length)
     i_stop = np.clip(_ceil_div(s[:, Q_STOP] - qs.start, qs.step), 0, qs.length)
     some = i_start < i_stop
     qs, s, i_start, i_stop = qs.take(some), s[some], i_start[some], i_stop[some]
-    # Only keys that some query of the piece can see are looked at.
+    # Only the keys that a query of the range may see.
     seen_start = np.maximum(s[:, K_START], qs.start + qs.step * i_start + s[:, LO])
     seen_stop = np.minimum(s[:, K_STOP], qs.start + qs.step * (i_stop - 1) + s[:, HI] + 1)
     pair, key = overlapping_pairs(seen_start, seen_stop, k.start, k.stop)
@@ -317,7 +318,7 @@ def _lower(slices: Ints, q: _Ranges, k: _Ranges, batch: int) -> Ints:
 
 @lru_cache(maxsize=64)
 def needed_blocks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout) -> Bools:
-    """Returns who needs whose keys: (world, world) bool, [source, rank] is True where `rank` attends to `source`."""
+    """Returns a (world, world) bool table: [source, rank] is True where a query of `rank` sees a key of `source`."""
     needed = np.zeros((kv_layout.world_size, layout.world_size), dtype=bool)
     for mask in masks:
         needed |= _needs_of_mask(mask, layout, kv_layout)
@@ -364,7 +365,7 @@ def _needs_of_mask(mask: Mask, layout: Layout, kv_layout: Layout) -> Bools:
 
 
 def work_of_ranges(mask: Mask, ranges: Sequence[range], seq_len: int, k_len: int | None = None) -> Ints:
-    """Returns how many keys the queries of each range (of step 1) see in all, (len(ranges),) int64."""
+    """Returns the number of pairs of the queries of each range (of step 1), (len(ranges),) int64."""
     k_len = seq_len if k_len is None else k_len
     start = np.array([r.start for r in ranges], dtype=np.int64)
     stop = np.array([r.stop for r in ranges], dtype=np.int64)
@@ -372,7 +373,7 @@ def work_of_ranges(mask: Mask, ranges: Sequence[range], seq_len: int, k_len: int
 
 
 def work_of_intervals(slices: Ints, start: Ints, stop: Ints) -> Ints:
-    """Returns how many keys the queries of each interval see under these slices, (len(start),) int64."""
+    """Returns the number of pairs of the queries of each interval under these slices, (len(start),) int64."""
     piece, sl = overlapping_pairs(start, stop, slices[:, Q_START], slices[:, Q_STOP])
     part = slices[sl].copy()
     part[:, Q_START] = np.maximum(part[:, Q_START], start[piece])
@@ -384,7 +385,7 @@ def work_of_intervals(slices: Ints, start: Ints, stop: Ints) -> Ints:
 
 @lru_cache(maxsize=64)
 def pairs_of_queries(masks: tuple[Mask, ...], layout: Layout, k_len: int) -> tuple[int, ...]:
-    """Returns each rank's work: the (query, key) pairs that its queries see, over the masks given."""
+    """Returns the work of each rank: the number of (query, key) pairs of its queries, summed over the masks."""
     q = layout.segments
     work = np.zeros(layout.world_size, dtype=np.int64)
     for mask in masks:

@@ -1,4 +1,4 @@
-"""What single queries see: masks, lowered for a few rows at a time, as decoding has them."""
+"""The keys that single queries see, as ranges: masks lowered for the few rows of a decoding step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ringattn.types import Ints
 
 @lru_cache(maxsize=64)
 def visible_key_ranges(mask: Mask, start: int, stop: int) -> Ints:
-    """Returns which keys each query in [start, stop) sees, of a sequence of `stop` tokens: (stop - start, 2) int64.
+    """Returns the range of keys that each query in [start, stop) sees, in a sequence of `stop` tokens.
 
     Args:
-        mask: who may see whom.
+        mask: the allowed pairs.
         start: position of the first query.
-        stop: the position after the last one.
+        stop: the position after the last query.
     Returns:
-        (first, stop) of the keys seen; (0, 0) if there are none.
+        (stop - start, 2) int64: the first visible key and the position after the last one; (0, 0) if there is none.
     Raises:
-        MaskError: when some query sees two runs of keys that do not touch, or the mask is for another length.
+        MaskError: when a query sees two ranges of keys that do not touch, or the mask is for another length.
     """
     slices = mask.slices(stop, stop)
     slices = slices[(slices[:, Q_STOP] > start) & (slices[:, Q_START] < stop)]

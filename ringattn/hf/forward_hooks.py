@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ringattn.attention.sharding import position_ids
 from ringattn.errors import ArgumentError
 from ringattn.hf.attention_call import ForwardContext
 from ringattn.hf.batch_sharding import CONTEXT_KEY
@@ -81,8 +81,8 @@ class ForwardHooks:
         if isinstance(self._active, ShardingContext):
             rows = self._active.encoder_rows if in_encoder else self._active.rows
             assert rows is not None
-            positions = rows.layout.positions(self._handle.rank_mesh.rank)
-            kwargs = {**kwargs, "position_ids": torch.as_tensor(positions, device=next(module.parameters()).device)}
+            device = next(module.parameters()).device
+            kwargs = {**kwargs, "position_ids": position_ids(rows.layout, self._handle.rank_mesh.rank, device=device)}
         return args, kwargs
 
     def _append_max_position(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -117,7 +117,8 @@ class Handle:
         """
         total = loss.detach().clone()
         for axis in self.rank_mesh.axes:
-            dist.all_reduce(total, group=axis.group)
+            if len(axis.ranks) > 1:
+                dist.all_reduce(total, group=axis.group)
         return total
 
 

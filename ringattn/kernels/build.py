@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 # The sources use torch's stable ABI of this version (2.11) and run with all later versions.
 _TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -56,6 +55,8 @@ def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -
     Raises:
         BuildError: there are no sources, there is no compiler, compiling failed, or the folder cannot be written.
     """
+    from torch.utils import cpp_extension  # imports setuptools, which takes a quarter of a second
+
     folder = sources() / name
     files = sorted(folder.glob("*.cpp"))
     digest = hashlib.sha256("\0".join([*flags, torch.__version__, platform.machine()]).encode())
@@ -83,16 +84,22 @@ def library(name: str, flags: Sequence[str] = FLAGS, root: Path | None = None) -
 
 def compiler() -> list[str]:
     """Returns torch's C++ compiler, which $CXX names. It may be several words, such as "ccache g++"."""
+    from torch.utils import cpp_extension
+
     command: str = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
     return shlex.split(command)
 
 
 def compile_command(flags: Sequence[str] = FLAGS) -> list[str]:
     """Returns the command that compiles a file, without the file: the compiler, `flags` and torch's header folders."""
+    from torch.utils import cpp_extension
+
     return [*compiler(), *flags, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
 
 
 def _compile(files: Sequence[Path], flags: Sequence[str], work: Path) -> Path:
+    from torch.utils import cpp_extension
+
     command, target = compile_command(flags), work / "library.so"
 
     def compile_file(file: Path) -> Path:

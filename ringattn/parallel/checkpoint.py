@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.topology import RankMesh, rank_mesh
+from ringattn.comm.topology import RankMesh, check_initialized, rank_mesh
 from ringattn.errors import ArgumentError, CheckpointError
 
 _COMPLETE = re.compile(r"step-(\d+)")
@@ -77,6 +77,7 @@ def save_checkpoint(
         CheckpointError: when this step is already saved. Errors of the file system are raised on all ranks.
     Communication: metadata of torch.distributed.checkpoint; tensors go to files only.
     """
+    check_initialized("save_checkpoint")
     ranks, target = rank_mesh(group), Path(folder) / f"step-{progress.step:08d}"
     partial = target.with_name(target.name + _PARTIAL)
     state = agree(ranks, None, lambda: _state_to_save(model_parts, optimizer, progress, keep))
@@ -111,6 +112,7 @@ def load_checkpoint(
         CheckpointError: when the checkpoint is of another model or optimizer; on all ranks, before anything is changed.
     Communication: metadata of torch.distributed.checkpoint; each rank reads its own shards from files.
     """
+    check_initialized("load_checkpoint")
     ranks = rank_mesh(group)
     source = agree(ranks, None, lambda: _latest_to_agree(folder))
     if source is None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.topology import rank_mesh
+from ringattn.comm.topology import check_initialized, rank_mesh
 from ringattn.errors import ArgumentError, check_integer
 
 
@@ -84,11 +84,12 @@ def build_mesh(
     Returns:
         A DeviceMesh with the axes of `AXES` larger than 1, and "ring" or "ulysses", in the order of `AXES`.
     Raises:
-        ArgumentError: when a size is not a positive integer, the product of the sizes is not the number of ranks, or
-            ep does not divide dp_shard x ring x ulysses.
+        ArgumentError: when torch.distributed is not initialised, a size is not a positive integer, the product of the
+            sizes is not the number of ranks, or ep does not divide dp_shard x ring x ulysses.
         DisagreementError: when ranks pass different sizes.
     Communication: one all-gather of a few hundred bytes, and the creation of the groups.
     """
+    check_initialized("build_mesh")
     world = rank_mesh(None)
     sizes = {
         "pp": pp,

@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from ringattn.geometry.intervals import overlapping_pairs
 from ringattn.geometry.layout import Layout
-from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask, overlapping_pairs
+from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, Mask
 from ringattn.geometry.tiles import work_of_intervals
 from ringattn.types import Ints
 

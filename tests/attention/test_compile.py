@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -29,6 +30,7 @@ from ringattn.geometry.layout import parse_layout
 from ringattn.geometry.masks import parse_mask
 from tests.attention.problem import FLAT_WAYS, MESH_WAYS, RING, Problem, Way, mesh_of, share_of
 from tests.attention.test_training import PROBLEM, leaves
+from tests.geometry.scratch_mask import diagonals
 from tests.harness.cases import LAYOUT_CASES, MASK_CASES, layout_case, mask_case
 from tests.harness.ranks import RankPool
 
@@ -382,6 +384,26 @@ def test_masks_and_layouts_made_inside(pool: RankPool) -> None:
     pool.run(made_inside, 2)
 
 
+def mask_of_another_module(group: dist.ProcessGroup) -> None:
+    """Made outside and inside of what is compiled."""
+    inputs, *cotangents = leaves(group)
+    layout, _ = PROBLEM.layouts(group.size())
+    outside = diagonals(-2, -1, 0)
+
+    def call(mask: ringattn.Mask | None, q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+        mask = diagonals(-2, -1, 0) if mask is None else mask
+        return ringattn.ring_attention_with_lse(q, k, v, group, mask=mask, layout=layout, sink=sink)
+
+    for mask in (None, outside):
+        compare(partial(call, mask), inputs, cotangents)
+    wanted = outcome(partial(call, ringattn.sliding_window(2)), inputs, cotangents)
+    torch.testing.assert_close(outcome(partial(call, outside), inputs, cotangents), wanted)
+
+
+def test_a_mask_of_another_module(pool: RankPool) -> None:
+    pool.run(mask_of_another_module, 2)
+
+
 def batches(group: dist.ProcessGroup) -> None:
     module = Attend(group, PROBLEM)
     with graphs(1):
@@ -533,7 +555,7 @@ def test_texts_mean_what_they_were_written_from() -> None:
     for layout in (case.build(23, world_size) for case in LAYOUT_CASES for world_size in (1, 3, 30)):
         assert parse_layout(layout.text) == layout
         assert str(parse_layout(layout.text)) == str(layout)
-    with pytest.raises(ringattn.MaskError, match="'mine' is none of"):
+    with pytest.raises(ringattn.MaskError, match="'mine', which is none of"):
         parse_mask("causal() & mine(3,)")
 
 

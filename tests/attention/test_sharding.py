@@ -127,6 +127,16 @@ def a_batch_of(group: dist.ProcessGroup, case: LayoutCase) -> None:
     assert torch.equal(share["shift_labels"][0] == -100, (positions == 4) | (positions == 12))
 
 
+def test_position_ids() -> None:
+    layout = ringattn.zigzag(12, 2)
+    ids = ringattn.position_ids(layout, 1, device="cpu")
+    assert (ids.tolist(), ids.dtype, ids.device.type) == ([3, 4, 5, 6, 7, 8], torch.int64, "cpu")
+    assert ringattn.position_ids(ringattn.contiguous(2, 3), 2).shape == (0,)
+    assert ringattn.position_ids(layout, 0, device="meta").is_meta
+    with pytest.raises(ringattn.LayoutError, match="rank=2"):
+        ringattn.position_ids(layout, 2)
+
+
 @pytest.mark.parametrize("layout", LAYOUT_CASES, ids=case_ids(LAYOUT_CASES))
 def test_batches(pool: RankPool, layout: LayoutCase) -> None:
     for world_size in WORLDS:

@@ -15,7 +15,7 @@ import ringattn
 from ringattn import DistributedKVCache, contiguous, zigzag
 from ringattn.cache.call_marks import DeviceMarkCheck
 from ringattn.errors import DisagreementError
-from ringattn.geometry.masks import Term
+from ringattn.geometry.masks import MaskTerm, register_mask, slice_table
 from tests.harness.cases import Tensors, tensors
 from tests.harness.compare import assert_within_rule
 from tests.harness.oracle import dense_attention, plain_attention
@@ -124,8 +124,7 @@ def make_wrong(group: dist.ProcessGroup, wrong: str) -> None:
     elif wrong == "mask":
         options["mask"] = "causal"
     elif wrong == "two runs":
-        two = Term("two", (), lambda q, k: two_runs(q, k))
-        options["mask"] = ringattn.Mask((two,))
+        options["mask"] = two_runs()
     elif wrong == "backend":
         options["backend"] = "magic"
     elif wrong == "values on one rank":
@@ -159,8 +158,9 @@ def make_wrong(group: dist.ProcessGroup, wrong: str) -> None:
                 assert all(same)
 
 
-def two_runs(q_len: int, k_len: int) -> Any:
-    return torch.tensor([[0, q_len, 0, 1, -1000, 1000], [0, q_len, 3, k_len, -1000, 0]]).numpy()
+@register_mask(lambda q_len, k_len: slice_table((0, q_len, 0, 1, -1000, 1000), (0, q_len, 3, k_len, -1000, 0)))
+def two_runs() -> ringattn.Mask:
+    return ringattn.Mask((MaskTerm("two_runs"),))
 
 
 WRONG = {

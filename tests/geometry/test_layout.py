@@ -217,6 +217,10 @@ def test_equal_and_hashed_by_content() -> None:
     assert contiguous(12, 2) != "contiguous(12, 2)"
     # Empty ranges are no content, the order of local rows is.
     assert Layout(2, ((range(0), range(2)), (range(1, 1),))) == Layout(2, ((range(2),), ()))
+    # Ranges are equal by their elements, whatever end and step they were made with.
+    odd, even = Layout(5, ((range(0, 6, 2),), (range(1, 5, 2),))), Layout(5, ((range(0, 5, 2),), (range(1, 4, 2),)))
+    assert (odd, hash(odd), odd.digest, odd.ranges(1)) == (even, hash(even), even.digest, even.ranges(1))
+    assert Layout(1, ((range(0, 1, 7),),)).digest == Layout(1, ((range(1),),)).digest
     assert Layout(2, ((range(1), range(1, 2)),)) != Layout(2, ((range(1, 2), range(1)),))
     assert len({striped(12, 2, 3), striped(12, 2, 3), striped(12, 2, 2)}) == 2
 

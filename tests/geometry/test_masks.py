@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import cast
 
@@ -13,18 +18,25 @@ from hypothesis import strategies as st
 
 from ringattn import (
     ArgumentError,
+    Layout,
     Mask,
     MaskError,
+    balanced,
     causal,
     chunked,
+    contiguous,
     documents,
     full,
     key_range,
     prefix_lm,
     sliding_window,
+    striped,
+    zigzag,
 )
-from ringattn.geometry.masks import normalize_masks, overlapping_pairs, parse_mask
+from ringattn.geometry.intervals import overlapping_pairs
+from ringattn.geometry.masks import REGISTERED_MASKS, MaskTerm, normalize_masks, parse_mask, register_mask
 from tests.geometry.brute import Counts, slice_counts
+from tests.geometry.scratch_mask import diagonals
 from tests.geometry.strategies import examples, masks, terms
 from tests.harness.cases import CROSS_MASK_CASES, MASK_CASES, MaskCase, case_ids
 
@@ -111,9 +123,87 @@ def test_shows_how_it_was_made() -> None:
     assert repr(full()) == "full()"
     assert repr(causal() & chunked(4)) == "causal() & chunked(4)"
     assert "sliding_window(3, None)" in repr(sliding_window(3, None))
+    assert repr(documents([0, 3, 9])) == "documents([0, 3, 9])"
     told = repr(documents(range(1001)))
     assert "1000 documents" in told
     assert len(told) < 100
+
+
+def test_shows_many_parameters_that_are_no_documents() -> None:
+    assert repr(diagonals(*range(-8, 1))) == "diagonals(-8, -7, -6, -5, -4, -3, -2, -1, 0)"
+
+
+# ---- values that are alike in every process
+
+
+VALUES: list[Mask | Layout] = [
+    full(), causal(), sliding_window(None), sliding_window(3, None) & causal(), documents([0, 3, 3, 9]) & causal(),
+    prefix_lm(2), chunked(4) & key_range(0, 5), diagonals(-9, -1, 0) & documents(range(12)),
+    contiguous(23, 3), zigzag(23, 3), striped(23, 3), striped(23, 3, 2), balanced(causal(), 23, 3),
+]  # fmt: skip
+# Reads pickled values; prints which equal their texts, which are what a pickle of them is read as, and their hashes.
+READER = """
+import pickle, sys
+from ringattn.geometry.layout import parse_layout
+from ringattn.geometry.masks import Mask, parse_mask
+values = pickle.load(sys.stdin.buffer)
+for value in values:
+    parse = parse_mask if isinstance(value, Mask) else parse_layout
+    assert value == parse(value.text) == pickle.loads(pickle.dumps(value))
+print([(repr(value), value.digest, hash(value)) for value in values])
+"""
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_values_pickle(protocol: int) -> None:
+    for value in VALUES:
+        again = pickle.loads(pickle.dumps(value, protocol))
+        assert (again, repr(again), hash(again)) == (value, repr(value), hash(value))
+        assert copy.deepcopy(value) == value
+        assert len({value, again}) == 1
+
+
+def test_values_are_alike_in_every_process() -> None:
+    expected = str([(repr(value), value.digest, hash(value)) for value in VALUES])
+    for seed in ("0", "1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", READER]
+        done = subprocess.run(command, input=pickle.dumps(VALUES), env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()[-4000:]
+        assert done.stdout.decode().strip() == expected
+
+
+# ---- masks that other modules register
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(0, 5), (5, 0), (9, 9), (23, 9), (9, 23)])
+@pytest.mark.parametrize("offsets", [(), (0,), (-3, 2), tuple(range(-9, 1))], ids=str)
+def test_a_mask_of_another_module(offsets: tuple[int, ...], q_len: int, k_len: int) -> None:
+    mask = diagonals(*offsets)
+    assert parse_mask(mask.text) == mask
+    q, k = np.arange(q_len)[:, None], np.arange(k_len)[None, :]
+    seen = np.isin(k - q, offsets)
+    np.testing.assert_array_equal(slice_counts(mask.slices(q_len, k_len), q_len, k_len), seen)
+    np.testing.assert_array_equal(slice_counts((mask & causal()).slices(q_len, k_len), q_len, k_len), seen & (k <= q))
+
+
+def test_every_constructor_is_registered() -> None:
+    ours = {name for name, known in REGISTERED_MASKS.items() if known.constructor.__module__ == Mask.__module__}
+    assert ours == {"causal", "chunked", "documents", "key_range", "prefix_lm", "sliding_window"}
+
+
+def test_a_term_that_is_not_registered() -> None:
+    for use in (lambda mask: mask.slices(3, 3), repr, pickle.dumps, lambda mask: parse_mask(mask.text)):
+        with pytest.raises(MaskError, match="'mine', which is none of"):
+            use(Mask((MaskTerm("mine"),)))
+
+
+def test_a_name_that_is_registered_already() -> None:
+    with pytest.raises(MaskError, match="'causal' is already registered, by ringattn"):
+
+        @register_mask(np.empty)
+        def causal() -> Mask:
+            return full()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP, expand
+from ringattn.geometry.intervals import expand
+from ringattn.geometry.masks import HI, K_START, K_STOP, LO, Q_START, Q_STOP
 from ringattn.geometry.tiles import BATCH, EVERY_BATCH_ROW
 from ringattn.types import Ints
 

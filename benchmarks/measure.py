@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ringattn.comm.buffer_pool import clear_pools
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -113,8 +115,10 @@ def ratio(seconds: Mapping[str, list[float]], baseline: str, name: str) -> float
 def peak_bytes(work: Callable[[], object]) -> int:
     """Returns the most memory that `work` held at once beyond what was there before, in bytes.
 
-    On CUDA it is the allocator's own peak; on the CPU it is summed up from the profiler's allocation events.
+    On CUDA it is the allocator's own peak; on the CPU it is summed up from the profiler's allocation events. Buffers
+    that a process group keeps for later calls are freed first, so that they count.
     """
+    clear_pools()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,7 @@
-"""A pool of flat buffers for messages: memory that has been used before costs no page faults.
+"""A pool of flat buffers for messages: a small call does not pay for fresh memory.
 
-Each process group has a pool of its own, bounded in bytes. On GPUs torch's allocator is such a pool already, so that
-nothing is kept here.
+Each process group has a pool of its own, bounded in bytes: large buffers are freed, as they would add to the peak of
+the caller's own tensors. On GPUs torch's allocator is such a pool already, so that nothing is kept here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 4 << 20
+_MAX_BUFFER_BYTES = 1 << 20
 _ALIGNMENT = 16  # bytes, so that a buffer can be viewed in any dtype
 
 
@@ -21,7 +22,7 @@ class BufferPool:
     """Buffers that are not in use.
 
     Args:
-        max_bytes: how much is kept; what is given beyond that is freed.
+        max_bytes: how much is kept; beyond that the buffers of the size used least recently are freed.
     """
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
@@ -44,7 +45,7 @@ class BufferPool:
     def give(self, buffer: Tensor) -> None:
         """Takes a buffer back. No message and no caller may use it any more."""
         size = buffer.shape[0]
-        if not buffer.is_cpu or size > self._max_bytes:
+        if not buffer.is_cpu or size > _MAX_BUFFER_BYTES:
             return
         self._num_bytes += size
         self._free.setdefault(size, []).append(buffer)
@@ -57,8 +58,19 @@ class BufferPool:
             else:
                 del self._free[oldest]
 
+    def clear(self) -> None:
+        """Frees all buffers that are not in use."""
+        self._free.clear()
+        self._num_bytes = 0
+
 
 _POOLS: WeakKeyDictionary[dist.ProcessGroup, BufferPool] = WeakKeyDictionary()
+
+
+def clear_pools() -> None:
+    """Frees all buffers that are not in use, of all groups: to measure what a call takes, for example."""
+    for pool in _POOLS.values():
+        pool.clear()
 
 
 def pool_of(group: dist.ProcessGroup) -> BufferPool:

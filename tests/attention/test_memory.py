@@ -20,12 +20,14 @@ def peak(group: dist.ProcessGroup, case: Case) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak(pool: RankPool, dtype: str, backward: bool) -> None:
     case = Case(1536, dtype, backward)
-    peaks = {world_size: max(pool.run(peak, world_size, case)) for world_size in (2, 4)}
+    peaks = {world_size: max(pool.run(peak, world_size, case)) for world_size in (2, 3, 4)}
     for world_size, found in peaks.items():
         due = case.due(world_size)
         # Much less than due would mean that not everything is counted.
         assert 0.5 * due <= found <= 1.1 * due, f"{world_size} ranks: {found / due:.3f} of what is due"
-    assert abs(peaks[4] / peaks[2] - 1) <= 0.01, f"peaks {peaks} of the same shard on 2 and 4 ranks"
+    # On two ranks no block passes through a rank, so they hold less.
+    assert abs(peaks[4] / peaks[3] - 1) <= 0.01, f"peaks {peaks} of the same shard on 3 and 4 ranks"
+    assert peaks[2] <= 1.01 * peaks[3]
 
 
 def peak_of(group: dist.ProcessGroup, operation: str, stages: int, backward: bool) -> int:

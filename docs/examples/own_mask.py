@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 
 from ringattn import Mask, gather_attention, shard, striped, unshard
 from ringattn.geometry.masks import MaskTerm, register_mask, slice_table
@@ -31,7 +32,7 @@ out = unshard(gather_attention(*local, mask=mask, layout=layout), layout)
 
 distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
 allowed = torch.isin(distance, torch.tensor([0, 1, 2, 4, 8, 16, 32, 64]))
-q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+q, k, v = (rearrange(x, "batch seq head dim -> batch head seq dim") for x in (q, k, v))
 expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-torch.testing.assert_close(out, expected.transpose(1, 2))
+torch.testing.assert_close(out, rearrange(expected, "batch head seq dim -> batch seq head dim"))
 dist.destroy_process_group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor
 
 
@@ -53,7 +54,7 @@ def plain_attention(
 ) -> tuple[Tensor, Tensor]:
     """The same in the inputs' own dtype throughout: the plain PyTorch that the tolerance rule measures by."""
     heads_per_kv = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(heads_per_kv, dim=2) for x in (k, v))
+    k, v = (repeat(x, "b k h d -> b k (h group) d", group=heads_per_kv) for x in (k, v))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if softcap is not None:
@@ -130,18 +131,18 @@ def sizes_of_terms(
     """
     q, k, v, dout = q.double(), k.double(), v.double(), dout.double()
     group = q.shape[2] // k.shape[2]
-    wide_k, wide_v = (x.repeat_interleave(group, dim=2).abs() for x in (k, v))
+    wide_k, wide_v = (repeat(x.abs(), "b k h d -> b k (h group) d", group=group) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q.abs(), wide_k) * abs(scale)
     units = 1.0 + (scores.max() if scores.numel() else scores.new_zeros(())).item()
     out, lse = dense_attention(q, k, v, allowed, scale=scale, softcap=softcap)
-    eye = torch.eye(k.shape[1], dtype=torch.float64).expand(q.shape[0], k.shape[2], -1, -1).transpose(1, 2)
+    eye = repeat(torch.eye(k.shape[1], dtype=torch.float64), "k d -> b k h d", b=q.shape[0], h=k.shape[2])
     weights = dense_attention(q, k, eye, allowed, scale=scale, softcap=softcap)[0].transpose(1, 2)
     delta = (dout * out).sum(-1).abs().transpose(1, 2) + (0 if dlse is None else dlse.double().abs())
     ds = weights * (torch.einsum("bqhd,bkhd->bhqk", dout.abs(), wide_v) + delta[..., None]) * abs(scale)
 
     def by_key(terms: Tensor, rows: Tensor) -> Tensor:
         by_head = torch.einsum("bhqk,bqhd->bkhd", terms, rows.abs())
-        return by_head.reshape(*k.shape[:3], group, rows.shape[3]).sum(3)
+        return reduce(by_head, "b k (h group) d -> b k h d", "sum", group=group)
 
     return Gradients(
         out=torch.einsum("bhqk,bkhd->bqhd", weights, wide_v) * units,

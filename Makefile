@@ -8,6 +8,7 @@ RANKS  ?= 2
 JOBS   ?= 2
 # A thread for each rank: ranks share the cores.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone
+BENCH := $(BIN)/python -m benchmarks
 
 # The compiler that torch takes, too. Its sanitizers' runtimes must be loaded before Python is.
 ifeq ($(origin CXX),default)
@@ -30,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)  ## train a small model on real text, sharded over $(RANKS) ranks, beside one process
-	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.train --out results/demo
+	$(BENCH) train --ranks $(RANKS) --out results/demo
 
 test: $(READY)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' -n $(JOBS) --dist worksteal
@@ -89,49 +90,48 @@ lint: $(READY)  ## ruff, mypy --strict, import rules, and the format and compile
 	fi
 
 bench: $(READY)  ## speed, memory and accuracy beside one process and other libraries
-	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.attention --out results/attention
-	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.masks --out results/masks
-	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.memory --out results/memory
-	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.memory --out results/memory
-	$(BIN)/python -m benchmarks.memory_around --out results/memory_around
-	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.accuracy --out results/accuracy
-	$(BIN)/python -m benchmarks.kernels --out results/kernels
-	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal --out results/kernels-long
-	$(BIN)/python -m benchmarks.kernels --lengths 8192 --kv-heads 4 --cases causal window packed \
+	$(BENCH) attention --ranks $(RANKS)
+	$(BENCH) masks --ranks $(RANKS)
+	$(BENCH) memory --ranks 2 --out results/memory-2
+	$(BENCH) memory --ranks 4 --out results/memory-4
+	$(BENCH) memory-around
+	$(BENCH) accuracy --ranks 8
+	$(BENCH) kernels
+	$(BENCH) kernels --lengths 8192 --kv-heads 4 --cases causal --out results/kernels-long
+	$(BENCH) kernels --lengths 8192 --kv-heads 4 --cases causal window packed \
 	    --dtypes float32 --head-dims 64 --out results/kernels-masks
-	$(BIN)/python -m benchmarks.simulated_ring --out results/simulated_ring
-	-$(BIN)/python -m benchmarks.goals results/kernels*/kernels.jsonl
+	$(BENCH) simulated-ring
+	-$(BENCH) goals results/kernels*/kernels.jsonl
 
 bench-gpu: $(READY)  ## the contract, the sanitizer, the kernels and their goals on one GPU, in under ten minutes
 	PYTHON=$(BIN)/python benchmarks/gpu.sh results/gpu
 
 bench-exchanges: $(READY)  ## every exchange x layout x mask, in parts
-	$(TORCHRUN) --nproc-per-node=$(RANKS) -m benchmarks.exchanges --out results/exchanges
+	$(BENCH) exchanges --ranks $(RANKS)
 
-# Kernels that only wait: on few cores, real ones would take from the network's own work.
-EXCHANGES := -m benchmarks.exchanges --layouts zigzag --masks causal --rounds 7
-KEYS := --seq-len 4096 --pretend-gflops 9
-HEADS := --seq-len 2048 --pretend-gflops 2.5 --heads 32 --kv-heads 32 --head-dim 16
+# Kernels that only sleep: on few cores, real ones would compete with the network's own work.
+EXCHANGES := -m benchmarks exchanges --layouts zigzag --masks causal --rounds 7
+KEYS := --seq-len 4096 --idle-gflops 9
+HEADS := --seq-len 2048 --idle-gflops 2.5 --heads 32 --kv-heads 32 --head-dim 16
 bench-network: $(READY)  ## overlap on links of a given rate; needs root and iproute2
-	$(BIN)/python -m benchmarks.network --hosts 4 --rate-mbit 100 -- \
+	$(BENCH) network --hosts 4 --rate-mbit 100 -- \
 		$(EXCHANGES) $(KEYS) --exchanges ring gather-8 --out results/network/keys
-	$(BIN)/python -m benchmarks.network --hosts 2 --rate-mbit 100 -- \
+	$(BENCH) network --hosts 2 --rate-mbit 100 -- \
 		$(EXCHANGES) $(HEADS) --exchanges ulysses-16 --out results/network/heads
-	$(BIN)/python -m benchmarks.network --hosts 2 --ranks-per-host 2 --inner-mbit 1000 --outer-mbit 100 -- \
+	$(BENCH) network --hosts 2 --ranks-per-host 2 --inner-mbit 1000 --rate-mbit 100 -- \
 		$(EXCHANGES) $(KEYS) --exchanges ring double-ring --out results/network/two_levels
 
 bench-decode: $(READY)  ## decoding over 4 ranks, up to 1,048,576 tokens; takes 5 GB of memory
-	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.decode --out results/decode \
-		--tokens 8192 32768 131072 262144 524288 1048576
-	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-bf16 --tokens 32768
-	$(TORCHRUN) --nproc-per-node=1 -m benchmarks.decode --out results/decode-fp32 --tokens 32768 --dtype float32
-	$(TORCHRUN) --nproc-per-node=2 -m benchmarks.decode --out results/decode-merge --tokens 8192 --merge-rounds 1000
+	$(BENCH) decode --ranks 4 --tokens 8192 32768 131072 262144 524288 1048576
+	$(BENCH) decode --ranks 1 --tokens 32768 --out results/decode-bf16
+	$(BENCH) decode --ranks 1 --tokens 32768 --dtype float32 --out results/decode-fp32
+	$(BENCH) decode --ranks 2 --tokens 8192 --merge-rounds 1000 --out results/decode-merge
 
-bench-bubble: $(READY)  ## the bubbles of pipeline schedules beside theory, on 4 ranks that only wait
-	$(TORCHRUN) --nproc-per-node=4 -m benchmarks.bubble --out results/bubble
+bench-bubble: $(READY)  ## the bubbles of pipeline schedules beside theory, on 4 ranks that only sleep
+	$(BENCH) bubble --ranks 4
 
 bench-train: $(READY)  ## training on mixes of axes over 8 ranks: memory, and the bytes that each axis moves
-	$(TORCHRUN) --nproc-per-node=8 -m benchmarks.mixes --out results/mixes
+	$(BENCH) mixes --ranks 8
 
 docs: $(READY)  ## the manual, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

@@ -1,1 +1,1 @@
-"""Programs that measure: one process or torchrun, cases as data, JSON lines out."""
+"""Benchmarks: `python -m benchmarks --list`."""

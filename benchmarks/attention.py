@@ -1,150 +1,151 @@
-"""Speed of causal ring attention beside one process, and beside ring-flash-attention where it is installed.
+"""Speed and accuracy of causal ring attention, and the cost of structured masks.
 
-    torchrun --nproc-per-node=2 -m benchmarks.attention --lengths 4096 8192 16384 --out results/attention
+Contenders of `attention`: torch's attention in one process with a thread for each rank; ringattn in one process with as
+many threads, which shows the kernel alone; ringattn over all ranks with one thread each; and ring-flash-attn, if it is
+installed, over torch's kernel and over ours. Ratios above 1 are faster than torch in one process.
 
-Contenders, in one run and in turns: torch's own attention in one process with as many threads as there are ranks;
-ringattn in one process with as many threads (what its kernel alone gains or costs); ringattn over all ranks with
-one thread each; ring-flash-attention likewise, over torch's kernel and over ours. Ratios above 1 are faster than
-torch in one process.
+`accuracy` splits the ranks into groups of 1, 2, 4, ... ranks and solves the same problem on each.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
-from benchmarks import peers, plots
-from benchmarks.measure import Contender, Lines, progress, race, ratio
-from benchmarks.session import session
+from benchmarks import plots
+from benchmarks.inputs import LAYOUTS, Shape, packed_documents, with_gradients
+from benchmarks.internals import mask_area
+from benchmarks.registry import benchmark
+from benchmarks.ring_flash_attn_cpu import zigzag_ring_flash_attention
+from benchmarks.runner import Contender, Session
 
 TORCH, OWN, RING, PEER = "torch, one process", "ringattn, one process", "ringattn, ring", "ring-flash-attn"
 PEER_OWN = f"{PEER}, our kernel"
+PASSES = {False: "fwd", True: "fwd+bwd"}
+
+# Each mask with the layout that suits it.
+MASKS: dict[str, tuple[Callable[[int], ringattn.Mask], str]] = {
+    "causal": (lambda n: ringattn.causal(), "zigzag"),
+    "window of 1,024": (lambda n: ringattn.sliding_window(1023), "contiguous"),
+    "window of 4,096": (lambda n: ringattn.sliding_window(4095), "contiguous"),
+    "packed documents": (packed_documents, "balanced"),
+    "chunks of 2,048": (lambda n: ringattn.chunked(2048) & ringattn.causal(), "zigzag"),
+}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One causal problem; seq_len counts all ranks' tokens."""
-
-    seq_len: int
-    dtype: str
-    backward: bool
-    batch: int = 1
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-
-    def whole(self, device: torch.device) -> list[Tensor]:
-        """Returns q, k, v and dout of the whole sequence, the same on every rank."""
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(self.batch, self.seq_len, h, self.head_dim) for h in (self.heads, self.kv_heads, self.kv_heads)]
-        return [
-            torch.randn(shape, generator=generator).to(device, getattr(torch, self.dtype))
-            for shape in [*shapes, shapes[0]]
-        ]
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def contenders(case: Case, alone: dist.ProcessGroup | None, device: torch.device) -> tuple[list[Contender], str]:
-    """Returns the contenders of a case on this rank, and why a peer is missing, if one is."""
-    world = dist.get_world_size()
-    layout = ringattn.zigzag(case.seq_len, world)
-    everything = case.whole(device)
-    local = [ringattn.shard(x, layout) for x in everything]
-    mask = ringattn.causal()
-
-    def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        gqa = case.heads != case.kv_heads
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-
-    def one_process(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ringattn.ring_attention(q, k, v, alone, mask=mask)
-
-    def ring(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ringattn.ring_attention(q, k, v, mask=mask, layout=layout)
-
-    found = [
-        Contender(TORCH, work(torch_attention, everything, case) if alone is not None else None, world),
-        Contender(OWN, work(one_process, everything, case) if alone is not None else None, world),
-        Contender(RING, work(ring, local, case), 1),
-    ]
-    if case.heads != case.kv_heads:
-        return found, "run here without GQA only"
+def _contenders(
+    whole: tuple[Tensor, ...], backward: bool, alone: dist.ProcessGroup | None, ranks: int
+) -> tuple[list[Contender], str]:
+    """Returns the contenders on this rank, and why ring-flash-attn is missing, if it is."""
+    layout, mask = ringattn.zigzag(whole[0].shape[1], ranks), ringattn.causal()
+    shards = tuple(ringattn.shard(x, layout) for x in whole)
+    one_process = {
+        TORCH: _torch_attention,
+        OWN: lambda q, k, v: ringattn.ring_attention(q, k, v, alone, mask=mask),
+    }
+    local = {RING: lambda q, k, v: ringattn.ring_attention(q, k, v, mask=mask, layout=layout)}
+    missing = ""
     for name, backend in ((PEER, "sdpa"), (PEER_OWN, "native")):
-        if isinstance(peer := peers.zigzag_ring_flash_attention(None, backend), str):
-            return found, peer
-        found.append(Contender(name, work(peer, local, case), 1))
-    return found, ""
+        peer = zigzag_ring_flash_attention(None, backend)
+        if isinstance(peer, str):
+            missing = peer
+        elif whole[0].shape[2] != whole[1].shape[2]:
+            missing = "its CPU kernels have no GQA"
+        else:
+            local[name] = peer
+    found = [
+        Contender(name, with_gradients(attention, whole, backward) if alone else None, ranks)
+        for name, attention in one_process.items()
+    ]
+    found += [Contender(name, with_gradients(attention, shards, backward)) for name, attention in local.items()]
+    return found, missing
 
 
-def work(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: list[Tensor], case: Case
-) -> Callable[[], object]:
-    """Returns a function that runs one forward, or one forward and backward."""
-    q, k, v = (x.clone().requires_grad_(case.backward) for x in tensors[:3])
-
-    def once() -> object:
-        out = attention(q, k, v)
-        return torch.autograd.grad(out, [q, k, v], tensors[3]) if case.backward else out
-
-    return once
-
-
-def main() -> None:
-    """Runs the cases given by flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("results/attention"))
-    args = parser.parse_args()
-    with session() as here:
-        cases = [
-            Case(seq_len, dtype, backward, heads=args.heads, kv_heads=args.kv_heads, head_dim=args.head_dim)
-            for seq_len, dtype, backward in product(args.lengths, args.dtypes, (False, True))
-        ]
-        alone = dist.new_group([0])
-        alone = alone if here.rank == 0 else None
-        lines = Lines(args.out / "speed.jsonl") if here.rank == 0 else None
-        table = Table("tokens", "dtype", "pass", "contender", "seconds", "× torch", title="causal attention")
-        missing = ""
-        for case in cases:
-            found, missing = contenders(case, alone, here.device)
-            total = len(found) * (args.rounds + args.warmup)
-            name = f"{case.seq_len:>6} {case.dtype:<8} {'fwd+bwd' if case.backward else 'fwd'}"
-            with progress(name, total, here.rank == 0) as tick:
-                seconds = race(found, args.rounds, args.warmup, tick)
-            if lines is None:
-                continue
-            for contender in found:
-                times = seconds[contender.name]
-                faster = ratio(seconds, TORCH, contender.name)
-                record = {**asdict(case), "contender": contender.name, "ranks": here.world_size, "ratio": faster}
-                lines.add({**record, "median_s": statistics.median(times), "rounds_s": times})
-                row = (str(case.seq_len), case.dtype, "fwd+bwd" if case.backward else "fwd", contender.name)
-                table.add_row(*row, f"{statistics.median(times):.3f}", f"{faster:.2f}")
-        if lines is not None:
-            Console(width=120).print(table)
-            plots.speed(lines.path, args.out / "speed.png")
-            print(f"picture: {args.out / 'speed.png'}")
-            if missing:
-                print(f"{PEER} did not run: {missing}")
+@benchmark("attention", help="causal ring attention beside one process and ring-flash-attn", ranks=2)
+def attention(
+    here: Session,
+    lengths: Sequence[int] = (4096, 8192, 16384),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    heads: int = 8,
+    kv_heads: int = 8,
+    head_dim: int = 64,
+    rounds: int = 7,
+    warmup: int = 2,
+) -> None:
+    """Measures every length, dtype and pass."""
+    records, group, missing = here.records("attention"), dist.new_group([0]), ""
+    for seq_len, dtype, backward in product(lengths, dtypes, (False, True)):
+        shape = Shape(heads, kv_heads, head_dim, dtype)
+        whole = shape.random(seq_len, here.device)
+        contenders, missing = _contenders(whole, backward, group if here.is_main else None, here.world_size)
+        seconds = here.time(f"{seq_len:>6} {dtype:<8} {PASSES[backward]}", contenders, rounds, warmup)
+        case = {"seq_len": seq_len, "pass": PASSES[backward], "ranks": here.world_size}
+        for name in seconds:
+            ratio = {"contender": name, "times_torch": seconds.ratio(TORCH, name)}
+            records.add(vars(shape), case, ratio, seconds.summary(name))
+    records.show("causal attention", "seq_len dtype pass contender median_s times_torch")
+    if here.is_main:
+        plots.speed(records, here.out / "speed.png")
+    if missing:
+        here.print(f"{PEER} did not run: {missing}")
 
 
-if __name__ == "__main__":
-    main()
+@benchmark("masks", help="the time of structured masks beside causal attention and their share of its area", ranks=2)
+def masks(here: Session, seq_len: int = 32768, dtype: str = "float32", rounds: int = 3, warmup: int = 1) -> None:
+    """Measures every mask in the layout that suits it; `ideal` is the ratio of the areas."""
+    records = here.records("masks")
+    for backward in (False, True):
+        contenders, area = [], {}
+        for name, (mask_of, layout_name) in MASKS.items():
+            mask = mask_of(seq_len)
+            layout = LAYOUTS[layout_name](mask, seq_len, here.world_size)
+            tensors = Shape(8, 8, 64, dtype).random(layout.num_tokens(here.rank), here.device)
+            ring = partial(ringattn.ring_attention, mask=mask, layout=layout)
+            contenders.append(Contender(name, with_gradients(ring, tensors, backward)))
+            area[name] = mask_area(mask, layout)
+        seconds = here.time(PASSES[backward], contenders, rounds, warmup)
+        for name in seconds:
+            faster, ideal = seconds.ratio("causal", name), area["causal"] / area[name]
+            case = {"mask": name, "pass": PASSES[backward], "seq_len": seq_len, "ranks": here.world_size}
+            ratios = {"times_causal": faster, "ideal": ideal, "of_ideal": faster / ideal}
+            records.add(case, seconds.summary(name), ratios)
+    records.show("the cost of masks", "mask pass median_s times_causal ideal of_ideal")
+
+
+def _solve(whole: Sequence[Tensor], dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor]:
+    """Returns out, dq, dk, dv of the whole sequence, computed by the ranks of a group in `dtype`."""
+    layout = ringattn.zigzag(whole[0].shape[1], group.size())
+    q, k, v, dout = (ringattn.shard(x, layout, group).to(dtype) for x in whole)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = ringattn.ring_attention(q, k, v, group, mask=ringattn.causal(), layout=layout)
+    found = [out.detach(), *torch.autograd.grad(out, [q, k, v], dout)]
+    return [ringattn.unshard(x, layout, group).double() for x in found]
+
+
+@benchmark("accuracy", help="the error of single and half precision against float64, by number of ranks", ranks=8)
+def accuracy(here: Session, seq_len: int = 2048) -> None:
+    """Compares each dtype with float64: root mean square error over root mean square value."""
+    records, inputs = here.records("accuracy"), Shape(4, 4, 64, "float64").random(seq_len, here.device)
+    groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8, 16) if n <= here.world_size}
+    for dtype, (ranks, group) in product((torch.float32, torch.bfloat16, torch.float16), groups.items()):
+        if here.rank < ranks:
+            # Inputs are rounded first, so that only the error of the computation is measured.
+            whole = [x.to(dtype).double() for x in inputs]
+            pairs = zip(("out", "dq", "dk", "dv"), _solve(whole, dtype, group), _solve(whole, torch.float64, group))
+            errors = {name: float((a - b).norm() / b.norm()) for name, a, b in pairs}
+            records.add({"dtype": str(dtype), "ranks": ranks}, errors)
+        dist.barrier()
+    records.show("root mean square error over root mean square value", "dtype ranks out dq dk dv")

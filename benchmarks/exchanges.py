@@ -1,67 +1,58 @@
-"""Every exchange beside the others: time, bytes on the wire, communication that no computing hides, memory.
+"""Every exchange: time, bytes sent, communication that no computing hides, memory.
 
-    torchrun --nproc-per-node=2 -m benchmarks.exchanges --out results/exchanges
-    python -m benchmarks.network --hosts 4 --rate-mbit 100 -- -m benchmarks.exchanges --exchanges ring gather-4
+    python -m benchmarks exchanges --ranks 4 --exchanges ring gather-4
+    python -m benchmarks network --hosts 4 --rate-mbit 100 -- -m benchmarks exchanges --exchanges ring gather-4
 
-Each call is run in parts that take turns: whole; with messages that are done at once, which leaves the computing; with
-kernels that do nothing, which leaves the transfer; and with neither, which leaves copies and bookkeeping. What the
-whole takes longer than the computing is exposed. docs/performance.md tells what the columns mean.
+Each call runs in parts that take turns: whole; with messages that complete at once, which leaves the computing; with
+kernels that do nothing, which leaves the transfer; and with both, which leaves copies and bookkeeping. The exposed time
+is the difference between the whole and the computing. docs/performance.md explains the columns.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import statistics
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import ringattn
 from benchmarks import plots
-from benchmarks.masks import packed_documents
-from benchmarks.measure import Contender, Lines, copying_seconds, peak_bytes, progress, race, ratio
-from benchmarks.session import Session, session
-from benchmarks.wire import device_bytes, over_devices, watched
-from ringattn.attention.auto_exchange import prepare
-from ringattn.attention.autograd import AttentionFunction
-from ringattn.attention.execution_plan import ExecutionPlan
-from ringattn.attention.validate import AttentionCall
+from benchmarks.inputs import LAYOUTS, Shape, packed_documents
+from benchmarks.internals import IdleKernel, PlannedAttention, Start, replaced_start
+from benchmarks.profiling import copying_seconds, peak_bytes
+from benchmarks.registry import benchmark
+from benchmarks.runner import PASSES, Contender, Session, Timings
+from ringattn.comm.messages import Operation, PendingMessage
 from ringattn.comm.topology import RankMesh, rank_mesh
-from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BackwardQueries, Gradients, Keys, Queries, State
-from ringattn.kernels.reference import ReferenceKernel
-from ringattn.score import Score
 
 WHOLE, COMPUTE, TRANSFER, OUTER, NEITHER = "whole", "compute", "transfer", "outer transfer", "neither"
-PASSES = ("fwd", "bwd")
-COPYING_RUNS = 5
+COPY_RUNS = 5
 
 
 @dataclass(frozen=True)
-class Way:
-    """An exchange: the operation, its stages, and the axes of its mesh, if it runs on one of two."""
+class ExchangeSpec:
+    """The name of an exchange, its stages, and the axes of its mesh, if it needs one of two axes."""
 
-    operation: str
+    exchange: str
     stages: int = 1
     axes: tuple[str, ...] = ()
 
 
-WAYS = {
-    "ring": Way("ring_attention"),
-    "double-ring": Way("ring_attention", axes=("outer", "inner")),
-    "gather": Way("gather_attention"),
-    "ulysses": Way("ulysses_attention"),
-    "hybrid": Way("hybrid_attention", axes=("ring", "ulysses")),
+EXCHANGES = {
+    "ring": ExchangeSpec("ring"),
+    "double-ring": ExchangeSpec("ring", axes=("outer", "inner")),
+    "gather": ExchangeSpec("gather"),
+    "ulysses": ExchangeSpec("ulysses"),
+    "hybrid": ExchangeSpec("hybrid", axes=("ring", "ulysses")),
 }
 STAGED = ("gather", "ulysses", "hybrid")
 DEFAULT = ("ring", "double-ring", "gather", "gather-4", "ulysses", "ulysses-4", "hybrid")
@@ -69,270 +60,194 @@ MASKS: dict[str, Callable[[int], ringattn.Mask]] = {
     "full": lambda n: ringattn.full(),
     "causal": lambda n: ringattn.causal(),
     "window": lambda n: ringattn.sliding_window(n // 16 - 1),
-    "documents": lambda n: packed_documents(n) & ringattn.causal(),
+    "documents": packed_documents,
 }
-LAYOUTS: dict[str, Callable[[ringattn.Mask, int, int], ringattn.Layout]] = {
-    "contiguous": lambda m, n, w: ringattn.contiguous(n, w),
-    "zigzag": lambda m, n, w: ringattn.zigzag(n, w),
-    "striped": lambda m, n, w: ringattn.striped(n, w),
-    "balanced": ringattn.balanced,
-}
+
+
+def exchange_spec(name: str) -> ExchangeSpec:
+    """Returns an exchange by its name: a key of EXCHANGES, with stages if wanted, such as gather-4."""
+    base, _, stages = name.rpartition("-")
+    if base in STAGED and stages.isdigit() and int(stages) > 0:
+        return replace(EXCHANGES[base], stages=int(stages))
+    if name not in EXCHANGES:
+        raise ValueError(f"{name}: must be one of {', '.join(EXCHANGES)}, or {', '.join(STAGED)} with -N for N stages")
+    return EXCHANGES[name]
+
+
+def _checked(name: str) -> str:
+    exchange_spec(name)
+    return name
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call; seq_len counts all ranks' tokens."""
+class Case(Shape):
+    """One call; seq_len counts the tokens of all ranks."""
 
     layout: str
     mask: str
     direction: str
     exchange: str
     seq_len: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
 
 
-class Pretender(ReferenceKernel):
-    """A kernel that computes nothing but takes its time, and leaves the cores to others meanwhile, as a GPU would.
+DEFAULT_SHAPE = Shape(8, 2, 64, "float32")
+
+
+@contextmanager
+def counted_messages(silent: Collection[dist.ProcessGroup] = ()) -> Iterator[list[int]]:
+    """Yields a list that collects the bytes of every point-to-point message of this process.
 
     Args:
-        gflops: the speed that it pretends to have; None is infinite.
+        silent: groups whose messages are not sent: they complete at once, and zeros have been received.
     """
+    sent: list[int] = []
 
-    def __init__(self, gflops: float | None = None) -> None:
-        self._flop_per_s = None if gflops is None else gflops * 1e9
+    def counting(original: Start) -> Start:
+        def start(group: dist.ProcessGroup, operations: Sequence[Operation]) -> list[PendingMessage]:
+            if group not in silent:
+                sent.extend(message.tensor.nbytes for is_send, message in operations if is_send)
+                return original(group, operations)
+            for is_send, message in operations:
+                if not is_send:
+                    message.tensor.zero_()
+            return [PendingMessage(message, None) for _, message in operations]
 
-    def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
-        """Leaves the state as it is."""
-        self._rest(2, queries.q, keys.v, tiles)
+        return start
 
-    def backward(self, queries: BackwardQueries, keys: Keys, tiles: Tiles, score: Score, gradients: Gradients) -> None:
-        """Adds nothing."""
-        self._rest(5, queries.q, keys.v, tiles)
+    with replaced_start(counting):
+        yield sent
 
-    def _rest(self, products: int, q: Tensor, v: Tensor, tiles: Tiles) -> None:
-        """As long as so many matrix products take, each 2 FLOP per pair, head and element of a head."""
-        if self._flop_per_s is not None:
-            flop = products * (q.shape[3] + v.shape[3]) * q.shape[2] * tiles.area(q.shape[0])
-            time.sleep(flop / self._flop_per_s)
+
+def device_bytes() -> tuple[int, int]:
+    """Returns the network namespace of this process, and the bytes that its network devices have sent.
+
+    The loopback, traffic of other programs, acknowledgements and headers are included.
+    """
+    files = Path("/sys/class/net").glob("*/statistics/tx_bytes")
+    return os.stat("/proc/self/ns/net").st_ino, sum(int(file.read_text()) for file in files)
 
 
 class Bench:
-    """One case on this rank, ready to be run in parts."""
+    """One case on this rank, in parts."""
 
-    def __init__(self, case: Case, team: RankMesh, device: torch.device, gflops: float | None = None) -> None:
-        mask = MASKS[case.mask](case.seq_len)
-        layout = LAYOUTS[case.layout](mask, case.seq_len, team.size)
-        dtype, rows = getattr(torch, case.dtype), layout.num_tokens(team.rank)
-        shapes = [(1, rows, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
-        generator = torch.Generator().manual_seed(team.rank)
-        q, k, v, self._dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    def __init__(self, case: Case, mesh: RankMesh, device: torch.device, gflops: float | None = None) -> None:
+        mask, spec = MASKS[case.mask](case.seq_len), exchange_spec(case.exchange)
+        layout = LAYOUTS[case.layout](mask, case.seq_len, mesh.size)
+        q, k, v, self._dout = case.random(layout.num_tokens(mesh.rank), device, seed=mesh.rank)
         self._inputs = [x.requires_grad_() for x in (q, k, v)]
-        way = way_of(case.exchange)
-        exchange = way.operation.removesuffix("_attention")
-        call = AttentionCall(way.operation, q, k, v, Score(), mask, layout, None, None, exchange, way.stages)
-        _, job = prepare(call, team)
-        job = job if gflops is None else replace(job, kernel=Pretender(gflops))
-        self.case, self._team = case, team
-        self.planned = job.bytes_sent()[PASSES.index(case.direction)]
-        everything = [axis.group for axis in team.axes]
-        idle = replace(job, kernel=Pretender())
+        planned = PlannedAttention(spec.exchange, (q, k, v), mesh, mask=mask, layout=layout, stages=spec.stages)
+        self.case, self.planned = case, planned.bytes_sent()[PASSES.index(case.direction)]
+        groups = [axis.group for axis in mesh.axes]
+        computing = planned.forward(None if gflops is None else IdleKernel(gflops))
+        idle = planned.forward(IdleKernel())
         self.parts = {
-            WHOLE: self._part(job, ()),
-            COMPUTE: self._part(job, everything),
+            WHOLE: self._part(computing, ()),
+            COMPUTE: self._part(computing, groups),
             TRANSFER: self._part(idle, ()),
-            **({OUTER: self._part(idle, everything[1:])} if len(everything) > 1 else {}),
-            NEITHER: self._part(idle, everything),
+            **({OUTER: self._part(idle, groups[1:])} if len(groups) > 1 else {}),
+            NEITHER: self._part(idle, groups),
         }
-
-    def contenders(self) -> Iterator[Contender]:
-        """Yields the parts."""
-        for part, once in self.parts.items():
-            yield Contender(self.name(part), once, 1)
 
     def name(self, part: str) -> str:
         """Returns the name of a part among the contenders."""
         return f"{self.case.exchange}: {part}"
 
-    def sent(self) -> dict[str, int]:
-        """Returns the bytes of one run, over all ranks: of the plan, as handed to process groups, and of devices."""
+    def sent_bytes(self) -> dict[str, int]:
+        """Returns the bytes of one run over all ranks: by the plan, as handed to process groups, and by devices."""
         dist.barrier()
         before = device_bytes()
         dist.barrier()
-        with watched() as messages:
+        with counted_messages() as messages:
             self.parts[WHOLE]()
         dist.barrier()
-        devices = over_devices(before, device_bytes())
+        changes = [(before[0], device_bytes()[1] - before[1])] * dist.get_world_size()
+        dist.all_gather_object(changes, changes[0])
         both = torch.tensor([self.planned, sum(messages)], device=self._dout.device)
         dist.all_reduce(both)
         planned, posted = both.tolist()
-        return {"planned_bytes": planned, "posted_bytes": posted, "device_bytes": devices}
+        # Ranks in one namespace see the same counters.
+        return {"planned_bytes": planned, "posted_bytes": posted, "device_bytes": sum(dict(changes).values())}
 
-    def peak(self) -> int:
-        """Returns the most memory that one run holds beyond its inputs, on the rank where that is most."""
-        peak = torch.tensor([peak_bytes(self.parts[WHOLE])], device=self._dout.device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        return int(peak)
-
-    def copies(self) -> float:
-        """Returns the seconds of one run that this rank spends on copies: the median of several runs."""
-        return statistics.median(copying_seconds(self.parts[WHOLE]) for _ in range(COPYING_RUNS))
-
-    def _part(self, job: ExecutionPlan, silent: Collection[dist.ProcessGroup]) -> Callable[[], object]:
-        def forward() -> Tensor:
-            out: Tensor = AttentionFunction.apply(*self._inputs, None, job, self._team)[0]  # type: ignore[no-untyped-call]
-            return out
-
-        kept = forward() if self.case.direction == "bwd" else None
+    def _part(self, forward: Callable[[], Tensor], silent: Collection[dist.ProcessGroup]) -> Callable[[], object]:
+        out = forward() if self.case.direction == "bwd" else None
 
         def once() -> None:
-            with watched(silent):
-                if kept is None:
+            with counted_messages(silent):
+                if out is None:
                     forward()
                 else:
-                    torch.autograd.grad(kept, self._inputs, self._dout, retain_graph=True)
+                    torch.autograd.grad(out, self._inputs, self._dout, retain_graph=True)
 
         return once
 
 
-def way_of(name: str) -> Way:
-    """Returns an exchange by its name: one of WAYS, or with stages, such as gather-4.
-
-    Raises:
-        ValueError: when there is none of this name.
-    """
-    base, _, stages = name.rpartition("-")
-    if base in STAGED and stages.isdigit() and int(stages) > 0:
-        return replace(WAYS[base], stages=int(stages))
-    if name not in WAYS:
-        raise ValueError(f"{name}: must be one of {', '.join(WAYS)}, with -N for N stages of {', '.join(STAGED)}")
-    return WAYS[name]
-
-
-def _known(name: str) -> str:
-    try:
-        way_of(name)
-    except ValueError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from None
-    return name
-
-
-def teams(names: Sequence[str], here: Session, inner: int) -> dict[str, RankMesh]:
-    """Returns the team of each exchange that can run on so many ranks."""
+def _meshes(names: Sequence[str], here: Session, inner: int) -> dict[str, RankMesh]:
+    """Returns the mesh of each exchange that can run on this number of ranks."""
     found = {}
     for name in names:
-        axes = way_of(name).axes
+        axes = exchange_spec(name).axes
         if not axes:
             found[name] = rank_mesh(None)
         elif here.world_size % inner == 0 and 1 < inner < here.world_size:
             shape = (here.world_size // inner, inner)
             found[name] = rank_mesh(init_device_mesh(here.device.type, shape, mesh_dim_names=axes), axes)
-        elif here.rank == 0:
-            print(f"{name} is left out: {here.world_size} ranks make no mesh with an axis of --inner {inner}")
+        else:
+            here.print(f"{name} is left out: {here.world_size} ranks make no mesh with an axis of --inner {inner}")
     return found
 
 
-def summary(bench: Bench, seconds: dict[str, list[float]], baseline: str) -> dict[str, float]:
-    """Returns what the rounds showed: medians, of differences and ratios within a round."""
+def _summary(bench: Bench, seconds: Timings, baseline: str) -> dict[str, float]:
+    """Returns medians over the rounds, of each round's own differences and ratios."""
     rounds = {part: seconds[bench.name(part)] for part in bench.parts}
 
-    def over_rounds(of: Callable[..., float], *parts: str) -> float:
+    def median(of: Callable[..., float], *parts: str) -> float:
         return statistics.median(of(*times) for times in zip(*(rounds[part] for part in parts), strict=True))
 
     slow = OUTER if OUTER in rounds else TRANSFER
     return {
         **{f"{part.replace(' ', '_')}_s": statistics.median(times) for part, times in rounds.items()},
-        "times_first": ratio(seconds, baseline, bench.name(WHOLE)),
-        "exposed_s": over_rounds(lambda whole, compute: whole - compute, WHOLE, COMPUTE),
-        "exposed_of_transfer": over_rounds(lambda w, c, t: (w - c) / t, WHOLE, COMPUTE, TRANSFER),
-        "over_ideal": over_rounds(lambda w, c, t: w / max(c, t), WHOLE, COMPUTE, slow),
-        "neither_of_whole": over_rounds(lambda whole, neither: neither / whole, WHOLE, NEITHER),
+        "times_first": seconds.ratio(baseline, bench.name(WHOLE)),
+        "exposed_s": median(lambda whole, compute: whole - compute, WHOLE, COMPUTE),
+        "exposed_of_transfer": median(lambda w, c, t: (w - c) / t, WHOLE, COMPUTE, TRANSFER),
+        "over_ideal": median(lambda w, c, t: w / max(c, t), WHOLE, COMPUTE, slow),
+        "neither_of_whole": median(lambda whole, neither: neither / whole, WHOLE, NEITHER),
     }
 
 
-def row(case: Case, found: dict[str, Any]) -> list[str]:
-    """Returns a record as a row of the table."""
-    planned = found["planned_bytes"]
-
-    def of_plan(name: str) -> str:
-        return f"{found[name] / planned:.3f}" if planned else "-"
-
-    return [
-        case.layout, case.mask, case.direction, case.exchange,
-        f"{found['whole_s'] * 1e3:.1f}", f"{found['times_first']:.2f}",
-        f"{found['compute_s'] * 1e3:.1f}", f"{found['transfer_s'] * 1e3:.1f}",
-        f"{found['exposed_s'] * 1e3:.1f}", f"{found['exposed_of_transfer']:.0%}", f"{found['over_ideal']:.2f}",
-        f"{found['neither_of_whole']:.1%}", f"{found['copies_s'] / (found['compute_s'] - found['neither_s']):.1%}",
-        f"{planned / 2**20:.2f}", of_plan("posted_bytes"), of_plan("device_bytes"),
-        f"{found['peak_bytes'] / 2**20:.1f}",
-    ]  # fmt: skip
-
-
-COLUMNS = (
-    "layout", "mask", "pass", "exchange", "whole ms", "× first", "compute ms", "transfer ms", "exposed ms",
-    "of transfer", "/ ideal", "neither", "copies", "MiB sent", "/ plan", "devices / plan", "peak MiB",
-)  # fmt: skip
-
-
-def parse() -> argparse.Namespace:
-    """Returns the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exchanges", nargs="+", type=_known, default=DEFAULT, help="-N: in N stages")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=["causal", "window", "documents"])
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--inner", type=int, default=2, help="ranks along the inner axis of a mesh")
-    parser.add_argument("--pretend-gflops", type=float, help="kernels that only wait, as if they were so fast")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("results/exchanges"))
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Measures by flags."""
-    args = parse()
-    with session() as here:
-        members = teams(args.exchanges, here, args.inner)
-        lines = Lines(args.out / "exchanges.jsonl") if here.rank == 0 else None
-        table = Table(*COLUMNS, title=f"exchanges, {here.world_size} ranks")
-        sizes = (args.seq_len, args.heads, args.kv_heads, args.head_dim, args.dtype)
-        groups = list(product(args.layouts, args.masks, args.passes))
-        parts = sum(len(team.axes) + 3 for team in members.values())
-        with progress("exchanges", len(groups) * parts * (args.rounds + args.warmup), here.rank == 0) as tick:
-            for group in groups:
-                benches = [
-                    Bench(Case(*group, name, *sizes), team, here.device, args.pretend_gflops)
-                    for name, team in members.items()
-                ]
-                racers = [racer for bench in benches for racer in bench.contenders()]
-                seconds = race(racers, args.rounds, args.warmup, tick)
-                for bench in benches:
-                    found = summary(bench, seconds, benches[0].name(WHOLE))
-                    measured = {**found, "copies_s": bench.copies(), **bench.sent(), "peak_bytes": bench.peak()}
-                    table.add_row(*row(bench.case, measured))
-                    if lines is not None:
-                        lines.add(
-                            {
-                                **asdict(bench.case),
-                                "ranks": here.world_size,
-                                "pretend_gflops": args.pretend_gflops,
-                                **measured,
-                            }
-                        )
-        if lines is not None:
-            Console(width=200).print(table)
-            plots.exchanges(lines.path, args.out / "exchanges.png")
-            print(f"picture: {args.out / 'exchanges.png'}")
-        dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
+@benchmark("exchanges", help="every exchange x layout x mask: time, bytes, exposed communication, memory", ranks=2)
+def exchanges(
+    here: Session,
+    exchanges: Annotated[Sequence[str], _checked, "-N: in N stages"] = DEFAULT,
+    layouts: Annotated[Sequence[str], LAYOUTS] = tuple(LAYOUTS),
+    masks: Annotated[Sequence[str], MASKS] = ("causal", "window", "documents"),
+    passes: Annotated[Sequence[str], PASSES] = PASSES,
+    seq_len: int = 2048,
+    shape: Shape = DEFAULT_SHAPE,
+    inner: Annotated[int, "ranks along the inner axis of a mesh"] = 2,
+    idle_gflops: Annotated[float | None, "replace kernels by sleeping, as long as they would take at this rate"] = None,
+    rounds: int = 5,
+    warmup: int = 1,
+) -> None:
+    """Measures every exchange in every layout, mask and pass."""
+    meshes, records = _meshes(exchanges, here, inner), here.records("exchanges")
+    for group in product(layouts, masks, passes):
+        cases = [
+            Case(**vars(shape), layout=group[0], mask=group[1], direction=group[2], exchange=name, seq_len=seq_len)
+            for name in meshes
+        ]
+        benches = [Bench(case, meshes[case.exchange], here.device, idle_gflops) for case in cases]
+        contenders = [Contender(bench.name(part), once) for bench in benches for part, once in bench.parts.items()]
+        seconds = here.time(" ".join(group), contenders, rounds, warmup)
+        for bench in benches:
+            whole, common = bench.parts[WHOLE], {"ranks": here.world_size, "idle_gflops": idle_gflops}
+            found: dict[str, Any] = dict(_summary(bench, seconds, benches[0].name(WHOLE)))
+            found["copies_s"] = statistics.median(copying_seconds(whole) for _ in range(COPY_RUNS))
+            found["copies_of_kernels"] = found["copies_s"] / (found["compute_s"] - found["neither_s"])
+            found |= {**bench.sent_bytes(), "peak_bytes": here.maximum(peak_bytes(whole))}
+            records.add(asdict(bench.case), common, found)
+    case, times = "layout mask direction exchange", "whole_s times_first compute_s transfer_s exposed_s"
+    shares = "exposed_of_transfer over_ideal neither_of_whole copies_of_kernels"
+    num_bytes = "planned_bytes posted_bytes device_bytes peak_bytes"
+    records.show(f"exchanges, {here.world_size} ranks", f"{case} {times} {shares} {num_bytes}")
+    if here.is_main:
+        plots.exchanges(records, here.out / "exchanges.png")

@@ -1,193 +1,143 @@
-"""What the kernels are meant to reach, as data, beside what was measured.
+"""The goals of the kernels, checked against the records of `kernels`.
 
-    python -m benchmarks.goals results/kernels/kernels.jsonl [more.jsonl ...]
+    python -m benchmarks goals results/kernels/kernels.jsonl [more.jsonl ...]
 
-Prints each goal, what was measured and whether it is met; exits with 1 if one is missed, or if nothing was measured
-for any. Where several records belong to one goal, the worst of them counts.
+Prints each goal, the measured value and whether it is met. Exits with 1 if a goal is missed, or if no goal was
+measured. If several records belong to a goal, the worst one counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.kernel_baselines import DENSE_MASK, PADDED
+from benchmarks.registry import benchmark
+from benchmarks.runner import Record, Session
 
-from benchmarks.kernel_rivals import DENSE_MASK, PADDED
-
-Record = Mapping[str, Any]
-
-# What makes two records contenders of one race.
-_RACE = ("file", "device", "case", "seq_len", "dtype", "heads", "kv_heads", "head_dim", "backward", "threads")
+# Records that agree in these fields took turns with each other.
+_SAME_RUN = ("file", "device", "case", "seq_len", "dtype", "heads", "kv_heads", "head_dim", "backward", "threads")
+MET, MISSED, UNKNOWN = "met", "MISSED", "not measured"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One thing to reach.
+    """A minimum for one contender.
 
     Args:
-        about: for people.
+        about: a description.
         contender: whose records count.
-        where: what these records hold; a tuple means one of these.
-        measured: what to take from a record and all records of its race; None if nothing can be said.
-        least: what must be reached.
+        where: the values that its records must have; a tuple allows each of its values.
+        beside: the baselines, of which the fastest of a run counts: names of contenders, or of torch's ways, such as
+            "padded" for "torch, padded". Without baselines, the value is the rate by area relative to the dense one.
+        minimum: of the speedup over the baseline, or of the relative rate.
     """
 
     about: str
     contender: str
     where: Mapping[str, Any]
-    measured: Callable[[Record, Sequence[Record]], float | None]
-    least: float
+    beside: tuple[str, ...]
+    minimum: float
 
     def applies(self, record: Record) -> bool:
-        """Whether a record counts."""
-        if record.get("contender") != self.contender or "left_out" in record:
-            return False
-        wanted = {name: value if isinstance(value, tuple) else (value,) for name, value in self.where.items()}
-        return all(record.get(name) in values for name, values in wanted.items())
+        allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in self.where.items()}
+        return record["contender"] == self.contender and all(record.get(name) in allowed[name] for name in allowed)
+
+    def value(self, record: Record, run: Sequence[Record]) -> float | None:
+        """Returns the value of a record among all records of its run; None if it is unknown."""
+        if not self.beside:
+            return record.get("of_dense")
+        baselines = [r for r in run if r["contender"] in self.beside or self._is_way_of_torch(r)]
+        if not baselines:
+            return None
+        best = min(baselines, key=lambda r: r["median_s"])
+        return float(statistics.median(a / b for a, b in zip(best["rounds_s"], record["rounds_s"], strict=True)))
+
+    def _is_way_of_torch(self, record: Record) -> bool:
+        return record.get("kind") == "torch" and record["contender"].partition(", ")[2] in self.beside
 
 
-def beside(*names: str) -> Callable[[Record, Sequence[Record]], float | None]:
-    """Measures how many times faster a record is than the fastest contender with one of these names in its race."""
-
-    def measured(record: Record, race: Sequence[Record]) -> float | None:
-        rivals = [r for r in race if r["contender"] in names]
-        return _times_faster(record, rivals)
-
-    return measured
-
-
-def beside_torch(ways: tuple[str, ...]) -> Callable[[Record, Sequence[Record]], float | None]:
-    """Measures the same beside those of torch's ways whose names end in one of `ways`."""
-
-    def measured(record: Record, race: Sequence[Record]) -> float | None:
-        rivals = [r for r in race if r.get("kind") == "torch" and r["contender"].endswith(ways)]
-        return _times_faster(record, rivals)
-
-    return measured
-
-
-def _times_faster(record: Record, rivals: Sequence[Record]) -> float | None:
-    if not rivals:
-        return None
-    best = min(rivals, key=lambda r: r["median_s"])
-    return float(statistics.median(a / b for a, b in zip(best["rounds_s"], record["rounds_s"], strict=True)))
-
-
-def of_dense(record: Record, race: Sequence[Record]) -> float | None:
-    """Measures the rate for each unit of area beside the dense causal one."""
-    value: float | None = record.get("of_dense")
-    return value
-
-
-MET, MISSED, UNKNOWN = "met", "MISSED", "not measured"
-_TORCH = beside("torch flash", "torch cudnn")
 _ON_GPU = {"case": "causal", "dtype": "bfloat16", "head_dim": 128, "seq_len": (16384, 65536)}
 _ON_CPU = {"case": "causal", "seq_len": 8192, "head_dim": (64, 128)}
-# In short sequences documents are short, too, and edges are a large part of any window.
-_EVEN = {"case": ("window", "packed"), "seq_len": (8192, 16384, 65536)}
+_PACKED = {"case": "packed", "seq_len": 65536}
+# In shorter sequences documents are short, too, and edges are a large part of any window.
+_SPARSE = {"case": ("window", "packed"), "seq_len": (8192, 16384, 65536)}
+_WRAPPED = {
+    "flash2": "flash-attn 2",
+    "flash3": "flash-attn 3",
+    "flash4": "flash-attn 4",
+    "cudnn": "torch cudnn",
+    "sdpa": "torch flash",
+}
+_NATIVE = (("float32", False, 1.0), ("float32", True, 1.0), ("bfloat16", False, 1.6), ("bfloat16", True, 1.3))
 
-GOALS = (
-    Goal("Triton, dense causal forward, beside torch's best", "triton", {**_ON_GPU, "backward": False}, _TORCH, 0.75),
-    Goal("Triton, dense causal backward, beside torch's best", "triton", {**_ON_GPU, "backward": True}, _TORCH, 0.7),
-    *(
-        Goal(f"the adapter {adapter}, beside the kernel it wraps", adapter, _ON_GPU, beside(wrapped), 0.95)
-        for adapter, wrapped in (
-            ("flash2", "flash-attn 2"),
-            ("flash3", "flash-attn 3"),
-            ("flash4", "flash-attn 4"),
-            ("cudnn", "torch cudnn"),
-            ("sdpa", "torch flash"),
-        )
-    ),
-    *(
-        Goal(
-            f"packed documents {name}, {backend}, beside torch padded or with a dense mask",
-            backend,
-            {"case": "packed", "seq_len": 65536, "backward": backward},
-            beside_torch((DENSE_MASK, PADDED)),
-            1.5,
-        )
-        for backend in ("triton",)
-        for name, backward in (("forward", False), ("backward", True))
-    ),
-    *(
-        Goal(f"windows and packed documents as fast by area as dense, {backend}", backend, _EVEN, of_dense, 0.85)
-        for backend in ("triton", "native")
-    ),
-    *(
-        Goal(
-            f"native {dtype} dense causal {name}, beside torch",
-            "native",
-            {**_ON_CPU, "dtype": dtype, "backward": backward},
-            beside("torch"),
-            least,
-        )
-        for dtype, name, backward, least in (
-            ("float32", "forward", False, 1.0),
-            ("float32", "backward", True, 1.0),
-            ("bfloat16", "forward", False, 1.6),
-            ("bfloat16", "backward", True, 1.3),
-        )
-    ),
-)
+
+def _goals() -> Iterable[Goal]:
+    for backward, minimum in ((False, 0.75), (True, 0.7)):
+        where, best = {**_ON_GPU, "backward": backward}, ("torch flash", "torch cudnn")
+        yield Goal(f"dense causal {_PASS[backward]} on GPUs", "triton", where, best, minimum)
+    for name, wrapped in _WRAPPED.items():
+        yield Goal("beside the kernel that it wraps", name, _ON_GPU, (wrapped,), 0.95)
+    for backward in (False, True):
+        where = {**_PACKED, "backward": backward}
+        yield Goal(f"packed documents {_PASS[backward]}", "triton", where, (DENSE_MASK, PADDED), 1.5)
+    for name in ("triton", "native"):
+        yield Goal("windows and packed documents, rate by area over the dense rate", name, _SPARSE, (), 0.85)
+    for dtype, backward, minimum in _NATIVE:
+        where = {**_ON_CPU, "dtype": dtype, "backward": backward}
+        yield Goal(f"{dtype} dense causal {_PASS[backward]} on CPUs", "native", where, ("torch",), minimum)
+
+
+_PASS = {False: "forward", True: "backward"}
+GOALS = tuple(_goals())
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal, the worst that was measured for it (None if nothing was), and of how many records."""
+    """A goal, the worst measured value (None if there is none), and the number of records."""
 
     goal: Goal
     value: float | None
     num_records: int
 
     @property
-    def told(self) -> str:
-        """For people."""
+    def word(self) -> str:
         if self.value is None:
             return UNKNOWN
-        return MET if self.value >= self.goal.least else MISSED
+        return MET if self.value >= self.goal.minimum else MISSED
 
 
 def judge(goals: Sequence[Goal], records: Iterable[Record]) -> list[Verdict]:
-    """Returns a verdict for each goal; of several records the worst counts."""
-    races: dict[tuple[Any, ...], list[Record]] = {}
+    """Returns a verdict for each goal."""
+    runs: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         if "contender" in record and "left_out" not in record:
-            races.setdefault(tuple(record.get(name) for name in _RACE), []).append(record)
+            runs.setdefault(tuple(record.get(name) for name in _SAME_RUN), []).append(record)
     verdicts = []
     for goal in goals:
-        values = [goal.measured(record, race) for race in races.values() for record in race if goal.applies(record)]
+        values = [goal.value(record, run) for run in runs.values() for record in run if goal.applies(record)]
         known = [value for value in values if value is not None]
         verdicts.append(Verdict(goal, min(known, default=None), len(known)))
     return verdicts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the verdicts and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON lines of benchmarks.kernels")
-    args = parser.parse_args(argv)
-    records = [
-        {**json.loads(line), "file": str(path)} for path in args.results for line in path.read_text().splitlines()
-    ]
-    verdicts = judge(GOALS, records)
-    table = Table("goal", "at least", "measured (worst)", "records", "", title="goals of the kernels")
+@benchmark("goals", help="the goals of the kernels, beside the records of the benchmark `kernels`")
+def goals(here: Session, results: Sequence[Path]) -> None:
+    """Prints a verdict for each goal."""
+    records = [{**json.loads(line), "file": str(path)} for path in results for line in path.read_text().splitlines()]
+    verdicts, table = judge(GOALS, records), here.records("goals")
     for verdict in verdicts:
-        value = "" if verdict.value is None else f"{verdict.value:.2f}"
-        table.add_row(verdict.goal.about, f"{verdict.goal.least:.2f}", value, str(verdict.num_records), verdict.told)
-    Console(width=130).print(table)
-    told = Counter(verdict.told for verdict in verdicts)
-    print(", ".join(f"{told[word]} {word}" for word in (MET, MISSED, UNKNOWN)))
-    return 0 if told[MET] and not told[MISSED] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        goal, found = verdict.goal, {"worst": verdict.value, "records": verdict.num_records, "verdict": verdict.word}
+        table.add(
+            {"kernel": goal.contender, "goal": goal.about, "beside": list(goal.beside), "minimum": goal.minimum}, found
+        )
+    table.show("goals of the kernels", "kernel goal beside minimum worst records verdict")
+    counts = Counter(verdict.word for verdict in verdicts)
+    print(", ".join(f"{counts[word]} {word}" for word in (MET, MISSED, UNKNOWN)))
+    if counts[MISSED] or not counts[MET]:
+        raise SystemExit(1)

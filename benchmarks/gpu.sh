@@ -3,13 +3,13 @@
 # kernels beside torch and flash-attn, the paged kernel beside the memory, a simulated ring, and the goals. A stage that
 # fails does not stop the others.
 #
-#   benchmarks/gpu.sh OUT        PYTHON=... chooses the interpreter
+#   benchmarks/gpu.sh OUT        PYTHON=... is the interpreter, python3 by default
 #
 # Writes JSON lines, pictures and each stage's log to OUT; exits with 1 if a stage failed or a goal was missed.
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu.sh OUT}
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 2
@@ -54,13 +54,13 @@ stage versions 15 "$python" -c "$versions"
 stage info 30 "$python" -c 'from ringattn.cli import main; main(["info"])'
 stage contract 130 "$python" -m pytest tests/kernels -q -p no:cacheprovider -k cuda --ignore tests/kernels/test_paged.py
 stage paged_contract 55 "$python" -m pytest tests/kernels/test_paged.py -q -p no:cacheprovider -k cuda
-stage paged 40 "$python" -m benchmarks.paged --out "$out/paged"
-stage dense 90 "$python" -m benchmarks.kernels --device cuda --cases causal --lengths 16384 65536 --dtypes bfloat16 \
+stage paged 40 "$python" -m benchmarks paged --out "$out/paged"
+stage dense 90 "$python" -m benchmarks kernels --device cuda --cases causal --lengths 16384 65536 --dtypes bfloat16 \
     --head-dims 128 --kv-heads 16 --rounds 7 --out "$out/dense"
-stage packed 60 "$python" -m benchmarks.kernels --device cuda --cases causal window packed --lengths 65536 \
+stage packed 60 "$python" -m benchmarks kernels --device cuda --cases causal window packed --lengths 65536 \
     --dtypes bfloat16 --head-dims 128 --kv-heads 16 --rounds 3 --warmup 1 --out "$out/packed"
-stage simulated_ring 50 "$python" -m benchmarks.simulated_ring --device cuda --rounds 3 --out "$out/simulated_ring"
-stage others 50 "$python" -m benchmarks.kernels --device cuda --kv-heads 4 --rounds 3 --warmup 1 \
+stage simulated_ring 50 "$python" -m benchmarks simulated-ring --device cuda --rounds 3 --out "$out/simulated_ring"
+stage others 50 "$python" -m benchmarks kernels --device cuda --kv-heads 4 --rounds 3 --warmup 1 \
     --out "$out/others"
 if command -v compute-sanitizer >/dev/null; then
     sanitize memcheck 30
@@ -73,7 +73,7 @@ fi
 shopt -s nullglob
 results=("$out"/{dense,packed,others}/kernels.jsonl)
 if ((${#results[@]})); then
-    stage goals 20 "$python" -m benchmarks.goals "${results[@]}"
+    stage goals 20 "$python" -m benchmarks goals --out "$out/goals" "${results[@]}"
 else
     skip goals "nothing was measured"
 fi

@@ -1,90 +1,145 @@
-"""Peak memory of ring attention per rank, beside what it should be, for a fixed shard on any number of ranks.
+"""Peak memory: of ring attention per rank, and of chunked losses and tiled MLPs around attention.
 
-torchrun --nproc-per-node=4 -m benchmarks.memory --rows 4096 --out results/memory
+`memory` keeps a rank's shard fixed, so that its result should not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ringattn
-from benchmarks.measure import Lines, peak_bytes
-from benchmarks.session import session
+from benchmarks.inputs import Shape, with_gradients
+from benchmarks.profiling import peak_bytes
+from benchmarks.registry import benchmark
+from benchmarks.runner import Contender, DeviceClock, Session, time_in_turns
+from ringattn.memory import chunked_cross_entropy, tiled
 
 
 @dataclass(frozen=True)
-class Case:
-    """One causal problem; `rows` are those of each rank."""
+class Case(Shape):
+    """One causal problem; `rows` counts the tokens of each rank."""
 
     rows: int
-    dtype: str
     backward: bool
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
 
-    def due(self, world_size: int) -> int:
+    def expected_bytes(self, world_size: int) -> int:
         """Returns the bytes that a call should take beyond its inputs.
 
-        out and its fp32 state, lse, two kv blocks; in backward also the fp32 gradients of q, k and v, and one block
-        of fp32 dk and dv in flight. One rank alone has no blocks in flight.
+        These are out and its fp32 state, lse, and two kv blocks; in the backward also the fp32 gradients of q, k and v,
+        and one block of fp32 dk and dv in flight. One rank has no blocks in flight.
         """
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+        size = self.torch_dtype.itemsize
         q, kv = (self.rows * heads * self.head_dim for heads in (self.heads, 2 * self.kv_heads))
         blocks = 2 if world_size > 1 else 0
         forward = q * (size + 4) + self.rows * self.heads * 4 + blocks * kv * size
         return forward + (4 * (q + kv) + blocks // 2 * kv * 4 if self.backward else 0)
 
 
-def measure(case: Case, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> int:
+def measure(case: Case, group: dist.ProcessGroup | None = None, device: str = "cpu") -> int:
     """Returns the peak bytes of one call on this rank, beyond its inputs."""
-    world = dist.get_world_size(group)
-    layout = ringattn.zigzag(case.rows * world, world)
-    dtype = getattr(torch, case.dtype)
-    shapes = [(1, case.rows, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
-    q, k, v, dout = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
-    for x in (q, k, v):
-        x.requires_grad_(case.backward)
-
-    def once() -> object:
-        out = ringattn.ring_attention(q, k, v, group, mask=ringattn.causal(), layout=layout)
-        return torch.autograd.grad(out, [q, k, v], dout) if case.backward else out
-
+    world_size = dist.get_world_size(group)
+    layout = ringattn.zigzag(case.rows * world_size, world_size)
+    ring = partial(ringattn.ring_attention, group=group, mask=ringattn.causal(), layout=layout)
+    once = with_gradients(ring, case.random(case.rows, torch.device(device)), case.backward)
     once()
     return peak_bytes(once)
 
 
-def main() -> None:
-    """Measures by flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096, help="tokens on each rank")
-    parser.add_argument("--out", type=Path, default=Path("results/memory"))
-    args = parser.parse_args()
-    with session() as here:
-        lines = Lines(args.out / f"memory_{here.world_size}.jsonl") if here.rank == 0 else None
-        table = Table("ranks", "dtype", "kv heads", "pass", "peak MiB", "due MiB", "peak / due")
-        for dtype in ("float32", "bfloat16"):
-            for kv_heads in (8, 2):
-                for backward in (False, True):
-                    case = Case(args.rows, dtype, backward, kv_heads=kv_heads)
-                    peak = torch.tensor([measure(case, device=here.device)], device=here.device)
-                    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-                    due = case.due(here.world_size)
-                    row = (f"{int(peak) / 2**20:.1f}", f"{due / 2**20:.1f}", f"{int(peak) / due:.3f}")
-                    name = "fwd+bwd" if backward else "fwd"
-                    table.add_row(str(here.world_size), dtype, str(kv_heads), name, *row)
-                    if lines is not None:
-                        lines.add({**asdict(case), "ranks": here.world_size, "peak_bytes": int(peak), "due_bytes": due})
-        if lines is not None:
-            Console(width=100).print(table)
+@benchmark("memory", help="peak memory of ring attention per rank beside the expected bytes", ranks=2)
+def memory(here: Session, rows: int = 4096) -> None:
+    """Measures each dtype, number of kv heads, and pass; reports the largest of all ranks."""
+    records = here.records("memory")
+    for dtype, kv_heads, backward in product(("float32", "bfloat16"), (8, 2), (False, True)):
+        case = Case(8, kv_heads, 64, dtype, rows, backward)
+        peak, expected = here.maximum(measure(case, None, str(here.device))), case.expected_bytes(here.world_size)
+        found = {"peak_bytes": peak, "expected_bytes": expected, "peak_of_expected": peak / expected}
+        records.add(vars(case), {"ranks": here.world_size}, found)
+    records.show("peak memory", "ranks dtype kv_heads backward peak_bytes expected_bytes peak_of_expected")
 
 
-if __name__ == "__main__":
-    main()
+@dataclass(frozen=True)
+class ModuleCase:
+    """One module of a model; `parts` counts the rows of a chunk or the tiles, None for the whole module at once."""
+
+    module: str
+    rows: int
+    dim: int
+    inner: int  # vocabulary of the loss, inner width of the MLP
+    dtype: str
+    parts: int | None
+
+
+class GatedMLP(nn.Module):
+    """A gated MLP, as in Llama."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in [(dim, inner)] * 2 + [(inner, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+def _module_work(case: ModuleCase, device: torch.device) -> Callable[[], object]:
+    """Returns a forward and backward of a module."""
+    dtype, parts = getattr(torch, case.dtype), case.parts
+    x = torch.randn(case.rows, case.dim, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(case.inner, case.dim, device=device).to(dtype).requires_grad_()
+    labels, dout = torch.randint(case.inner, (case.rows,), device=device), torch.randn_like(x)
+    module = GatedMLP(case.dim, case.inner).to(device, dtype)
+
+    def mlp() -> object:
+        out = module(x) if parts is None else tiled(module, x, num_tiles=parts)
+        return torch.autograd.grad(out, [x, *module.parameters()], dout)
+
+    def loss() -> object:
+        if parts is None:
+            value = F.cross_entropy(F.linear(x, weight).float(), labels)
+        else:
+            value = chunked_cross_entropy(x, weight, labels, chunk=parts)
+        return torch.autograd.grad(value, [x, weight])
+
+    return mlp if case.module == "mlp" else loss
+
+
+def measure_modules(cases: Sequence[ModuleCase], rounds: int, device: torch.device) -> list[tuple[int, float]]:
+    """Returns the peak bytes of each case, and its time over that of the first case."""
+    works = [_module_work(case, device) for case in cases]
+    for work in works:
+        work()
+    peaks = [peak_bytes(work) for work in works]
+    contenders = [Contender(str(i), work, torch.get_num_threads()) for i, work in enumerate(works)]
+    seconds = time_in_turns(contenders, rounds, 1, DeviceClock(device))
+    return [(peak, 1 / seconds.ratio("0", str(i))) for i, peak in enumerate(peaks)]
+
+
+@benchmark("memory-around", help="peak memory of the chunked loss and the tiled MLP, beside the whole modules")
+def memory_around(
+    here: Session,
+    rows: int = 4096,
+    dim: int = 128,
+    vocabulary: int = 8192,
+    inner: int = 512,
+    chunks: Sequence[int] = (1024, 128),
+    tiles: Sequence[int] = (4, 16),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    rounds: int = 3,
+) -> None:
+    """Measures both modules, forward and backward; parts are rows of a chunk, or tiles."""
+    records = here.records("memory_around")
+    for (module, width, parts), dtype in product((("loss", vocabulary, chunks), ("mlp", inner, tiles)), dtypes):
+        cases = [ModuleCase(module, rows, dim, width, dtype, part) for part in (None, *parts)]
+        found = measure_modules(cases, rounds, here.device)
+        for case, (peak, slower) in zip(cases, found, strict=True):
+            measured = {"peak_bytes": peak, "peak_of_whole": peak / found[0][0], "time_of_whole": slower}
+            records.add(vars(case), {"device": here.device.type}, measured)
+    records.show("peak of a forward and backward", "module dtype parts peak_bytes peak_of_whole time_of_whole")

@@ -1,19 +1,19 @@
-"""Bytes that a rank sends in a training step, by axis: counted where torch hands them to a process group.
+"""Bytes that a rank sends in a training step, by mesh axis, counted where torch passes them to a process group.
 
-Counted is what leaves a rank if collectives go round a ring, as they do for large tensors, n ranks being in the group:
+A collective counts as the bytes that leave a rank in a ring of n ranks, as for large tensors:
 
     message           its bytes
-    all-gather        (n - 1) x what this rank gives
-    reduce-scatter    (n - 1) / n x what this rank gives
+    all-gather        (n - 1) x this rank's input
+    reduce-scatter    (n - 1) / n x this rank's input
     all-reduce        2 (n - 1) / n x the tensor
-    all-to-all        what goes to others
+    all-to-all        the parts for other ranks
     broadcast         (n - 1) / n x the tensor
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -23,107 +23,110 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.internals import Start, replaced_start
+from ringattn.comm.messages import Operation, PendingMessage
 from ringattn.parallel import axis_mesh, expert_fsdp_mesh, expert_mesh, fsdp_mesh, loss_mesh
 from ringattn.parallel.mesh import AXES
 
-MESSAGE, GATHER, SCATTER, REDUCE, TRADE, BROADCAST = (
-    "message",
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "broadcast",
-)
-OPERATIONS: Mapping[str, str] = {
-    "send": MESSAGE,
-    "_allgather_base_": GATHER,
-    "allgather_": GATHER,
-    "all_gather_into_tensor": GATHER,
-    "all_gather_into_tensor_out": GATHER,
-    "_reduce_scatter_base_": SCATTER,
-    "reduce_scatter_tensor": SCATTER,
-    "allreduce_": REDUCE,
-    "all_reduce": REDUCE,
-    "all_reduce_": REDUCE,
-    "alltoall_base_": TRADE,
-    "all_to_all_single": TRADE,
-    "broadcast_": BROADCAST,
-    "broadcast": BROADCAST,
+OPERATORS: Mapping[str, tuple[str, ...]] = {
+    "message": ("send",),
+    "all-gather": ("_allgather_base_", "allgather_", "all_gather_into_tensor", "all_gather_into_tensor_out"),
+    "reduce-scatter": ("_reduce_scatter_base_", "reduce_scatter_tensor"),
+    "all-reduce": ("allreduce_", "all_reduce", "all_reduce_"),
+    "all-to-all": ("alltoall_base_", "all_to_all_single"),
+    "broadcast": ("broadcast_", "broadcast"),
 }
 SILENT = ("recv_", "barrier", "wait_tensor", "_wrap_tensor_autograd")
-# A group may serve several axes: that of "ring" is that of "fsdp", too, where there is no other axis to share weights
-# out on. What is done there tells them apart: attention and stages send messages, and only experts trade.
-SERVES: Mapping[str, tuple[str, ...]] = {MESSAGE: ("pp", "ring", "ulysses"), TRADE: ("ep",)}
-OTHERS = ("tp", "fsdp", "efsdp", "dp_replicate", "loss", "pp")
+# Several axes may share a group: that of "ring" also serves "fsdp" if no other axis shards the weights. The operation
+# tells them apart: attention and stages send messages, and only experts use all-to-all.
+AXES_OF: Mapping[str, tuple[str, ...]] = {"message": ("pp", "ring", "ulysses"), "all-to-all": ("ep",)}
+OTHER_AXES = ("tp", "fsdp", "efsdp", "dp_replicate", "loss", "pp")
 
 
-def send_factor(operation: str, size: int) -> float:
-    """Returns how many bytes leave a rank for each byte that it gives; what stays at home in an all-to-all apart."""
+def _sent(operation: str, tensors: list[Tensor], given: Mapping[str, Any], group: dist.ProcessGroup) -> int:
+    """Returns the bytes that leave this rank."""
+    size, num_bytes = group.size(), sum(x.nbytes for x in tensors)
+    if operation == "all-to-all":
+        rows, splits = tensors[0], given["input_split_sizes"]
+        kept = splits[group.rank()] if splits else rows.shape[0] // size
+        return num_bytes - (int(kept * rows[0].nbytes) if rows.shape[0] else 0)
     others = (size - 1) / size
-    return {GATHER: size - 1.0, SCATTER: others, REDUCE: 2 * others, BROADCAST: others}.get(operation, 1.0)
+    factors = {"all-gather": size - 1.0, "reduce-scatter": others, "all-reduce": 2 * others, "broadcast": others}
+    return round(num_bytes * factors.get(operation, 1.0))
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, what this rank sends is added up in `sent`: bytes by axis and operation."""
+    """Adds up the bytes that this rank sends within it, in `sent`: by axis and operation.
+
+    Args:
+        mesh: from `build_mesh`.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        """Makes it for the groups of a mesh from `build_mesh`."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._paused = False
         self.sent: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        # By the ranks of a group, because torch may reuse a group of an earlier mesh.
         self._axes: dict[tuple[int, ...], list[str]] = defaultdict(list)
         meshes = {axis.name: axis_mesh(mesh, axis.name) for axis in AXES}
         meshes |= {"fsdp": fsdp_mesh(mesh), "loss": loss_mesh(mesh)}
         meshes |= {"ep": expert_mesh(mesh), "efsdp": expert_fsdp_mesh(mesh)}
-        for name, along in meshes.items():
-            if along is not None:
-                self._axes[_ranks_of(along.get_group())].append(name)
+        for name, submesh in meshes.items():
+            if submesh is not None:
+                self._axes[tuple(dist.get_process_group_ranks(submesh.get_group()))].append(name)
+
+    def __enter__(self) -> Traffic:
+        self._messages = replaced_start(self._counting)
+        self._messages.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._messages.__exit__(*error)
+
+    def _counting(self, original: Start) -> Start:
+        """Counts the messages of attention, which may bypass the dispatcher."""
+
+        def start(group: dist.ProcessGroup, operations: Sequence[Operation]) -> list[PendingMessage]:
+            for is_send, message in operations:
+                if is_send:
+                    self._add("message", [message.tensor], {}, group)
+            self._paused = True
+            try:
+                return original(group, operations)
+            finally:
+                self._paused = False
+
+        return start
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Counts an operation, and does it."""
+        """Counts an operator, and runs it."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor first: what it comes down to is counted
+            return NotImplemented  # DTensor comes first; the operators that it calls are counted
         namespace, name = func.name().split("::")
         name = name.split(".")[0]
-        if namespace in ("c10d", "_c10d_functional") and name not in SILENT:
+        if namespace in ("c10d", "_c10d_functional") and name not in SILENT and not self._paused:
             self._count(name, {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)})
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, given: Mapping[str, Any]) -> None:
-        if name not in OPERATIONS:
-            raise NotImplementedError(f"{name}: not known how many bytes it sends")
-        operation, group = OPERATIONS[name], _group_of(given)
-        axes = self._axes.get(_ranks_of(group), ["other"])
-        axis = next((axis for axis in SERVES.get(operation, OTHERS) if axis in axes), axes[0])
-        tensors = _inputs(given)
-        num_bytes = sum(x.nbytes for x in tensors)
-        if operation == TRADE:
-            num_bytes -= _kept(tensors[0], given, group)
-        self.sent[axis][operation] += round(num_bytes * send_factor(operation, group.size()))
+        operation = next((operation for operation, names in OPERATORS.items() if name in names), None)
+        if operation is None:
+            raise NotImplementedError(f"{name}: its bytes are unknown")
+        if "process_group" in given:
+            group = dist.ProcessGroup.unbox(given["process_group"])
+        else:
+            named: Any = given["group_name"]
+            group = named if isinstance(named, dist.ProcessGroup) else _resolve_process_group(named)
+        names = ("input_tensors", "input_tensor", "input", "tensors")
+        inputs: Tensor | list[Tensor] = next(given[name] for name in names if name in given)
+        tensors = [inputs] if isinstance(inputs, Tensor) else inputs
+        self._add(operation, tensors, given, group)
 
-
-def _ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
-    """What a group is known by: torch may take one of the same ranks, made for an earlier mesh."""
-    return tuple(dist.get_process_group_ranks(group))
-
-
-def _group_of(given: Mapping[str, Any]) -> dist.ProcessGroup:
-    if "process_group" in given:
-        return dist.ProcessGroup.unbox(given["process_group"])
-    named: Any = given["group_name"]
-    return named if isinstance(named, dist.ProcessGroup) else _resolve_process_group(named)
-
-
-def _inputs(given: Mapping[str, Any]) -> list[Tensor]:
-    """What this rank gives."""
-    names = ("input_tensors", "input_tensor", "input", "tensors")
-    found: Tensor | list[Tensor] = next(given[name] for name in names if name in given)
-    return [found] if isinstance(found, Tensor) else found
-
-
-def _kept(rows: Tensor, given: Mapping[str, Any], group: dist.ProcessGroup) -> int:
-    """Bytes of an all-to-all that a rank gives to itself."""
-    splits = given["input_split_sizes"]
-    part = splits[group.rank()] if splits else rows.shape[0] // group.size()
-    return int(part * rows[0].nbytes) if rows.shape[0] else 0
+    def _add(self, operation: str, tensors: list[Tensor], given: Mapping[str, Any], group: dist.ProcessGroup) -> None:
+        axes = self._axes.get(tuple(dist.get_process_group_ranks(group)), ["other"])
+        axis = next((axis for axis in AXES_OF.get(operation, OTHER_AXES) if axis in axes), axes[0])
+        self.sent[axis][operation] += _sent(operation, tensors, given, group)

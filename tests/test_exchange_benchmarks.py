@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import exchanges, network
+from benchmarks.exchanges import counted_messages
 from benchmarks.namespaces import PREFIX, Link, Network
-from benchmarks.wire import watched
+from benchmarks.registry import find, main, parse
 from ringattn.comm.topology import rank_mesh
 from tests.harness.launch import launch
 from tests.harness.ranks import RankPool
@@ -43,7 +44,7 @@ def check_records(records: list[dict[str, Any]], ranks: int, names: set[str]) ->
 
 def test_exchanges(tmp_path: Path) -> None:
     names = ["ring", "gather-2", "ulysses", "hybrid"]
-    told = launch("benchmarks.exchanges", "--exchanges", *names, *TINY, "--warmup", "0", "--out", str(tmp_path))
+    told = launch("benchmarks", "exchanges", "--exchanges", *names, *TINY, "--warmup", "0", "--out", str(tmp_path))
     assert "hybrid is left out: 2 ranks make no mesh" in told
     check_records(lines(tmp_path / "exchanges.jsonl"), 2, {"ring", "gather-2", "ulysses"})
     assert (tmp_path / "exchanges.png").read_bytes().startswith(PNG)
@@ -51,12 +52,12 @@ def test_exchanges(tmp_path: Path) -> None:
 
 def seconds_of_parts(group: dist.ProcessGroup) -> dict[str, float]:
     """How long the parts of a ring take whose kernels pretend to need a fifth of a second."""
-    case = exchanges.Case("contiguous", "full", "fwd", "ring", 64, 1, 1, 8, "float32")
+    case = exchanges.Case(1, 1, 8, "float32", "contiguous", "full", "fwd", "ring", 64)
     flop = 4 * 8 * (64 // group.size()) * 64
     bench = exchanges.Bench(case, rank_mesh(group), torch.device("cpu"), gflops=flop / 0.2 / 1e9)
     seconds = {}
     for part, once in bench.parts.items():
-        with watched() as sent:
+        with counted_messages() as sent:
             start = time.perf_counter()
             once()
             seconds[part] = time.perf_counter() - start
@@ -71,11 +72,11 @@ def test_parts_leave_out_what_they_say(pool: RankPool) -> None:
 
 
 def test_names_of_exchanges() -> None:
-    assert exchanges.way_of("gather-12") == exchanges.Way("gather_attention", 12)
-    assert exchanges.way_of("double-ring").axes == ("outer", "inner")
+    assert exchanges.exchange_spec("gather-12") == exchanges.ExchangeSpec("gather", 12)
+    assert exchanges.exchange_spec("double-ring").axes == ("outer", "inner")
     for name in ("gather-0", "ring-2", "double-ring-2", "star", ""):
         with pytest.raises(ValueError, match="must be one of ring, double-ring"):
-            exchanges.way_of(name)
+            exchanges.exchange_spec(name)
 
 
 def shaped(net: Network) -> dict[str, str]:
@@ -134,9 +135,10 @@ def test_ranks_are_told_what_torchrun_would_tell_them() -> None:
 
 
 def test_flags_of_the_network(capsys: pytest.CaptureFixture[str]) -> None:
-    args = network.parse(["--hosts", "4", "--rate-mbit", "800", "--", "-m", "x", "--", "y"])
-    assert (args.hosts, args.ranks_per_host, args.outer_mbit, args.inner_mbit) == (4, 1, 800.0, None)
-    assert args.program == ["-m", "x", "--", "y"]
+    flags = ["--hosts", "4", "--rate-mbit", "800", "--", "-m", "x", "--", "y"]
+    _, given = parse(find("network"), flags)
+    assert (given["hosts"], given["ranks_per_host"], given["rate_mbit"], given["inner_mbit"]) == (4, 1, 800.0, None)
+    assert given["program"] == ["-m", "x", "--", "y"]
     for flags, told in (
         (["--hosts", "2"], "say what to run"),
         (["--inner-mbit", "5", "--", "x"], "for several ranks on a host"),
@@ -144,19 +146,19 @@ def test_flags_of_the_network(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rate-mbit", "-1", "--", "x"], "must be more than 0"),
         (["--delay-ms", "-1", "--", "x"], "must be 0 or more"),
     ):
-        with pytest.raises(SystemExit):
-            network.parse(flags)
-        assert told in capsys.readouterr().err
+        with pytest.raises(SystemExit) as ended:
+            main(["network", *flags])
+        assert told in capsys.readouterr().err + str(ended.value)
 
 
 def test_only_namespaces_of_the_dead_are_abandoned() -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    assert network.abandoned(f"{PREFIX}{done.pid}-ab-rank0")
-    assert not network.abandoned(f"{PREFIX}{os.getpid()}-ab-rank0")
-    assert not network.abandoned("other-1-rank0")
-    assert network.failed([None, 0, 3, 4]) == 3
-    assert network.failed([0, 0]) == network.failed([None]) == 0
+    assert network.is_abandoned(f"{PREFIX}{done.pid}-ab-rank0")
+    assert not network.is_abandoned(f"{PREFIX}{os.getpid()}-ab-rank0")
+    assert not network.is_abandoned("other-1-rank0")
+    assert network.first_failure([None, 0, 3, 4]) == 3
+    assert network.first_failure([0, 0]) == network.first_failure([None]) == 0
 
 
 def test_a_signal_between_two_starts_leaves_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def own_namespaces(pid: int) -> list[str]:
 
 
 def start(*flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.network", *flags]
+    command = [sys.executable, "-m", "benchmarks", "network", *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -203,7 +205,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
 def test_devices_of_a_network_count_what_the_plan_says(tmp_path: Path) -> None:
     flags = ["--exchanges", "ring", "ulysses", *TINY, "--seq-len", "1024", "--warmup", "0", "--out", str(tmp_path)]
     harness = start(
-        "--hosts", "2", "--rate-mbit", "500", "--timeout-s", "60", "--", "-m", "benchmarks.exchanges", *flags
+        "--hosts", "2", "--rate-mbit", "500", "--timeout-s", "60", "--", "-m", "benchmarks", "exchanges", *flags
     )
     _, errors = harness.communicate(timeout=100)
     assert harness.returncode == 0, errors[-4000:]

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import ringattn
-from benchmarks import goals, kernel_rivals, kernels, paged, simulated_ring
+from benchmarks import goals, kernel_baselines, kernels, paged, simulated_ring
 from benchmarks.goals import Goal, judge
+from benchmarks.kernel_baselines import FLASH_ATTN, dense_mask, square
 from benchmarks.kernel_cases import (
     CASES,
     LONGEST,
@@ -32,12 +33,11 @@ from benchmarks.kernel_cases import (
     document_lengths,
     flops,
 )
-from benchmarks.kernel_rivals import FLASH_ATTN, dense_mask, square
-from benchmarks.measure import Contender, OneDevice, race
+from benchmarks.registry import main
+from benchmarks.runner import DeviceClock
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels import BACKENDS, Keys, Queries, State
+from ringattn.kernels import BACKENDS
 from ringattn.kernels.reference import ReferenceKernel
-from ringattn.score import Score
 from tests.geometry.brute import tile_counts
 from tests.test_benchmarks import PNG, ROOT, lines
 
@@ -48,7 +48,7 @@ LENGTHS = (1, 2, 8, 37, 96, 300)
 @pytest.fixture
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs nothing twice for the sake of good figures."""
-    monkeypatch.setattr(OneDevice, "LEAST_S", 0.0)
+    monkeypatch.setattr(DeviceClock, "MIN_S", 0.0)
 
 
 def _positions(rank: int, seq_len: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -77,7 +77,7 @@ def _allowed(case: str, n: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _problem(case: str, seq_len: int, *, backward: bool = False) -> Problem:
-    return Problem(case, seq_len, "float32", 4, 2, 16, backward, 1)
+    return Problem(4, 2, 16, "float32", case, seq_len, backward, 1)
 
 
 @pytest.mark.parametrize("seq_len", LENGTHS)
@@ -120,41 +120,13 @@ def test_square() -> None:
         assert square(_problem(case, 300).pattern.tiles) is expected.get(case)
 
 
-def test_contenders_take_turns_and_warm_up() -> None:
-    log: list[str] = []
-
-    def contender(name: str) -> Contender:
-        return Contender(name, lambda: log.append(name), 1)
-
-    def clock(work: Callable[[], object] | None) -> float:
-        assert work is not None
-        work()
-        return float(len(log))
-
-    seconds = race([contender("a"), contender("b")], 2, 1, lambda: None, clock)
-    assert log == ["b", "a", "a", "b", "b", "a"]
-    assert seconds == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
-
-
-def test_short_work_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    clock = OneDevice(CPU)
-    assert 0 < clock(lambda: calls.append(1)) < 0.01
-    assert len(calls) == OneDevice.MOST_RUNS
-    monkeypatch.setattr(OneDevice, "LEAST_S", 0.0)
-    clock(lambda: calls.append(1))
-    assert len(calls) == OneDevice.MOST_RUNS + 1
-    with pytest.raises(ValueError, match="work=None"):
-        clock(None)
-
-
 TINY = ["--device", "cpu", "--lengths", "96", "--heads", "2", "--kv-heads", "1", "--head-dims", "16", "--warmup", "0"]
 TINY += ["--rounds", "2", "--threads", "1", "--dtypes", "float32"]
 
 
 @pytest.mark.usefixtures("_hasty")
 def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kernels.main([*TINY, "--out", str(tmp_path), "--backends", *BACKENDS])
+    main(["kernels", *TINY, "--out", str(tmp_path), "--backends", *BACKENDS])
     told = capsys.readouterr().out
     records = lines(tmp_path / "kernels.jsonl")
     measured = [r for r in records if "left_out" not in r]
@@ -184,14 +156,14 @@ def _check_record(record: dict[str, Any], case: str, best: str) -> None:
     assert record["baseline"] == best
     if record["contender"] == "matmul":
         assert record["of_matmul"] == 1.0
-        assert record["ratio"] is None
+        assert record["times_torch"] is None
         assert record["of_dense"] is None
         return
     area = int(_allowed(case, 96).sum())
     assert record["area"] == area
     assert record["flops"] == 4 * area * 2 * 16 * (2.5 if record["backward"] else 1)
     assert record["of_matmul"] > 0
-    assert record["ratio"] == 1.0 or record["contender"] != best
+    assert record["times_torch"] == 1.0 or record["contender"] != best
     if case == "causal":
         assert record["of_dense"] == 1.0
     elif record["kind"] == "backend":
@@ -202,13 +174,14 @@ def test_who_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch
     class Forgetful(ReferenceKernel):
         name = "forgetful"
 
-        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
-            super().forward(queries, keys, Tiles(tiles.table[1:]), score, state)
+        def forward(self, *args: Any, **kwargs: Any) -> None:
+            args = tuple(Tiles(x.table[1:]) if isinstance(x, Tiles) else x for x in args)
+            super().forward(*args, **kwargs)
 
     class Broken(ReferenceKernel):
         name = "broken"
 
-        def forward(self, queries: Queries, keys: Keys, tiles: Tiles, score: Score, state: State) -> None:
+        def forward(self, *args: Any, **kwargs: Any) -> None:
             raise KeyError("no such\nthing")
 
     for kernel in (Forgetful(), Broken()):
@@ -269,7 +242,7 @@ class _FlashAttn:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_rivals_that_need_a_gpu_are_called_right(case: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_that_need_a_gpu_are_called_right(case: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their place something plain with their signatures, on the CPU: it must agree with torch in every case."""
     varlen = importlib.import_module("torch.nn.attention.varlen")
     signature = inspect.signature(varlen.varlen_attn)
@@ -284,27 +257,25 @@ def test_rivals_that_need_a_gpu_are_called_right(case: str, backward: bool, monk
     for name in FLASH_ATTN.values():
         monkeypatch.setitem(sys.modules, name, _FlashAttn)
     problem = _problem(case, 96, backward=backward)
-    every = [*kernel_rivals.ways(problem, CPU), *kernel_rivals.ways_of_gpus(problem, CPU)]
-    names = {way.name for way in every}
+    every = [*kernel_baselines.baselines(problem, CPU), *kernel_baselines.cuda_baselines(problem, CPU)]
+    names = {baseline.name for baseline in every}
     assert names >= set(FLASH_ATTN)
     assert ("torch varlen" in names) == case.startswith(("window", "packed"))
-    tensors = problem.tensors(CPU)
-    results = [[way.unpack(x.detach()) for x in kernels.rival_work(way, problem, tensors)()] for way in every]
+    tensors = problem.random(problem.seq_len, CPU)
+    results = [[one.unpack(x.detach()) for x in kernels.baseline_work(one, problem, tensors)()] for one in every]
     assert not any(x.requires_grad for x in tensors)
-    for way, found in zip(every, results, strict=True):
+    for baseline, found in zip(every, results, strict=True):
         for actual, expected in zip(found, results[0], strict=True):
-            assert (actual - expected).abs().max() < 1e-5, way.name
+            assert (actual - expected).abs().max() < 1e-5, baseline.name
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_simulated_ring_computes_what_the_dense_call_does(backward: bool) -> None:
-    case = simulated_ring.Case(4, 24, "float64", 4, 2, 8, backward, "reference", 1)
-    tensors = case.tensors(CPU)
-    steps = [case.steps(rank) for rank in range(case.ranks)]
+    case = simulated_ring.Case(4, 2, 8, "float64", 4, 24, backward, "reference", 1)
+    tensors, steps = case.random(24, CPU, batch=4), case.steps()
     ring, dense = simulated_ring.Attention(case, tensors, steps), simulated_ring.whole(case, tensors)
     layout = ringattn.zigzag(96, 4)
-    some = ring.backward() if backward else ring.forward()
-    whole = dense.backward() if backward else dense.forward()
+    some, whole = ring.run(), dense.run()
     for index, expected in enumerate(whole):
         for rank in range(4):
             shard = some[index * 4 + rank]
@@ -320,7 +291,7 @@ def test_simulated_ring_computes_what_the_dense_call_does(backward: bool) -> Non
 @pytest.mark.usefixtures("_hasty")
 def test_simulated_ring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--device", "cpu", "--rows", "32", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--rounds", "1"]
-    simulated_ring.main([*flags, "--threads", "1", "--backends", *BACKENDS, "--out", str(tmp_path)])
+    main(["simulated-ring", *flags, "--threads", "1", "--backends", *BACKENDS, "--out", str(tmp_path)])
     told = capsys.readouterr().out
     records = lines(tmp_path / "simulated_ring.jsonl")
     for name in BACKENDS:
@@ -345,20 +316,20 @@ def _record(contender: str, rounds_s: list[float], **others: object) -> dict[str
 def test_goals_take_the_worst_of_the_rounds_medians() -> None:
     race_a = [_record("ours", [1.0, 2.0, 4.0]), _record("theirs", [2.0, 3.0, 4.0]), _record("slow", [9.0, 9.0, 9.0])]
     race_b = [_record("ours", [1.0, 1.0, 1.0], seq_len=4096), _record("theirs", [1.1, 1.1, 1.1], seq_len=4096)]
-    goal = Goal("", "ours", {"case": "causal"}, goals.beside("theirs", "slow"), 1.2)
+    goal = Goal("", "ours", {"case": "causal"}, ("theirs", "slow"), 1.2)
     (verdict,) = judge([goal], race_a)
-    assert (verdict.value, verdict.num_records, verdict.told) == (1.5, 1, "met")
+    assert (verdict.value, verdict.num_records, verdict.word) == (1.5, 1, "met")
     (verdict,) = judge([goal], race_a + race_b)
     assert verdict.value == pytest.approx(1.1)
-    assert (verdict.num_records, verdict.told) == (2, "MISSED")
-    elsewhere = Goal("", "ours", {"case": ("window", "packed")}, goals.beside("theirs"), 1.0)
-    alone = Goal("", "ours", {}, goals.beside("nobody"), 1.0)
+    assert (verdict.num_records, verdict.word) == (2, "MISSED")
+    elsewhere = Goal("", "ours", {"case": ("window", "packed")}, ("theirs",), 1.0)
+    alone = Goal("", "ours", {}, ("nobody",), 1.0)
     left_out = _record("ours", [1.0, 1.0, 1.0], case="window", left_out="too wide")
-    assert [v.told for v in judge([elsewhere, alone], [*race_a, left_out])] == ["not measured", "not measured"]
+    assert [v.word for v in judge([elsewhere, alone], [*race_a, left_out])] == ["not measured", "not measured"]
 
 
 def test_goals_beside_the_ways_of_torch() -> None:
-    goal = Goal("", "ours", {}, goals.beside_torch(("padded", "dense mask")), 1.5)
+    goal = Goal("", "ours", {}, ("padded", "dense mask"), 1.5)
     ours = _record("ours", [1.0, 1.0, 1.0])
     race = [
         _record("torch, padded", [4.0, 4.0, 4.0], kind="torch"),
@@ -367,7 +338,7 @@ def test_goals_beside_the_ways_of_torch() -> None:
         _record("another, padded", [0.1, 0.1, 0.1]),
     ]
     (verdict,) = judge([goal], [ours, *race])
-    assert (verdict.value, verdict.told) == (1.4, "MISSED")
+    assert (verdict.value, verdict.word) == (1.4, "MISSED")
 
 
 @pytest.mark.parametrize(("speed", "status", "word"), [(1.1, 0, "met"), (0.9, 1, "MISSED")])
@@ -377,7 +348,8 @@ def test_goals_program(
     path = tmp_path / "some.jsonl"
     race = [_record("native", [1.0] * 3, head_dim=64), _record("torch", [speed] * 3, head_dim=64, kind="torch")]
     path.write_text("".join(json.dumps(record) + "\n" for record in race))
-    assert goals.main([str(path)]) == status
+    with pytest.raises(SystemExit, match="1") if status else nullcontext():
+        main(["goals", str(path), "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert f"1 {word}" in told
     assert f"{len(goals.GOALS) - 1} not measured" in told
@@ -386,7 +358,8 @@ def test_goals_program(
 def test_goals_program_of_nothing(tmp_path: Path) -> None:
     path = tmp_path / "none.jsonl"
     path.write_text("")
-    assert goals.main([str(path)]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        main(["goals", str(path), "--out", str(tmp_path)])
 
 
 def test_gpu_script_goes_on_and_sums_up(tmp_path: Path) -> None:
@@ -411,16 +384,21 @@ def test_gpu_script_goes_on_and_sums_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 24])
 def test_paged_problems_are_attended_right(page_size: int) -> None:
     """The GPU's program, on the CPU: its own check sees a right result, and a wrong one."""
-    case = paged.Case(100, page_size, 2, 4, 2, 16, torch.float32)
+    case = paged.Case(4, 2, 16, "float32", 100, page_size, 2)
     assert case.num_bytes == 2 * 2 * 100 * 2 * 16 * 4
-    problem = paged.Problem.of(case, torch.device("cpu"))
+    problem = paged.Problem(case, CPU)
     problem.attend("reference")
     assert problem.error() < 1e-5
     problem.out[0, 0, 1, 3] += 0.5
     assert problem.error() > 0.1
 
 
+def test_paged_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["paged", "--device", "cpu", "--out", str(tmp_path)])
+
+
 def test_packed_lengths_are_those_of_the_mask() -> None:
-    pattern = CASES["packed"].pattern(200)
+    pattern = _problem("packed", 200).pattern
     assert pattern.cu_seqlens is not None
     assert [b - a for a, b in pairwise(pattern.cu_seqlens)] == document_lengths(200)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from benchmarks.measure import peak_bytes
 from benchmarks.memory import Case, measure
+from benchmarks.profiling import peak_bytes
 from tests.harness.ranks import RankPool
 
 
@@ -19,10 +19,10 @@ def peak(group: dist.ProcessGroup, case: Case) -> int:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak(pool: RankPool, dtype: str, backward: bool) -> None:
-    case = Case(1536, dtype, backward)
+    case = Case(8, 8, 64, dtype, 1536, backward)
     peaks = {world_size: max(pool.run(peak, world_size, case)) for world_size in (2, 4)}
     for world_size, found in peaks.items():
-        due = case.due(world_size)
+        due = case.expected_bytes(world_size)
         # Much less than due would mean that not everything is counted.
         assert 0.5 * due <= found <= 1.1 * due, f"{world_size} ranks: {found / due:.3f} of what is due"
     assert abs(peaks[4] / peaks[2] - 1) <= 0.01, f"peaks {peaks} of the same shard on 2 and 4 ranks"

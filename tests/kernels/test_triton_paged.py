@@ -10,8 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is made for Linux")
 
-from benchmarks.paged_report import PagedBuild, builds, combined, report
-from benchmarks.triton_report import told_by
+from benchmarks.triton_report import PagedBuild, combined, paged_builds, read_report, report
 from ringattn.kernels.contract import ProblemSpec
 from ringattn.kernels.paged import PAGED_BACKENDS, select_paged
 from ringattn.kernels.triton.configs import TARGETS
@@ -38,7 +37,7 @@ REST = [
 ]
 
 QUICK_BUILDS = [PagedBuild("sm_90", "bf16", 128, 128), PagedBuild("gfx942", "bf16", 128, 128, 64)]
-OTHER_BUILDS = [build for build in builds(list(TARGETS), ["bf16", "fp16", "fp32"]) if build not in QUICK_BUILDS]
+OTHER_BUILDS = [build for build in paged_builds(list(TARGETS), ["bf16", "fp16", "fp32"]) if build not in QUICK_BUILDS]
 SEVERAL_TOKENS = [PagedBuild(arch, "bf16", 128, 128, 16, 32, 4, capped=True) for arch in TARGETS]
 
 
@@ -82,7 +81,7 @@ def test_every_build(build: PagedBuild) -> None:
 @pytest.mark.parametrize("arch", TARGETS)
 def test_the_merge_of_parts(arch: str) -> None:
     for v_dim in (20, 64, 128, 256):
-        assert told_by(combined(arch, v_dim)).spill_bytes == 0
+        assert read_report(combined(arch, v_dim)).spill_bytes == 0
 
 
 def test_takes_gpus_alone_and_says_what_it_refuses() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import peak_bytes
+from benchmarks.profiling import peak_bytes
 from ringattn.errors import ArgumentError
 from ringattn.memory import chunked_cross_entropy
 from tests.harness.compare import assert_close, assert_within_rule

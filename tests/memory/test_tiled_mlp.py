@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import peak_bytes
+from benchmarks.profiling import peak_bytes
 from ringattn.errors import ArgumentError
 from ringattn.memory import tiled
 from tests.harness.compare import assert_close, assert_within_rule

@@ -51,10 +51,7 @@ def _contenders(
     """Returns the contenders on this rank, and why ring-flash-attn is missing, if it is."""
     layout, mask = ringattn.zigzag(whole[0].shape[1], ranks), ringattn.causal()
     shards = tuple(ringattn.shard(x, layout) for x in whole)
-    one_process = {
-        TORCH: _torch_attention,
-        OWN: lambda q, k, v: ringattn.ring_attention(q, k, v, alone, mask=mask),
-    }
+    one_process = {TORCH: _torch_attention, OWN: lambda q, k, v: ringattn.ring_attention(q, k, v, alone, mask=mask)}
     local = {RING: lambda q, k, v: ringattn.ring_attention(q, k, v, mask=mask, layout=layout)}
     missing = ""
     for name, backend in ((PEER, "sdpa"), (PEER_OWN, "native")):

@@ -35,11 +35,7 @@ TORCH_KERNELS = {
 DENSE_MASK, PADDED, ONE_BY_ONE = "dense mask", "padded", "a call for each document"
 
 # Releases of flash-attn, and the module of each.
-FLASH_ATTN = {
-    "flash-attn 2": "flash_attn",
-    "flash-attn 3": "flash_attn_interface",
-    "flash-attn 4": "flash_attn.cute",
-}
+FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class Run:
     """The results of a training run.
 
     Args:
-        losses, norms, seconds: of each step.
+        losses, seconds: of each step.
         tokens_per_s: without the first step, which compiles and connects.
         state_mib: weights and optimizer state of each process.
         peak_mib: the rest of the memory of a step, of each process.
@@ -117,7 +117,6 @@ class Run:
     """
 
     losses: list[float]
-    norms: list[float]
     seconds: list[float]
     tokens_per_s: float
     state_mib: list[float]
@@ -141,7 +140,7 @@ class _Trainee:
 
     modules: list[Decoder]
     gradients: Callable[[Batch], Tensor]  # forward and backward; returns the loss
-    clip: Callable[[list[nn.Parameter]], Tensor]  # returns the norm
+    clip: Callable[[list[nn.Parameter]], object]
     barrier: Callable[[], None]
     ops: Callable[[], list[TimedOp]]  # of the last step
     traffic: Traffic | None
@@ -152,6 +151,9 @@ class _Target(NamedTuple):
 
     labels: Tensor
     num_valid: Tensor
+
+
+Loss = Callable[[Tensor, _Target], Tensor]
 
 
 def train_together(here: Session, recipe: Recipe, mesh: DeviceMesh, tick: Tick) -> Run:
@@ -170,7 +172,7 @@ def train_together(here: Session, recipe: Recipe, mesh: DeviceMesh, tick: Tick) 
 
     def gradients(share: Batch) -> Tensor:
         num_valid = parallel.count_valid(share["shift_labels"], mesh)
-        return parallel.all_reduce_loss(backward(_micro_batches(share, recipe.num_parts, num_valid, attend)), mesh)
+        return parallel.all_reduce_loss(backward(_micro_batches(share, recipe, num_valid, lambda part: attend)), mesh)
 
     clip = partial(parallel.clip_gradients, mesh=mesh, max_norm=MAX_NORM)
     trained = _train(here, recipe, _Trainee(stages, gradients, clip, dist.barrier, ops, Traffic(mesh)), batches, tick)
@@ -184,19 +186,18 @@ def train_alone(here: Session, recipe: Recipe, tick: Tick = lambda: None) -> Run
     torch.set_num_threads(min(here.world_size, os.cpu_count() or 1))
     model = recipe.model(here.device)
 
+    def attention_for(part: Batch) -> AttentionFn:
+        return _dense_attention(recipe.corpus.dense_mask(part["position_ids"]))
+
+    def loss(logits: Tensor, target: _Target) -> Tensor:
+        wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        targets = target.labels.flatten()
+        return F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED_LABEL) / target.num_valid
+
     def gradients(batch: Batch) -> Tensor:
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
-        num_valid = (labels != IGNORED_LABEL).sum()
-        total = torch.zeros((), dtype=torch.float64, device=here.device)
-        parts = (x.chunk(recipe.num_parts) for x in (batch["input_ids"], batch["position_ids"], labels))
-        for tokens, positions, targets in zip(*parts, strict=True):
-            attend = _dense_attention(recipe.corpus.dense_mask(positions))
-            logits = model(tokens, positions=positions, mask=None, attention_fn=attend).flatten(0, 1)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            share = F.cross_entropy(wide, targets.flatten(), reduction="sum", ignore_index=IGNORED_LABEL) / num_valid
-            torch.autograd.backward(share)
-            total += share.detach()
-        return total
+        shifted = {**batch, "shift_labels": labels}
+        return _backward(model, loss, _micro_batches(shifted, recipe, (labels != IGNORED_LABEL).sum(), attention_for))
 
     clip = partial(torch.nn.utils.clip_grad_norm_, max_norm=MAX_NORM)
     trainee = _Trainee([model], gradients, clip, lambda: None, list, None)
@@ -223,22 +224,22 @@ def _train(
     owned = [parameter for module in trainee.modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(owned, lr=recipe.lr, foreach=False)  # weights are on several meshes
 
-    def backward(batch: Batch) -> tuple[float, float]:
+    def backward(batch: Batch) -> float:
         optimizer.zero_grad()
         loss = trainee.gradients(batch)
-        return float(loss), float(trainee.clip(owned))
+        trainee.clip(owned)
+        return float(loss)
 
-    losses, norms, seconds, ops = [], [], [], []
+    losses, seconds, ops = [], [], []
     for batch in batches:
         trainee.barrier()
         start = time.perf_counter()
-        loss, norm = backward(batch)
+        loss = backward(batch)
         optimizer.step()
         if here.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
-        norms.append(norm)
         ops.append(trainee.ops())
         tick()
     sent = {}
@@ -251,11 +252,11 @@ def _train(
     moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     state = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in [*owned, *moments])
     rate = recipe.corpus.tokens / statistics.median(seconds[1:] or seconds)
-    return Run(losses, norms, seconds, rate, [state / 2**20], [peak / 2**20], sent, [], []), ops
+    return Run(losses, seconds, rate, [state / 2**20], [peak / 2**20], sent, [], []), ops
 
 
 def _stages(
-    here: Session, recipe: Recipe, mesh: DeviceMesh, loss: Callable[[Tensor, _Target], Tensor]
+    here: Session, recipe: Recipe, mesh: DeviceMesh, loss: Loss
 ) -> tuple[list[Decoder], Callable[[list[MicroBatch]], Tensor], Callable[[], list[TimedOp]]]:
     """Returns this rank's stages, the forward and backward of micro-batches through them, and their operations."""
     schedule, model = recipe.pipeline(mesh), recipe.model(here.device)
@@ -274,16 +275,18 @@ def _stages(
         )  # fmt: skip
         return stages, pipeline.step, pipeline.timeline
 
-    def one_by_one(parts: list[MicroBatch]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=here.device)
-        for part in parts:
-            assert isinstance(part.target, _Target)
-            share = loss(model(part.tokens, **part.arguments), part.target)
-            torch.autograd.backward(share)
-            total += share.detach()
-        return total
+    return stages, partial(_backward, model, loss), list
 
-    return stages, one_by_one, list
+
+def _backward(model: nn.Module, loss: Loss, parts: list[MicroBatch]) -> Tensor:
+    """Runs forward and backward of micro-batches one after the other; returns the sum of their losses."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        assert isinstance(part.target, _Target)
+        share = loss(model(part.tokens, **part.arguments), part.target)
+        torch.autograd.backward(share)
+        total = total.to(share.device) + share.detach()
+    return total
 
 
 def _sequence_order(recipe: Recipe, mesh: DeviceMesh) -> list[int]:
@@ -306,17 +309,16 @@ def _rows_of(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     return {name: pick(value) for name, value in batch.items()}
 
 
-def _micro_batches(share: Batch, count: int, num_valid: Tensor, attend: AttentionFn) -> list[MicroBatch]:
-    each = share["input_ids"].shape[0] // count
-    parts = [_rows_of(share, range(index * each, (index + 1) * each)) for index in range(count)]
-    return [
-        MicroBatch(
-            part["input_ids"],
-            {"positions": part["position_ids"], "mask": part["mask"], "attention_fn": attend},
-            _Target(part["shift_labels"], num_valid),
-        )
-        for part in parts
-    ]
+def _micro_batches(
+    share: Batch, recipe: Recipe, num_valid: Tensor, attention_for: Callable[[Batch], AttentionFn]
+) -> list[MicroBatch]:
+    each = share["input_ids"].shape[0] // recipe.num_parts
+    found = []
+    for index in range(recipe.num_parts):
+        part = _rows_of(share, range(index * each, (index + 1) * each))
+        arguments = {"positions": part["position_ids"], "mask": part["mask"], "attention_fn": attention_for(part)}
+        found.append(MicroBatch(part["input_ids"], arguments, _Target(part["shift_labels"], num_valid)))
+    return found
 
 
 def _dense_attention(dense_mask: Tensor | None) -> AttentionFn:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Annotated, Any
 
 import triton
@@ -19,15 +20,7 @@ from triton.compiler import ASTSource
 from benchmarks.registry import benchmark
 from benchmarks.runner import Session
 from ringattn.kernels.paged import PageTables, VisibleKeys
-from ringattn.kernels.triton.args import (
-    PageArgs,
-    PagedSizes,
-    PartialArgs,
-    QueryArgs,
-    ScoreArgs,
-    StridedRows,
-    WorkArgs,
-)
+from ringattn.kernels.triton.args import PageArgs, PagedSizes, PartialArgs, QueryArgs, ScoreArgs, StridedRows, WorkArgs
 from ringattn.kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
 from ringattn.kernels.triton.configs import (
     PASSES,
@@ -49,7 +42,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # triton's names, and bytes per elem
 # Head dims of queries and keys, and of values.
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 PAGED_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
-PAGE_SIZES, PAGED_ROWS = (1, 16, 24, 64, 256), (16, 32, 64)
+PAGE_SIZES, PAGED_ROWS = (1, 24, 64, 256), (16, 32, 64)  # beside pages of 16
 
 
 @dataclass(frozen=True)
@@ -108,25 +101,16 @@ class Report:
     matrix: list[str]
 
 
-def builds(archs: Sequence[str], dtypes: Sequence[str], dims: Sequence[tuple[int, int]] = DIMS) -> Iterator[Build]:
-    """Yields every combination."""
-    for arch in archs:
-        for dtype in dtypes:
-            for dim, v_dim in dims:
-                for which in PASSES:
-                    yield Build(which, arch, dtype, dim, v_dim)
+def builds(archs: Sequence[str], dtypes: Sequence[str], dims: Sequence[tuple[int, int]] = DIMS) -> list[Build]:
+    """Returns every combination."""
+    return [Build(which, arch, dtype, *dim) for arch, dtype, dim, which in product(archs, dtypes, dims, PASSES)]
 
 
-def paged_builds(archs: Sequence[str], dtypes: Sequence[str]) -> Iterator[PagedBuild]:
-    """Yields all head dims and rows with one page size, and the other page sizes with one of these."""
-    for arch in archs:
-        for dtype in dtypes:
-            for dim, v_dim in PAGED_DIMS:
-                for rows in PAGED_ROWS:
-                    build = PagedBuild(arch, dtype, dim, v_dim, 16, rows)
-                    if rows <= build.config.max_rows:
-                        yield build
-            yield from (PagedBuild(arch, dtype, 128, 128, size) for size in PAGE_SIZES if size != 16)
+def paged_builds(archs: Sequence[str], dtypes: Sequence[str]) -> list[PagedBuild]:
+    """Returns all head dims and rows with one page size, and the other page sizes with one of these."""
+    every = [PagedBuild(a, t, *dim, 16, rows) for a, t, dim, rows in product(archs, dtypes, PAGED_DIMS, PAGED_ROWS)]
+    others = [PagedBuild(a, t, 128, 128, size) for a, t, size in product(archs, dtypes, PAGE_SIZES)]
+    return [build for build in every if build.rows <= build.config.max_rows] + others
 
 
 def compiled(build: Build, chosen: Config | None = None, size: str | int = "i32", stride: str | int = "i32:16") -> Any:
@@ -262,15 +246,15 @@ def triton_report(
     kernels: Annotated[Sequence[str], ("tiles", "paged")] = ("tiles", "paged"),
 ) -> None:
     """Compiles every configuration of the kernels over tiles, and of the paged kernel."""
-    every: dict[str, tuple[Iterable[Build | PagedBuild], str]] = {
-        "tiles": (builds(arch, dtype), "which arch dtype dim v_dim block_m block_n edge_step"),
-        "paged": (paged_builds(arch, dtype), "arch dtype dim v_dim page_size rows block_n programs"),
+    columns = {
+        "tiles": "which arch dtype dim v_dim block_m block_n edge_step",
+        "paged": "arch dtype dim v_dim page_size rows block_n programs",
     }
     for name in kernels:
-        todo, columns = list(every[name][0]), every[name][1]
+        todo: Sequence[Build | PagedBuild] = builds(arch, dtype) if name == "tiles" else paged_builds(arch, dtype)
         records = here.records(name)
         with here.progress(name, len(todo)) as tick:
             for build in todo:
                 records.add(asdict(build), build.config._asdict(), asdict(report(build)))
                 tick()
-        records.show(name, f"{columns} num_warps num_stages registers spill_bytes shared_bytes matrix")
+        records.show(name, f"{columns[name]} num_warps num_stages registers spill_bytes shared_bytes matrix")

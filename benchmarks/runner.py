@@ -225,11 +225,21 @@ class Records(list[dict[str, Any]]):
                 file.write(json.dumps(self[-1]) + "\n")
 
     def show(self, title: str, columns: str) -> None:
-        """Prints a Markdown table of the records that were not left out; `columns` are field names and spaces."""
+        """Prints a Markdown table of the records that were not left out.
+
+        Args:
+            title: above the table.
+            columns: field names with spaces between them; a name may have a format, such as loss:.6f.
+        """
         if self._path is None:
             return
-        names = columns.split()
-        body = [[cell(name, record.get(name)) for name in names] for record in self if "left_out" not in record]
+        formats = dict(column.partition(":")[::2] for column in columns.split())
+        names = list(formats)
+        body = [
+            [format(r[name], formats[name]) if formats[name] else cell(name, r.get(name)) for name in names]
+            for r in self
+            if "left_out" not in r
+        ]
         widths = [max(map(len, column)) for column in zip(names, *body, strict=True)]
         lines = [f"| {' | '.join(x.ljust(w) for x, w in zip(row, widths, strict=True))} |" for row in (names, *body)]
         print("", title, "", lines[0], f"|{'|'.join('-' * (w + 2) for w in widths)}|", *lines[1:], sep="\n", flush=True)

@@ -78,11 +78,11 @@ def record(here: Session, layout: ringattn.Layout, shape: Shape) -> list[Span]:
             label = event.name().removeprefix("ringattn: ")
             spans.append(Span(here.rank, "compute", start, start + event.duration_ns() / 1e9, label))
     for step, alone in zip(steps, _seconds_alone(here, [step.sent_bytes for step in steps]), strict=True):
-        spans += [Span(here.rank, "wait", start - zero, stop - zero) for start, stop in step.waits]
         posted, landed = step.posted - zero, max([step.posted, *(stop for _, stop in step.waits)]) - zero
         if step.sent_bytes:
             spans.append(Span(here.rank, "flight", posted, landed))
             spans.append(Span(here.rank, "transfer", posted, min(posted + alone, landed)))
+        spans += [Span(here.rank, "wait", start - zero, stop - zero) for start, stop in step.waits]
     of_ranks: list[list[Span]] = [[] for _ in range(here.world_size)]
     dist.gather_object(spans, of_ranks if here.is_main else None)
     return [span for of_rank in of_ranks for span in of_rank]

@@ -95,7 +95,7 @@ def _report(
         losses = {"step": step, "loss": loss, "one_process": other, "difference": loss - other}
         bubble = {"bubble": together.bubbles[step], "theory": theory} if together.bubbles else {}
         steps.add(losses, {"tokens_per_s": recipe.corpus.tokens / seconds}, bubble)
-    steps.show("losses", "step loss one_process difference tokens_per_s bubble theory")
+    steps.show("losses", "step loss:.6f one_process:.6f difference tokens_per_s bubble theory")
     for name, run in runs.items():
         sizes = {"run": name, "mix": mix, "context": recipe.context, "sequences": recipe.sequences, "theory": theory}
         records.add(sizes, run.record())

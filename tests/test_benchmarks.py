@@ -126,6 +126,30 @@ def test_cells_show_units() -> None:
     ]  # fmt: skip
 
 
+def test_tables_show_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = Session(0, 1, CPU, tmp_path).records("some")
+    records.add({"name": "a"}, {"loss": 1.5, "sent_mib": {"ring": 2.0}})
+    records.add({"name": "b", "left_out": "why"})
+    records.show("losses", "name loss:.2f sent_mib")
+    told = capsys.readouterr().out.split("\n")
+    assert told[1:6] == [
+        "losses",
+        "",
+        "| name | loss | sent_mib |",
+        "|------|------|----------|",
+        "| a    | 1.50 | ring 2   |",
+    ]
+    assert lines(tmp_path / "some.jsonl") == [
+        {"name": "a", "loss": 1.5, "sent_mib": {"ring": 2.0}},
+        {"name": "b", "left_out": "why"},
+    ]
+    elsewhere = Session(1, 2, CPU, tmp_path).records("some")
+    elsewhere.add({"name": "c"})
+    elsewhere.show("losses", "name")
+    assert elsewhere == []
+    assert len(lines(tmp_path / "some.jsonl")) == 2
+
+
 def test_train(tmp_path: Path) -> None:
     flags = ["--context", "256", "--steps", "2", "--layers", "1", "--dim", "32", "--heads", "2", "--kv-heads", "1"]
     told = launch("benchmarks", "train", *flags, "--out", str(tmp_path))

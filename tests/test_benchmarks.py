@@ -40,7 +40,7 @@ IN_ONE_PROCESS = {
         "--rows 64 --dim 8 --vocabulary 32 --inner 16 --chunks 16 --tiles 2 --dtypes float32 --rounds 1",
         {"memory_around": 4},
     ),
-    "triton-report": ("--arch sm_90 --dtype bf16 --kernels paged", {"paged": 13}),
+    "triton-report": ("--arch sm_90 --dtype bf16 --kernels paged", {"paged": 14}),
     "bf16-estimate": ("--seq-len 64 --head-dims 64 --rounds 1", {"bf16_estimate": 6}),
 }
 

@@ -1,1 +1,1 @@
-"""Floor 2: what a plan takes: links, compute, lower bounds, choosing."""
+"""Floor 2: numbers that a plan is judged by: links, compute, lower bounds."""

@@ -1,1 +1,1 @@
-"""Floor 3: who sends what to whom, when, and which exchange does it best. No torch."""
+"""Floor 2: who sends what to whom, when, and which exchange does it best. No torch."""

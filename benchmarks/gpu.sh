@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in under ten minutes on one Hopper: the contract suite, the sanitizer, the
-# kernels beside torch and flash-attn, the paged kernel beside the memory, a simulated ring, and the goals. A stage that
-# fails does not stop the others.
+# All checks and benchmarks of one GPU, in under ten minutes on a Hopper: the contract suite, the sanitizer, the kernels
+# beside torch and flash-attn, the paged kernel beside a copy, a simulated ring, and the goals. If a stage fails, the
+# others still run.
 #
 #   benchmarks/gpu.sh OUT        PYTHON=... is the interpreter, python3 by default
 #
-# Writes JSON lines, pictures and each stage's log to OUT; exits with 1 if a stage failed or a goal was missed.
+# Writes JSON lines, figures and each stage's log to OUT; exits with 1 if a stage failed or a goal was missed.
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu.sh OUT}
@@ -15,7 +15,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 rm -f "$out/stages.jsonl"
 
-# stage NAME SECONDS COMMAND...: runs the command within its time, shows and keeps what it prints, and goes on.
+# stage NAME SECONDS COMMAND...: runs a command with a time limit, and shows and logs its output.
 stage() {
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
@@ -26,13 +26,13 @@ stage() {
         "$name" "$status" "$((SECONDS - start))" "$limit" >>"$out/stages.jsonl"
 }
 
-# skip NAME REASON: says that a stage cannot run here; that is no failure.
+# skip NAME REASON: records that a stage cannot run here, which is no failure.
 skip() {
     printf '\n== %s: skipped, %s\n' "$1" "$2"
     printf '{"stage": "%s", "skipped": "%s"}\n' "$1" "$2" >>"$out/stages.jsonl"
 }
 
-# sanitize TOOL SECONDS: a small part of the contract suite, every backend, with nothing cached between allocations.
+# sanitize TOOL SECONDS: runs a small part of the contract suite with every backend and without the caching allocator.
 sanitize() {
     stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
         "$python" -m pytest tests/kernels/test_contract.py -q -x -p no:cacheprovider \
@@ -83,14 +83,14 @@ import json, sys
 failed = False
 for stage in map(json.loads, open(sys.argv[1])):
     if "skipped" in stage:
-        told = "skipped, " + stage["skipped"]
+        result = "skipped, " + stage["skipped"]
     elif stage["status"] in (124, 137):
-        told = "FAILED: took longer than {limit_s} s".format(**stage)
+        result = "FAILED: took longer than {limit_s} s".format(**stage)
     else:
-        told = ("FAILED: exit status {status}, " if stage["status"] else "passed, ") + "{seconds} s"
-        told = told.format(**stage)
-    failed |= "FAILED" in told
-    print("{:<16} {}".format(stage["stage"], told))
+        result = ("FAILED: exit status {status}, " if stage["status"] else "passed, ") + "{seconds} s"
+        result = result.format(**stage)
+    failed |= "FAILED" in result
+    print("{:<16} {}".format(stage["stage"], result))
     if stage["stage"] == "goals" and "status" in stage:
         print("{:<16} {}".format("", open(sys.argv[2]).read().strip().splitlines()[-1]))
 sys.exit(failed)

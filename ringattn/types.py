@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
-Column: TypeAlias = npt.NDArray[Any]
 
 # Sets of local rows: ascending ranges of step 1 that do not touch.
 Rows: TypeAlias = tuple[range, ...]
 # The ranks of a call: a group, a mesh of one or two dims, or the default group.
 Group: TypeAlias = "ProcessGroup | DeviceMesh | None"
-# Who may attend to whom: one mask, one for each batch row, or None for full attention.
+# Which query may attend to which key: one mask, one for each batch row, or None for full attention.
 Masks: TypeAlias = "Mask | Sequence[Mask] | None"

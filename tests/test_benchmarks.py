@@ -34,6 +34,7 @@ ON_RANKS = {
     "masks": ("--seq-len 300 --rounds 1 --warmup 0", {"masks": 10}),
     "memory": ("--rows 32", {"memory": 8}),
     "accuracy": ("--seq-len 64", {"accuracy": 9}),
+    "regret": ("--calls 2 --rounds 1 --warmup 0", {"regret": 2}),
 }
 IN_ONE_PROCESS = {
     "memory-around": (

@@ -1,4 +1,4 @@
-"""The public function that takes any exchange, or chooses one by its predicted time; and what explains the choice."""
+"""The public function that takes any exchange, or selects one by its least time; and the report of that selection."""
 
 from __future__ import annotations
 
@@ -37,26 +37,29 @@ def context_parallel_attention(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of this rank's queries over the keys/values of all ranks, by any exchange or the fastest by prediction.
+    """Attention of this rank's queries over the keys/values of all ranks, by a given or selected exchange.
 
-    On the first call of a signature the least time of each exchange follows from the bytes, messages and work of its
-    plan, forward and, where gradients are wanted, backward. Nothing is measured. Later calls of that signature take the
-    same exchange. The result, its gradients and the way of calling are those of `ring_attention`.
+    On the first call of a signature a lower bound of the time of each exchange is computed from its bytes, messages and
+    work, forward and, where gradients are wanted, backward. Nothing is measured. Later calls of the signature take the
+    same exchange. The result and its gradients equal those of `ring_attention`.
 
-    Args are those of `ring_attention`, but for these. `group_or_mesh` is a ProcessGroup, a 1-D DeviceMesh, or
-    None for the default group, for one of "ring", "gather" and "ulysses"; or a 2-D DeviceMesh, the slow axis
-    first, for "double ring" or "hybrid". `exchange` is "auto"; or one of these names, which is then the only one
-    considered; or a value, Ring(), Gather(stages=n), Ulysses(stages=n, then=Ring()), which is taken as it is. `stages`
-    is the number of stages of a named exchange ("gather", "ulysses", "hybrid"); None lets it be chosen, too.
-    `model` has the links, compute and memory to predict by, the same on all ranks; None is constants by the type of
-    device, as in `attention.calibration.default_model`.
+    It takes the arguments of `ring_attention`, and
+
+    Args:
+        group_or_mesh: a ProcessGroup, a 1-D DeviceMesh, or None for the default group, for one of "ring", "gather" and
+            "ulysses"; or a 2-D DeviceMesh, the slow axis first, for "double ring" or "hybrid".
+        exchange: "auto"; or one of these names, which is then the only candidate; or a value, Ring(), Gather(stages=n),
+            Ulysses(stages=n, then=Ring()), which runs as it is.
+        stages: of a named exchange ("gather", "ulysses", "hybrid"); None selects it, too.
+        model: links, compute and memory by which times are computed, the same on all ranks; None is constants by the
+            type of device, `attention.calibration.default_model`.
 
     Returns:
         (B, S_local, H, Dv) in q.dtype, as in `ring_attention`.
     Raises:
-        ArgumentError: as in `ring_attention`; and when no exchange can do what is asked, with every reason.
-        DisagreementError: when the ranks do not ask for the same, the model and the choice included.
-    Communication: that of the exchange which is chosen; `explain` tells which.
+        ArgumentError: as in `ring_attention`; and when no exchange can run the call, with every reason.
+        DisagreementError: when the ranks' arguments differ, the model and the selected exchange included.
+    Communication: as the selected exchange; `explain` returns which one it is.
     """
     return attention(
         AUTO, q, k, v, group_or_mesh, exchange, Score(scale, softcap, sink),
@@ -81,9 +84,9 @@ def context_parallel_attention_with_lse(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output of `context_parallel_attention` and the log-sum-exp of each row's scores, both differentiable.
+    """Returns the output of `context_parallel_attention` and the log-sum-exp of each row's scores, both differentiable.
 
-    Args, errors and communication are those of `context_parallel_attention`.
+    It has the arguments, errors and communication of `context_parallel_attention`.
 
     Returns:
         out and lse, as in `ring_attention_with_lse`.
@@ -107,13 +110,15 @@ def explain(
     layout: Layout | None = None,
     kv_layout: Layout | None = None,
 ) -> Choice:
-    """What `context_parallel_attention` chooses, and the times, bytes, messages and buffers predicted of each exchange.
+    """Returns what `context_parallel_attention` selects, with the times, bytes, messages and buffers of each exchange.
 
-    A rank may call it alone. With a number of ranks in place of a group no process group is needed, and tensors on the
-    device "meta" will do: only shapes and dtypes count, and whether gradients are required.
+    A rank may call it alone. With a number of ranks instead of a group no process group is needed, and tensors on the
+    device "meta" suffice: only shapes and dtypes count, and whether gradients are required.
 
-    Args are those of `context_parallel_attention`, but that `group_or_mesh` may also be the number of ranks, or
-    their numbers along the two axes of a mesh.
+    It takes the arguments of `context_parallel_attention`, and
+
+    Args:
+        group_or_mesh: may also be the number of ranks, or their numbers along the two axes of a mesh.
 
     Returns:
         a Choice, whose text is a table.
@@ -144,5 +149,7 @@ def _shape(mesh: object) -> tuple[int, ...] | None:
         return None
     shape = mesh if isinstance(mesh, tuple) else (mesh,)
     if len(shape) not in (1, 2) or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise ArgumentError(f"group_or_mesh={mesh!r:.100}: in numbers it is that of the ranks, or two along the axes")
+        raise ArgumentError(
+            f"group_or_mesh={mesh!r:.100}: must be a number of ranks, 1 or more, or two, one for each axis of a mesh"
+        )
     return shape

@@ -135,7 +135,7 @@ class AttentionFunction(torch.autograd.Function):
 def _gradient_buffers(
     q: Tensor, keys: Keys, dtype: torch.dtype, *, queries_move: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns zeros for dq, dk, dv; those of what moves lie heads before rows in memory, as what is added to them."""
+    """Returns zeros for dq, dk, dv; gradients that move are heads-first in memory, like the messages added to them."""
 
     def zeros(x: Tensor, *, by_head: bool) -> Tensor:
         if not by_head:

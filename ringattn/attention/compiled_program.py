@@ -118,7 +118,7 @@ class _Compiler:
                 self._out.append(op.Release(self._slots.pop(block_slice)))
 
     def finish(self) -> CompiledProgram:
-        """Waits for slices that arrived and nobody needed: half a block goes as far as its other half must."""
+        """Waits for slices that no step uses: half a block moves as far as its other half must."""
         for _, message in self._arriving.values():
             self._out.append(op.Wait(message))
         rows = tuple(len(chunk) for chunk in self._chunks)

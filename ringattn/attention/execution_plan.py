@@ -59,14 +59,14 @@ class ExecutionPlan:
     """How one rank runs a call, forward and backward.
 
     Args:
-        plan: this rank's programs; where heads are sharded, those of the gathered rows.
+        plan: this rank's programs; where heads are sharded, for the gathered rows.
         sharding: how heads are sharded first; None if they are not.
         kernel: what computes.
         score: the options, without tensors.
         tensors: the dims and dtype of q, k, v.
         q_chunks, kv_chunks: rows of the chunks in which this rank's own queries and keys lie.
         returns_lse: whether the caller can see lse, so that any rank may have a gradient of it.
-        wanted: whether gradients of (q, k or v) are wanted, so that they must travel.
+        wanted: whether gradients of (q, k or v) are wanted, so that they are sent.
     """
 
     plan: Plan
@@ -90,7 +90,7 @@ class ExecutionPlan:
         """Returns the heads that this rank computes, stage by stage."""
         if self.sharding is None:
             return (all_heads(self.tensors.heads, self.tensors.kv_heads),)
-        return tuple(stage[self.sharding.place] for stage in self.sharding.stages)
+        return tuple(stage[self.sharding.rank] for stage in self.sharding.stages)
 
     @cached_property
     def headwise(self) -> HeadwiseKernel:

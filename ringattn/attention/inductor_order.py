@@ -2,7 +2,7 @@
 
 Inductor puts a graph's operators into the order that takes least memory, and decides that by sizes, which differ
 between ranks. So two calls of which neither needs the other's result might change places on one rank alone, and each
-rank would wait for the other. Here each call is told to come after the one before it. That orders them, and keeps no
+rank would wait for the other. Here each call depends on the call before it. That orders them, and keeps no
 result alive.
 
 Operators registered as effectful would be held to their order by torch itself, but it fails on them in a graph with

@@ -179,7 +179,7 @@ class Backward(_Gradients):
 class BackwardByQueries(_Gradients):
     """Queries move to the keys and values with everything that belongs to them; their gradients return.
 
-    Args are those of `Backward`.
+    It takes the arguments of `Backward`.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""What the operators do that stand for a call in a compiled graph; `custom_ops.py` registers them.
+"""The implementation of the operators that stand for a call in a compiled graph; `custom_ops.py` registers them.
 
-A graph holds tensors, numbers and texts, so a call's mask, layouts and group are written into one text while the graph
-is made, and read again when it runs. The text is all there is: no table that a graph could outlive, and a graph that
-is kept for another process means there what it means here.
+A graph holds tensors, numbers and texts, so a call's mask, layouts and group are written into one text while tracing,
+and parsed when the operator runs. There is no table that a graph could outlive, and a graph that is loaded in another
+process means the same there.
 
-Making a graph sends nothing: a rank may compile, or compile again, while others do not. The ranks agree when the
-operator runs, just as in a call at once, and with those that make one.
+Tracing sends nothing: a rank may compile, or recompile, while others do not. The ranks agree when the operator runs,
+just as in an eager call, and also with ranks that call eagerly.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _ParsedCall(NamedTuple):
 
 
 def _serialize(call: AttentionCall, mesh: str) -> str:
-    """Returns the text of a call. It is traced, so that graphs are guarded by what it reads, and by nothing else."""
+    """Returns the text of a call. It is traced: a graph is guarded by exactly the values that it reads."""
     mask, backend, model = call.mask, call.backend, call.model
     if backend is not None and not isinstance(backend, str):
         raise ArgumentError(f"backend={backend!r}: must be a name, or None")
@@ -199,7 +199,7 @@ def backward(
     softcap: float | None,
     stages: int | None,
 ) -> list[Tensor]:
-    """Runs a call backward: the gradients of those of q, k, v, sink that require them."""
+    """Runs a call backward; returns the gradients of the tensors among q, k, v, sink that require them."""
     parsed = _parse(call)
     mesh, rebuilt = mesh_from_name(parsed.mesh), _rebuild_call(q, k, v, sink, parsed, scale, softcap, stages)
     plan: ExecutionPlan = recall(mesh, rebuilt.signature(), lambda: prepare(rebuilt, mesh))

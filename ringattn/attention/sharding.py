@@ -24,7 +24,7 @@ def shard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tenso
 
     Args:
         x: the whole tensor, layout.seq_len long along `dim`; any dtype.
-        layout: who holds which rows.
+        layout: which rank holds which rows.
         group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
         dim: which dim is the sequence.
     Returns:
@@ -35,24 +35,24 @@ def shard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tenso
         ArgumentError: when an argument has another type or `dim` does not exist.
     Communication: none.
     """
-    team = rank_mesh(group)
-    _check(x, layout, team, dim)
+    mesh = rank_mesh(group)
+    _check(x, layout, mesh, dim)
     length = x.shape[dim]
     if length != layout.seq_len:
         raise LayoutError(f"x has {length} rows along dim {dim}, but layout={layout} has {layout.seq_len} positions")
-    return _take(x, layout, team.rank, dim)
+    return _take(x, layout, mesh.rank, dim)
 
 
 def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Tensor:
     """Returns the whole tensor, in global order, on every rank.
 
-    All ranks of the group call it together. What is computed from the result is taken to be computed alike on
-    every rank, as by one process: backward gives each rank the gradient of its own rows, without
-    communication and without a factor of the world size.
+    All ranks of the group call it together. It is assumed that every rank computes the same from the result, as one
+    process would: backward gives each rank the gradient of its own rows, without communication and without a factor of
+    the world size.
 
     Args:
         x: this rank's rows, layout.num_tokens(rank) along `dim`; any dtype.
-        layout: who holds which rows.
+        layout: which rank holds which rows.
         group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
         dim: which dim is the sequence.
     Returns:
@@ -63,26 +63,26 @@ def unshard(x: Tensor, layout: Layout, group: Group = None, dim: int = 1) -> Ten
         DisagreementError: when the ranks' other dims, dtypes or layouts differ. All of them on every rank.
     Communication: each rank sends its rows to each other rank.
     """
-    team = rank_mesh(group)
+    mesh = rank_mesh(group)
 
     def prepare() -> tuple[Mapping[str, str], None]:
-        _check(x, layout, team, dim)
-        rows, expected = x.shape[dim], layout.num_tokens(team.rank)
+        _check(x, layout, mesh, dim)
+        rows, expected = x.shape[dim], layout.num_tokens(mesh.rank)
         if rows != expected:
             raise LayoutError(
-                f"x has {rows} rows along dim {dim}, but layout={layout} gives rank {team.rank} {expected}"
+                f"x has {rows} rows along dim {dim}, but layout={layout} gives rank {mesh.rank} {expected}"
             )
         others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
-        told = {"dtype": str(x.dtype), "dim": str(dim % x.ndim), "the other dims": str(others)}
-        return {**told, "layout": f"{layout} #{layout.digest}"}, None
+        fingerprint = {"dtype": str(x.dtype), "dim": str(dim % x.ndim), "the other dims": str(others)}
+        return {**fingerprint, "layout": f"{layout} #{layout.digest}"}, None
 
     key = ("unshard", x.shape, x.dtype, layout, dim) if isinstance(x, Tensor) and _hashable(layout, dim) else None
-    agree(team, key, prepare)
-    return cast(Tensor, _Unshard.apply(x, layout, team, dim))  # type: ignore[no-untyped-call]
+    agree(mesh, key, prepare)
+    return cast(Tensor, _Unshard.apply(x, layout, mesh, dim))  # type: ignore[no-untyped-call]
 
 
 def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -> dict[str, Any]:
-    """Returns this rank's share of a training batch that every rank has.
+    """Returns this rank's shard of a training batch that every rank has.
 
     Every tensor (B, seq_len, ...) is sharded along dim 1. `labels` become `shift_labels`: shifted by one BEFORE they
     are sharded, so that the last token of a shard predicts the first of the next; the very last position
@@ -91,7 +91,7 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
 
     Args:
         batch: such as {"input_ids": (B, S), "labels": (B, S)}.
-        layout: who holds which positions; layout.seq_len == S.
+        layout: which rank holds which positions; layout.seq_len == S.
         group: a ProcessGroup, a DeviceMesh of one or two dims, or None for the default group.
     Raises:
         ArgumentError: when a tensor has no dim 1 of seq_len (a 4-D mask has two such dims: give it as `mask=`), or
@@ -99,8 +99,8 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
         LayoutError: when the layout is for another number of ranks.
     Communication: none.
     """
-    team = rank_mesh(group)
-    layout = check_layout(layout, "layout", team.size)
+    mesh = rank_mesh(group)
+    layout = check_layout(layout, "layout", mesh.size)
     if not isinstance(batch, Mapping):
         raise ArgumentTypeError(f"batch={batch!r:.100}: must be a mapping of names to tensors")
     if "labels" in batch and "shift_labels" in batch:
@@ -111,24 +111,24 @@ def shard_batch(batch: Mapping[str, Any], layout: Layout, group: Group = None) -
         _check_sequence("labels", labels, layout)
         whole["shift_labels"] = torch.full_like(labels, IGNORED_LABEL)
         whole["shift_labels"][:, :-1] = labels[:, 1:]
-    shares: dict[str, Any] = {}
+    shards: dict[str, Any] = {}
     for name, value in whole.items():
         if isinstance(value, Tensor) and value.ndim:
             _check_sequence(name, value, layout)
-            shares[name] = _take(value, layout, team.rank, 1)
+            shards[name] = _take(value, layout, mesh.rank, 1)
         else:
-            shares[name] = value
-    if "position_ids" not in shares:
-        device = next((value.device for value in shares.values() if isinstance(value, Tensor)), None)
-        shares["position_ids"] = position_ids(layout, team.rank, device=device)[None]
-    return shares
+            shards[name] = value
+    if "position_ids" not in shards:
+        device = next((value.device for value in shards.values() if isinstance(value, Tensor)), None)
+        shards["position_ids"] = position_ids(layout, mesh.rank, device=device)[None]
+    return shards
 
 
 def position_ids(layout: Layout, rank: int, *, device: torch.device | str | int | None = None) -> Tensor:
     """Returns the global positions of a rank's rows, in the order of its local rows: `layout.positions` as a tensor.
 
     Args:
-        layout: who holds which positions.
+        layout: which rank holds which positions.
         rank: a rank of the layout.
         device: where the tensor is; None is the default device of torch.
     Returns:
@@ -151,12 +151,12 @@ def _check_sequence(name: str, x: object, layout: Layout) -> None:
         )
 
 
-def _check(x: Tensor, layout: Layout, team: RankMesh, dim: int) -> None:
+def _check(x: Tensor, layout: Layout, mesh: RankMesh, dim: int) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"x={x!r:.100}: must be a tensor, not {type(x).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
         raise ArgumentError(f"dim={dim!r}: x has {x.ndim} dims, so it must lie in [{-x.ndim}, {x.ndim - 1}]")
-    check_layout(layout, "layout", team.size)
+    check_layout(layout, "layout", mesh.size)
 
 
 def _hashable(*values: object) -> bool:
@@ -179,10 +179,10 @@ def _take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, team: RankMesh, dim: int) -> Tensor:
-        ctx.layout, ctx.rank, ctx.dim = layout, team.rank, dim
+    def forward(ctx: Any, x: Tensor, layout: Layout, mesh: RankMesh, dim: int) -> Tensor:
+        ctx.layout, ctx.rank, ctx.dim = layout, mesh.rank, dim
         counts = [layout.num_tokens(rank) for rank in range(layout.world_size)]
-        rows = all_gather_mesh_rows(x.movedim(dim, 0).contiguous(), counts, team)
+        rows = all_gather_mesh_rows(x.movedim(dim, 0).contiguous(), counts, mesh)
         order = np.concatenate([layout.positions(rank) for rank in range(layout.world_size)])
         whole = torch.empty_like(rows)
         whole[torch.as_tensor(order, device=x.device)] = rows

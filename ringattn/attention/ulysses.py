@@ -1,11 +1,10 @@
-"""Ulysses: an all-to-all to the ranks that compute the heads, a plan for fewer heads of more rows, an all-to-all back.
+"""Ulysses: an all-to-all that shards heads, attention of a rank's heads over more rows, and an all-to-all back.
 
-It goes stage by stage: while the heads of one stage are computed, those of the next are under way, and so are the
-results of the one before.
+Stages overlap: while the heads of one stage are computed, the heads of the next stage and the results of the previous
+stage are in flight.
 
-Rows stay in chunks, as the plan has them: where a chunk is the rows of one rank, the kernel reads it in the receive
-buffer, and writes results into the send buffer, or where they belong. On GPUs chunks are concatenated, since a launch
-costs more than a copy.
+On CPU the rows of each peer are a chunk: the kernel reads it in the receive buffer, and writes results into the send
+buffer, or into the output. On GPU the rows are concatenated, since a launch costs more than a copy.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ROW_DIM = 2  # the dim of rows, of tensors (B, H, rows, ...)
 class _HeadTensor(NamedTuple):
     """A tensor that is exchanged, (B, H, rows, ...), with the rows and heads of queries or of keys.
 
-    As an output it takes what comes back: copied, or added, in its dtype.
+    As an output it takes the results that return: copied, or added, in its dtype.
     """
 
     x: Tensor
@@ -59,7 +58,7 @@ def ulysses_forward(
     inputs = [_HeadTensor(_by_head(q), False), *(_HeadTensor(_by_head(x), True) for x in keys[:2])]
     outputs = [_HeadTensor(_by_head(out), False), _HeadTensor(lse, False)]
     for stage, (q_chunks, k_chunks, v_chunks) in exchange.stages(inputs, outputs):
-        shard = sharding.stages[stage][sharding.place]
+        shard = sharding.stages[stage][sharding.rank]
         queries = [Queries(_by_row(x)) for x in q_chunks]
         buffers = zip(*(exchange.result_buffers(stage, index, sums) for index in (0, 1)), strict=True)
         states = [
@@ -92,7 +91,7 @@ def ulysses_backward(
     outputs = [_HeadTensor(_by_head(dq), False)] if dq is not None else []
     outputs += [_HeadTensor(_by_head(x), True, sharding.replicates) for x in dkv]
     for stage, gathered in exchange.stages(inputs, outputs):
-        shard = sharding.stages[stage][sharding.place]
+        shard = sharding.stages[stage][sharding.rank]
         q_chunks = [
             BackwardQueries(_by_row(q), _by_row(dout), lse, delta, queries.lse_grad)
             for q, dout, lse, delta in zip(*gathered[:4], strict=True)
@@ -132,7 +131,7 @@ class _HeadExchange:
         self.inner = RankMesh(mesh.axes[:-1])
         self._outputs: Sequence[_HeadTensor] = ()
         self._outgoing_packets: list[Packet | None] = []
-        self._written: set[tuple[int, int]] = set()  # (output, rank): results that the kernel wrote where they belong
+        self._written: set[tuple[int, int]] = set()  # (output, rank): results that the kernel wrote into their target
         self._returning: tuple[int, AllToAll] | None = None
 
     def stages(
@@ -158,9 +157,9 @@ class _HeadExchange:
         tensor = self._outputs[index]
         if tensor.x.dtype is not dtype or not all(chunk.in_place for chunk in self._row_sets(tensor)):
             return [None] * len(self._row_sets(tensor))
-        # What is added to an output is not written there first.
+        # An output that adds takes its own results from a buffer, too.
         found = [
-            None if tensor.adds and peer == self._sharding.place else target
+            None if tensor.adds and peer == self._sharding.rank else target
             for peer, target in enumerate(self._targets(stage, index))
         ]
         self._written |= {(index, peer) for peer, target in enumerate(found) if target is not None}
@@ -169,22 +168,22 @@ class _HeadExchange:
     def send_back(self, stage: int, results: Sequence[Sequence[Tensor]]) -> None:
         """Sends a stage's results, in chunks, in the order of `outputs`, to the ranks that hold the rows."""
         self._collect()
-        shards, place = self._sharding.stages[stage], self._sharding.place
-        self._copy_out(stage, results, [peer for peer in range(len(shards)) if peer != place])
-        incoming = [self._fields(self._outputs, shard, place) for shard in shards]
+        shards, rank = self._sharding.stages[stage], self._sharding.rank
+        self._copy_out(stage, results, [peer for peer in range(len(shards)) if peer != rank])
+        incoming = [self._fields(self._outputs, shard, rank) for shard in shards]
         pending = AllToAll(self._axis, self._outgoing(stage), incoming)
-        self._copy_out(stage, results, [place])
+        self._copy_out(stage, results, [rank])
         self._returning, self._outgoing_packets = (stage, pending), []
 
     def _copy_out(self, stage: int, results: Sequence[Sequence[Tensor]], peers: Sequence[int]) -> None:
-        """Copies results to where they are sent from, or belong, unless the kernel wrote them there."""
+        """Copies results into the send buffers and the outputs, unless the kernel wrote them there."""
         for index, (tensor, chunks) in enumerate(zip(self._outputs, results, strict=True)):
             targets = self._targets(stage, index)
-            for chunk, peer, places in self._members(tensor):
+            for chunk, peer, row_slices in self._members(tensor):
                 if peer not in peers or (index, peer) in self._written:
                     continue
-                adds = tensor.adds and peer == self._sharding.place
-                for rows, held in places:
+                adds = tensor.adds and peer == self._sharding.rank
+                for rows, held in row_slices:
                     _copy_or_add(targets[peer][:, :, rows], chunks[chunk][:, :, held], adds)
 
     def _collect(self) -> None:
@@ -199,38 +198,38 @@ class _HeadExchange:
 
     def _targets(self, stage: int, index: int) -> list[Tensor]:
         """Each rank's rows of this rank's heads: in its outgoing packet; of this rank, in the output."""
-        tensor, shard = self._outputs[index], self._sharding.stages[stage][self._sharding.place]
+        tensor, shard = self._outputs[index], self._sharding.stages[stage][self._sharding.rank]
         own = tensor.x[:, tensor.heads(shard)]
         return [own if packet is None else packet.tensors[index] for packet in self._outgoing(stage)]
 
     def _outgoing(self, stage: int) -> list[Packet | None]:
         """The packets in which the stage's results are sent."""
         if not self._outgoing_packets:
-            shards, place, device = self._sharding.stages[stage], self._sharding.place, self._outputs[0].x.device
+            shards, rank, device = self._sharding.stages[stage], self._sharding.rank, self._outputs[0].x.device
             self._outgoing_packets = [
-                None if peer == place else Packet.empty(self._fields(self._outputs, shards[place], peer), device)
+                None if peer == rank else Packet.empty(self._fields(self._outputs, shards[rank], peer), device)
                 for peer in range(len(shards))
             ]
         return self._outgoing_packets
 
     def _send(self, stage: int, inputs: Sequence[_HeadTensor]) -> AllToAll:
-        shards, place = self._sharding.stages[stage], self._sharding.place
+        shards, rank = self._sharding.stages[stage], self._sharding.rank
         packets: list[Packet | None] = []
         for peer, shard in enumerate(shards):
-            if peer == place:
+            if peer == rank:
                 packets.append(None)
                 continue
-            packet = Packet.empty(self._fields(inputs, shard, place), inputs[0].x.device)
+            packet = Packet.empty(self._fields(inputs, shard, rank), inputs[0].x.device)
             for tensor, into in zip(inputs, packet.tensors, strict=True):
                 into.copy_(tensor.x[:, tensor.heads(shard)])
             packets.append(packet)
-        return AllToAll(self._axis, packets, [self._fields(inputs, shards[place], peer) for peer in range(len(shards))])
+        return AllToAll(self._axis, packets, [self._fields(inputs, shards[rank], peer) for peer in range(len(shards))])
 
     def _gather_rows(
         self, stage: int, inputs: Sequence[_HeadTensor], received: dict[int, Packet]
     ) -> list[list[Tensor]]:
         """Gathers the rows of all ranks for this rank's heads, chunk by chunk."""
-        shard = self._sharding.stages[stage][self._sharding.place]
+        shard = self._sharding.stages[stage][self._sharding.rank]
         found = []
         for index, tensor in enumerate(inputs):
             own = tensor.x[:, tensor.heads(shard)]
@@ -238,13 +237,13 @@ class _HeadExchange:
             for chunk in self._row_sets(tensor):
                 shape = (*own.shape[:ROW_DIM], chunk.total, *own.shape[ROW_DIM + 1 :])
                 chunks.append(None if chunk.in_place else own.new_empty(shape))
-            for number, peer, places in self._members(tensor):
-                x = own if peer == self._sharding.place else received[peer].tensors[index]
+            for number, peer, row_slices in self._members(tensor):
+                x = own if peer == self._sharding.rank else received[peer].tensors[index]
                 whole = chunks[number]
                 if whole is None:
                     chunks[number] = x
                     continue
-                for rows, held in places:
+                for rows, held in row_slices:
                     whole[:, :, held] = x[:, :, rows]
             found.append([x for x in chunks if x is not None])
         return found
@@ -253,15 +252,15 @@ class _HeadExchange:
         return self._sharding.kv_rows if tensor.of_keys else self._sharding.q_rows
 
     def _members(self, tensor: _HeadTensor) -> Iterator[tuple[int, int, tuple[tuple[slice, slice], ...]]]:
-        """Yields each rank's chunk, its place on the axis, and where its rows are in the chunk."""
+        """Yields each rank's chunk, its rank on the axis, and the slices (of its rows, of the chunk's rows)."""
         peer = 0
         for number, chunk in enumerate(self._row_sets(tensor)):
-            for places in chunk.places:
-                yield number, peer, places
+            for row_slices in chunk.row_slices:
+                yield number, peer, row_slices
                 peer += 1
 
     def _fields(self, tensors: Sequence[_HeadTensor], shard: HeadShard, rows_of: int) -> list[Field]:
-        """The packet between two ranks: heads of `shard`, rows of the rank at place `rows_of`."""
+        """The packet between two ranks: heads of `shard`, rows of the axis' rank `rows_of`."""
         fields = []
         for tensor in tensors:
             heads = tensor.heads(shard)

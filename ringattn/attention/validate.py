@@ -37,8 +37,8 @@ class AttentionCall:
         q, k, v, mask, layout, kv_layout, backend: its arguments.
         score: scale, softcap, sink.
         exchange: a value; or the name of one, which of `AUTO` may be "auto".
-        stages: of an exchange that is given by its name; None lets it be chosen.
-        model: by which `AUTO` predicts; None is constants.
+        stages: of an exchange that is given by its name; None selects it.
+        model: by which `AUTO` computes times; None is constants.
         returns_lse: whether the caller gets lse.
         gradients: which of q, k, v, sink require gradients; None asks the tensors.
     """
@@ -78,7 +78,7 @@ class AttentionCall:
         looks: list[object] = []
         for x in (self.q, self.k, self.v):
             looks += (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (x,)
-        # Values are told apart by their texts: a text keeps its hash.
+        # Values are compared by their texts: a text caches its hash.
         for value in (mask, self.layout, self.kv_layout, self.exchange, self.model):
             looks.append(getattr(value, "text", value))
             looks.append(type(value))
@@ -162,7 +162,7 @@ class ValidatedCall(NamedTuple):
 
 
 def check_call(call: AttentionCall, mesh: RankMesh) -> ValidatedCall:
-    """Checks a call, but for its exchange."""
+    """Checks everything of a call except its exchange."""
     q, k, v = call.q, call.k, call.v
     check_tensors(q, k, v, call.score.sink)
     layout, kv_layout = layouts_of(call, mesh)
@@ -227,7 +227,7 @@ def _shard_heads(
     """Returns how heads are sharded over the last axis, and the layouts of the gathered rows."""
     axis = mesh.axes[-1]
     num_groups, group = mesh.size // len(axis.ranks), mesh.rank // len(axis.ranks)
-    # On a CPU a copy costs more than a kernel call; elsewhere it is the other way round.
+    # On a CPU a copy costs more than a kernel call; on a GPU the call costs more.
     num_parts = len(axis.ranks) if device.type == "cpu" else 1
     layout, q_rows = gathered_layout_in_parts(layout, num_groups, num_parts)
     kv_layout, kv_rows = gathered_layout_in_parts(kv_layout, num_groups, num_parts)
@@ -252,7 +252,7 @@ def spec_of(q: Tensor, k: Tensor, v: Tensor) -> TensorSpec:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
-    """Checks that the tensors are tensors that go together."""
+    """Checks that types, shapes, dtypes and devices are consistent."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(

@@ -58,19 +58,8 @@ class BufferPool:
             else:
                 del self._free[oldest]
 
-    def clear(self) -> None:
-        """Frees all buffers that are not in use."""
-        self._free.clear()
-        self._num_bytes = 0
-
 
 _POOLS: WeakKeyDictionary[dist.ProcessGroup, BufferPool] = WeakKeyDictionary()
-
-
-def clear_pools() -> None:
-    """Frees all buffers that are not in use, of all groups: to measure what a call takes, for example."""
-    for pool in _POOLS.values():
-        pool.clear()
 
 
 def pool_of(group: dist.ProcessGroup) -> BufferPool:

@@ -63,10 +63,6 @@ class RankMesh:
             number = number * len(axis.ranks) + axis.coordinate
         return number
 
-    def submesh(self, axis: int) -> RankMesh:
-        """Returns the mesh of the ranks that differ from this rank along one axis only."""
-        return RankMesh((self.axes[axis],))
-
     def route(self, peer: int) -> tuple[int, int]:
         """Returns the axis that connects this rank to `peer`, and the rank of `peer` in the process group of that axis.
 

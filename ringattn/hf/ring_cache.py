@@ -61,7 +61,7 @@ class RingCache(Cache):
         shard_from: smallest number of new tokens in a row that is sharded; 1 or more.
     Raises:
         ArgumentError: when an argument is out of range, or the model cannot generate from a RingCache.
-    Communication: that of `prefill_attention` or `decode_attention` in each layer; after a prefill, each rank also
+    Communication: as `prefill_attention` or `decode_attention` in each layer; after a prefill, each rank also
         sends the logits that it computed to all others.
     """
 

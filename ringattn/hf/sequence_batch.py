@@ -92,7 +92,7 @@ class ShardingContext:
 
         Raises:
             ArgumentError: when the layer got padding besides that of the batch.
-        Communication: that of `context_parallel_attention`; all ranks call it together.
+        Communication: as `context_parallel_attention`; all ranks call it together.
         """
         if call.padding is not None:
             raise ArgumentError(

@@ -106,7 +106,7 @@ class BackwardQueries(NamedTuple):
 class Gradients(NamedTuple):
     """The gradients of q, k and v, of the same shapes: (B, Sq, H, D), (B, Sk, Hkv, D), (B, Sk, Hkv, Dv).
 
-    A `BlockKernel` adds to them; they are then in the accumulation dtype, that of lse.
+    A `BlockKernel` adds to them; they are then in the accumulation dtype, as lse.
     """
 
     dq: Tensor

@@ -21,7 +21,7 @@ def pairs_of_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, c
     """Returns how many allowed pairs each rank's rows of one side have: (world,) int64.
 
     Args:
-        column: Q_START counts those of a rank's queries, K_START those of its keys.
+        column: Q_START for the pairs of a rank's queries, K_START for the pairs of its keys.
     """
     held = layout if column == Q_START else kv_layout
     own = held.segments
@@ -34,54 +34,54 @@ def pairs_of_ranks(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, c
 
 @lru_cache(maxsize=32)
 def rows_exchanged(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int) -> tuple[Ints, Ints]:
-    """Returns how many rows of one side each rank needs of others, and others need of it: two of (world,) int64.
+    """Returns how many rows each rank receives from others, and sends to others: two of (world,) int64.
 
     Args:
-        column: whose rows: K_START or Q_START.
+        column: the rows that move: K_START for keys, Q_START for queries.
     """
     held = kv_layout if column == K_START else layout
     own, width, world = held.segments, held.seq_len + 1, held.world_size
-    # One line for all: what a rank sees, and what it holds, stands behind that of the ranks before it.
-    start, stop = _united(*_seen(masks, layout, kv_layout, column, width))
+    # All ranks on one line of numbers: the intervals of rank r are shifted by r * width.
+    start, stop = _united(*_needed(masks, layout, kv_layout, column, width))
     first, last = own.start + own.owner * width, own.stop + own.owner * width
-    sees, has = start // width, overlapping_pairs(start, stop, first, last)
+    receiver, has = start // width, overlapping_pairs(start, stop, first, last)
     both = np.minimum(stop[has[0]], last[has[1]]) - np.maximum(start[has[0]], first[has[1]])
-    home = np.bincount(own.owner[has[1]], both, world)
-    start, stop = start - sees * width, stop - sees * width
+    local = np.bincount(own.owner[has[1]], both, world)
+    start, stop = start - receiver * width, stop - receiver * width
     rows = _up_to(stop, own.start, own.stop) - _up_to(start, own.start, own.stop)
-    views = _up_to(own.stop, start, stop) - _up_to(own.start, start, stop)
-    needs, gives = (np.bincount(*of, world) - home for of in ((sees, rows), (own.owner, views)))
-    found = needs.astype(np.int64), gives.astype(np.int64)
+    copies = _up_to(own.stop, start, stop) - _up_to(own.start, start, stop)
+    received, sent = (np.bincount(*of, world) - local for of in ((receiver, rows), (own.owner, copies)))
+    found = received.astype(np.int64), sent.astype(np.int64)
     for counts in found:
         counts.setflags(write=False)
     return found
 
 
 def _slices(mask: Mask, layout: Layout, kv_layout: Layout, column: int) -> Ints:
-    """A mask's slices; transposed if those who look on are keys."""
+    """A mask's slices; with queries and keys exchanged for K_START."""
     slices = mask.slices(layout.seq_len, kv_layout.seq_len)
     if column == Q_START:
         return slices
-    turned: Ints = slices[:, [K_START, K_STOP, Q_START, Q_STOP, HI, LO]] * np.array([1, 1, 1, 1, -1, -1])
-    return turned
+    transposed: Ints = slices[:, [K_START, K_STOP, Q_START, Q_STOP, HI, LO]] * np.array([1, 1, 1, 1, -1, -1])
+    return transposed
 
 
-def _seen(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int, width: int) -> tuple[Ints, Ints]:
-    """The positions of one side that each rank sees, as intervals, those of rank r moved by r * width."""
-    eyes, other = (layout.segments, Q_START) if column == K_START else (kv_layout.segments, K_START)
+def _needed(masks: tuple[Mask, ...], layout: Layout, kv_layout: Layout, column: int, width: int) -> tuple[Ints, Ints]:
+    """The positions of rows that each rank needs, as intervals; the intervals of rank r are shifted by r * width."""
+    own, other = (layout.segments, Q_START) if column == K_START else (kv_layout.segments, K_START)
     starts, stops = [], []
     for mask in masks:
         slices = _slices(mask, layout, kv_layout, other)
-        segment, index = overlapping_pairs(eyes.start, eyes.stop, slices[:, Q_START], slices[:, Q_STOP])
+        segment, index = overlapping_pairs(own.start, own.stop, slices[:, Q_START], slices[:, Q_STOP])
         s = slices[index]
-        # Queries that see something; what consecutive ones see is consecutive.
-        first = np.maximum.reduce([s[:, Q_START], eyes.start[segment], s[:, K_START] - s[:, HI]])
-        last = np.minimum.reduce([s[:, Q_STOP], eyes.stop[segment], s[:, K_STOP] - s[:, LO]]) - 1
+        # The queries with at least one key; consecutive queries have consecutive keys.
+        first = np.maximum.reduce([s[:, Q_START], own.start[segment], s[:, K_START] - s[:, HI]])
+        last = np.minimum.reduce([s[:, Q_STOP], own.stop[segment], s[:, K_STOP] - s[:, LO]]) - 1
         start, stop = np.maximum(s[:, K_START], first + s[:, LO]), np.minimum(s[:, K_STOP], last + s[:, HI] + 1)
         some = (first <= last) & (start < stop)
-        behind = eyes.owner[segment] * width
-        starts.append((start + behind)[some])
-        stops.append((stop + behind)[some])
+        offset = own.owner[segment] * width
+        starts.append((start + offset)[some])
+        stops.append((stop + offset)[some])
     return np.concatenate(starts), np.concatenate(stops)
 
 

@@ -1,10 +1,9 @@
-"""Spreading heads over the ranks of one axis: from some rows of all heads to all of their rows of some heads.
+"""Head parallelism: sharding heads over the ranks of one axis, and the layout of the rows that a rank gathers.
 
-After the exchange a rank holds its share of the heads for the rows of all ranks of the axis. Those rows are put into
-ascending order, so that the layout which they make together has as few ranges as may be: all of a sequence's rows
-are one range again, however they were laid out. Whatever is done next, a ring or nothing, is planned on
-that layout. Rows may also stay in several parts, one after the other in the layout: those of a rank alone need not
-be copied.
+After the all-to-all a rank holds its shard of the heads for the rows of all ranks of the axis. The rows are sorted by
+position, so that their layout has as few ranges as possible: all rows of a sequence are one range, whatever the layout
+was before. The exchange along the other axis, if any, is planned on that layout. Rows may also stay in several parts,
+one after the other in the layout: a part with the rows of one rank is not copied.
 
 Source: Jacobs et al. 2023, arXiv:2309.14509; with a ring Fang and Zhao 2024, arXiv:2405.07719.
 """
@@ -25,11 +24,11 @@ class GatheredRows:
 
     Args:
         num_rows: of each rank.
-        places: for each rank, runs of its rows and where they go: (its rows, rows of the union).
+        row_slices: for each rank, pairs of slices: (of its rows, of all rows).
     """
 
     num_rows: tuple[int, ...]
-    places: tuple[tuple[tuple[slice, slice], ...], ...]
+    row_slices: tuple[tuple[tuple[slice, slice], ...], ...]
 
     @property
     def total(self) -> int:
@@ -39,8 +38,8 @@ class GatheredRows:
     @property
     def in_place(self) -> bool:
         """Whether these are the rows of one rank, in its own order."""
-        alone = len(self.places) == 1
-        return alone and all(held.step == 1 and held.start == rows.start for rows, held in self.places[0])
+        alone = len(self.row_slices) == 1
+        return alone and all(held.step == 1 and held.start == rows.start for rows, held in self.row_slices[0])
 
 
 @lru_cache(maxsize=64)
@@ -48,24 +47,24 @@ def gathered_layout(layout: Layout, num_groups: int) -> tuple[Layout, tuple[Gath
     """Returns the layout of groups of consecutive ranks, each holding its ranks' rows; and each group's rows.
 
     Args:
-        layout: of num_groups x W ranks, those of a group one after the other.
+        layout: of num_groups x W ranks, group by group.
         num_groups: 1 if all ranks make one group.
     """
     size = layout.world_size // num_groups
-    ranges, unions = [], []
+    ranges, gathered = [], []
     for group in range(num_groups):
         members = [layout.ranges(rank) for rank in range(group * size, (group + 1) * size)]
-        held, union = _gather_ranges(members)
+        held, rows = _gather_ranges(members)
         ranges.append(held)
-        unions.append(union)
-    return Layout(layout.seq_len, tuple(ranges), f"{layout} in {num_groups} groups"), tuple(unions)
+        gathered.append(rows)
+    return Layout(layout.seq_len, tuple(ranges), f"{layout} in {num_groups} groups"), tuple(gathered)
 
 
 @lru_cache(maxsize=64)
 def gathered_layout_in_parts(
     layout: Layout, num_groups: int, num_parts: int
 ) -> tuple[Layout, tuple[tuple[GatheredRows, ...], ...]]:
-    """Returns the same of groups whose rows stay in parts: those of the first ranks, then those of the next.
+    """Returns the same as `gathered_layout`, with the rows of each group in parts of consecutive ranks.
 
     Args:
         layout: of num_groups x W ranks.
@@ -74,25 +73,25 @@ def gathered_layout_in_parts(
     Returns:
         the layout of the groups, and the parts of each, in the order of its rows.
     """
-    parts, unions = gathered_layout(layout, num_groups * num_parts)
+    parts, gathered = gathered_layout(layout, num_groups * num_parts)
     groups = [slice(first, first + num_parts) for first in range(0, num_groups * num_parts, num_parts)]
     ranges = tuple(tuple(run for part in parts.rank_ranges[group] for run in part) for group in groups)
     held = Layout(layout.seq_len, ranges, f"{layout} in {num_groups} groups of {num_parts} parts")
-    return held, tuple(unions[group] for group in groups)
+    return held, tuple(gathered[group] for group in groups)
 
 
 def _gather_ranges(members: list[tuple[range, ...]]) -> tuple[tuple[range, ...], GatheredRows]:
     """Orders the members' ranges by position; joins neighbours, and stripes that are complete."""
     held = sorted((run.start, member, index) for member, own in enumerate(members) for index, run in enumerate(own))
     runs = [(member, index, members[member][index]) for _, member, index in held]
-    place: dict[tuple[int, int], slice] = {}
+    slice_of: dict[tuple[int, int], slice] = {}
     joined: list[range] = []
     offset, at = 0, 0
     while at < len(runs):
         stripes = _complete_stripes([run for *_, run in runs[at : at + runs[at][2].step]])
         for number, (member, index, run) in enumerate(runs[at : at + stripes]):
             start, step = (offset, 1) if stripes == 1 else (offset + number, stripes)
-            place[member, index] = slice(start, start + step * (len(run) - 1) + 1, step)
+            slice_of[member, index] = slice(start, start + step * (len(run) - 1) + 1, step)
         parts = [run for *_, run in runs[at : at + stripes]]
         whole = parts[0] if stripes == 1 else range(parts[0].start, parts[0].start + sum(map(len, parts)))
         if joined and joined[-1].step == whole.step == 1 and joined[-1].stop == whole.start:
@@ -100,14 +99,14 @@ def _gather_ranges(members: list[tuple[range, ...]]) -> tuple[tuple[range, ...],
         else:
             joined.append(whole)
         offset, at = offset + len(whole), at + stripes
-    places = []
+    row_slices = []
     for member, own in enumerate(members):
         found, start = [], 0
         for index, run in enumerate(own):
-            found.append((slice(start, start + len(run)), place[member, index]))
+            found.append((slice(start, start + len(run)), slice_of[member, index]))
             start += len(run)
-        places.append(tuple(found))
-    return tuple(joined), GatheredRows(tuple(sum(map(len, own)) for own in members), tuple(places))
+        row_slices.append(tuple(found))
+    return tuple(joined), GatheredRows(tuple(sum(map(len, own)) for own in members), tuple(row_slices))
 
 
 def _complete_stripes(runs: list[range]) -> int:
@@ -120,9 +119,9 @@ def _complete_stripes(runs: list[range]) -> int:
 
 
 def replicates_kv_heads(stages: tuple[tuple[HeadShard, ...], ...]) -> bool:
-    """Whether some kv head is in several shares, [stage][rank]."""
-    shares = [share for stage in stages for share in stage]
-    return sum(len(share.kv_heads) for share in shares) > max(share.kv_heads.stop for share in shares)
+    """Whether some kv head is in several shards, [stage][rank]."""
+    shards = [shard for stage in stages for shard in stage]
+    return sum(len(shard.kv_heads) for shard in shards) > max(shard.kv_heads.stop for shard in shards)
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,12 @@ class HeadSharding:
     """How one rank's rows and heads are exchanged along one axis.
 
     Args:
-        place: this rank's, on the axis.
+        rank: this rank, on the axis.
         stages: which heads each rank computes in each stage, [stage][rank].
-        q_rows: the rows of all ranks of the axis, in parts.
-        kv_rows: those of keys, in as many.
+        q_rows, kv_rows: the rows of all ranks of the axis, of queries and of keys/values, in equally many parts.
     """
 
-    place: int
+    rank: int
     stages: tuple[tuple[HeadShard, ...], ...]
     q_rows: tuple[GatheredRows, ...]
     kv_rows: tuple[GatheredRows, ...]
@@ -151,18 +149,18 @@ class HeadSharding:
 
         Args:
             sizes: of the tensors, all heads.
-            wanted: whether gradients of (q, k or v) are.
+            wanted: whether gradients of (q, k or v) are wanted.
         """
         b, item, wide = sizes.batch, sizes.itemsize, sizes.sum_itemsize
         both = sizes.head_dim + sizes.v_head_dim
         kv_item = wide if self.replicates else item
         q_rows, kv_rows = ([n for part in held for n in part.num_rows] for held in (self.q_rows, self.kv_rows))
-        q_own, kv_own = q_rows[self.place], kv_rows[self.place]
+        q_own, kv_own = q_rows[self.rank], kv_rows[self.rank]
         forward = backward = 0
         for stage in self.stages:
-            mine = stage[self.place]
+            mine = stage[self.rank]
             for peer, theirs in enumerate(stage):
-                if peer == self.place:
+                if peer == self.rank:
                     continue
                 q_there = b * q_rows[peer] * len(mine.heads)
                 kv_there = b * kv_rows[peer] * len(mine.kv_heads)

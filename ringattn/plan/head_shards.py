@@ -1,8 +1,8 @@
-"""Heads: which rank computes which of them, and when, where heads are spread over ranks.
+"""Sharding heads: which heads each rank computes in each stage.
 
-Query head h uses kv head h // group. Query heads are dealt in order, as evenly as they go; with them go the kv heads
-that they use. So a kv head is replicated on just the ranks that compute some of its query heads, which is the least
-that even shares of query heads allow; and a rank's share need not be whole groups.
+Query head h uses kv head h // group. Query heads are sharded in order and as evenly as possible, together with the kv
+heads that they use. So a kv head is replicated only on the ranks that compute some of its query heads, which is the
+minimum for even shards of query heads; a shard need not consist of whole groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class HeadSlice(NamedTuple):
-    """Query heads and their kv heads, each of which serves as many of them: what a kernel takes at once."""
+    """Query heads and their kv heads, all of one group size: the heads of one kernel call."""
 
     heads: range
     kv_heads: range
@@ -28,7 +28,7 @@ class HeadShard:
     group: int  # query heads of a whole kv head
 
     def runs(self) -> tuple[HeadSlice, ...]:
-        """Returns the share in local numbers, cut where query heads per kv head change: three runs at most."""
+        """Returns the shard in local numbers, cut where the query heads per kv head change: three slices at most."""
         if not self.heads:
             return ()
         a, b, g = self.heads.start, self.heads.stop, self.group
@@ -51,13 +51,13 @@ def all_heads(heads: int, kv_heads: int) -> HeadShard:
 def shard_heads(heads: int, kv_heads: int, world_size: int, stages: int = 1) -> tuple[tuple[HeadShard, ...], ...]:
     """Returns which heads each rank computes in each stage: [stage][rank].
 
-    Where a rank has kv heads enough, stages do not cut through their groups. A share may be empty.
+    If a rank has at least as many kv heads as stages, no stage cuts a group. A shard may be empty.
 
     Args:
         heads: query heads in all, a multiple of kv_heads.
         kv_heads: kv heads in all.
-        world_size: ranks to deal them to.
-        stages: parts of each rank's share.
+        world_size: number of ranks.
+        stages: number of parts of each rank's shard.
     """
     group = heads // kv_heads
     by_rank = [_stages(part, group, stages) for part in _even_ranges(range(heads), world_size)]

@@ -23,7 +23,7 @@ class Payload(Enum):
 
     @property
     def moves_queries(self) -> bool:
-        """Whether rows are those of queries; otherwise of keys and values."""
+        """Whether rows belong to queries; otherwise to keys and values."""
         return self not in (Payload.KV, Payload.DKV)
 
 

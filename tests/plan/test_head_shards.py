@@ -67,16 +67,16 @@ def test_a_share_of_incomplete_groups() -> None:
 
 
 def check_united(layout: Layout, num_groups: int) -> None:
-    """The union holds its ranks' positions, and the places say where each row went."""
-    together, unions = gathered_layout(layout, num_groups)
+    """A group holds the positions of its ranks, at the rows that `row_slices` gives."""
+    together, groups = gathered_layout(layout, num_groups)
     size = layout.world_size // num_groups
     assert together.world_size == num_groups
-    for group, union in enumerate(unions):
+    for group, union in enumerate(groups):
         found = np.full(union.total, -1)
-        for member, places in enumerate(union.places):
+        for member, row_slices in enumerate(union.row_slices):
             own = layout.positions(group * size + member)
             assert union.num_rows[member] == len(own)
-            for rows, held in places:
+            for rows, held in row_slices:
                 assert (found[held] == -1).all()
                 found[held] = own[rows]
         np.testing.assert_array_equal(found, together.positions(group))
@@ -94,7 +94,7 @@ def test_all_rows_are_one_range_again(seq_len: int) -> None:
         together, (union,) = gathered_layout(layout, 1)
         assert together.ranges(0) == (range(seq_len),)
         assert union.total == seq_len
-    assert all(len(places) == 1 for places in gathered_layout(striped(seq_len, 4), 1)[1][0].places)
+    assert all(len(row_slices) == 1 for row_slices in gathered_layout(striped(seq_len, 4), 1)[1][0].row_slices)
 
 
 def test_bytes_of_a_spread_by_hand() -> None:

@@ -81,7 +81,7 @@ class PagedKernel(Protocol):
     def merge(self, outs: Tensor, lses: Tensor, first: int, sink: Tensor | None) -> Tensor:
         """Returns the output over all keys, (B, T, H, Dv), from the partial results of several ranks.
 
-        Arguments are those of `softmax.merge_parts`. A row's result depends on that row alone, to the bit. Kernels of
-        other names may round differently, so all ranks use the same kernel.
+        It takes the arguments of `softmax.merge_parts`. A row's result depends on that row alone, to the bit. Kernels
+        of other names may round differently, so all ranks use the same kernel.
         """
         ...

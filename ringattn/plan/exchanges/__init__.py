@@ -134,15 +134,15 @@ def select_backward(
     wanted: tuple[bool, bool] = (True, True),
     mesh: tuple[int, ...] = (),
 ) -> Phase:
-    """Returns what should move in the backward: what is fewer bytes over all ranks, the same on each of them.
+    """Returns the phase that moves fewer bytes over all ranks in the backward, the same on each rank.
 
-    Where queries move, a rank computes everything that its own keys take part in. Layouts make the work of queries
-    even, not that of keys: queries do not move where that would make the busiest rank busier.
+    Where queries move, a rank computes all pairs of its own keys. Layouts balance the pairs of queries, not of keys:
+    queries do not move if that would give the busiest rank more pairs.
 
     Args:
         exchange, masks, layout, kv_layout, mesh: of the plan.
         shape: of the tensors.
-        wanted: whether gradients of (q, k or v) are wanted; those that are not do not travel.
+        wanted: whether gradients of (q, k or v) are wanted; others are not sent.
     """
     total = {}
     for phase, returns in ((Phase.BACKWARD, wanted[1]), (Phase.BACKWARD_BY_QUERIES, wanted[0])):

@@ -39,11 +39,11 @@ class ForwardSteps:
 
 
 class BackwardSteps:
-    """The steps of a backward: two for each inner step, as blocks move in halves; those of the own block at both ends.
+    """The steps of a backward: two for each inner step, as blocks move in halves; the own block is first and last.
 
-    So the gradients of one half travel while the other is computed, and the last ones return under the second half of
-    the own block. On two levels some inner steps of the own group come last, too, so that returns over the slow axis
-    travel under them.
+    So the gradients of one half move while the other half is computed, and the last gradients return under the second
+    half of the own block. On two levels some inner steps of the own group come last, too: gradients return over the
+    slow axis under them.
     """
 
     def __init__(self, schedule: RingSchedule) -> None:

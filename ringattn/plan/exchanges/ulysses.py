@@ -59,7 +59,7 @@ class Ulysses(Exchange):
         return shard_heads(heads, kv_heads, mesh[-1], self.stages)
 
     def program(self, pattern: CommPattern, rank: int, *, returns: bool) -> Program:
-        """Returns the steps of `then`; the pattern is that of the gathered rows."""
+        """Returns the steps of `then`; the pattern describes the gathered rows."""
         return self.then.program(pattern, rank, returns=returns)
 
     def rows_moved(self, pattern: CommPattern) -> tuple[int, int]:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_MAX_BYTES = 4 << 20
-_MAX_BUFFER_BYTES = 1 << 20
+_MAX_BYTES = 16 << 20
+_MAX_BUFFER_BYTES = 2 << 20
 _ALIGNMENT = 16  # bytes, so that a buffer can be viewed in any dtype
 
 

@@ -1,7 +1,7 @@
 """Selecting an exchange: each candidate's time is bounded from below, and the one with the least bound is taken.
 
-A bound follows from a call's shape, its mask and layouts, its mesh and a cost model, and from nothing else: so every
-rank comes to the same choice by itself. Simulating the programs would add little: see docs/performance.md.
+A bound follows only from a call's shape, its mask and layouts, its mesh and a cost model, so every rank selects the
+same exchange by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ringattn.plan.payload import AttentionShape
 from ringattn.plan.plan import Phase
 from ringattn.plan.workload import Workload
 
-# Candidates within this share of the least time count as equally fast: the first of them is taken.
-TIE_TOLERANCE = 0.01
+# Candidates within this share of the least time count as equally fast. Transfers that are hidden under compute still
+# take cores and memory bandwidth, so a candidate loses to another one with no more bytes, messages and buffers.
+TIE_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,21 @@ def select_exchange(
         considered = [Candidate(name, stages) for name in dict.fromkeys(c.exchange for c in considered)]
         considered = [c for c in considered if stages == 1 or EXCHANGES[c.exchange].stages]
     judged = tuple(_judge(c, problem, model, stages is not None) for c in considered)
-    seconds = {c: c.prediction.total_s for c in judged if c.refusal is None and c.prediction is not None}
-    limit = min(seconds.values(), default=0.0) * (1.0 + TIE_TOLERANCE)
-    chosen = next((c for c, total in seconds.items() if total <= limit), None)
-    return Choice(problem, model, judged, chosen)
+    return Choice(problem, model, judged, _best(judged))
+
+
+def _best(judged: tuple[Candidate, ...]) -> Candidate | None:
+    """Returns the first of the fastest candidates to which no other one is preferable; None if none can run."""
+    able = {c: c.prediction for c in judged if c.refusal is None and c.prediction is not None}
+    limit = min((found.total_s for found in able.values()), default=0.0) * (1.0 + TIE_TOLERANCE)
+    costs = {c: (p.num_bytes, p.num_messages, p.buffer_bytes) for c, p in able.items() if p.total_s <= limit}
+
+    def loses(cost: tuple[int, ...]) -> bool:
+        slack = 1.0 + TIE_TOLERANCE
+        pairs = [list(zip(other, cost, strict=True)) for other in costs.values()]
+        return any(all(a <= slack * b for a, b in pair) and any(slack * a < b for a, b in pair) for pair in pairs)
+
+    return next((c for c, cost in costs.items() if not loses(cost)), next(iter(costs), None))
 
 
 def _judge(candidate: Candidate, problem: ExchangeProblem, model: CostModel, stages_given: bool) -> Candidate:

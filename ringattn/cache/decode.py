@@ -106,7 +106,7 @@ def decode_attention_by_heads(
 ) -> Tensor:
     """`decode_attention` with a result that is sharded by heads, for an output projection that is sharded by heads.
 
-    Args, errors: the same as for `decode_attention`.
+    It has the arguments and errors of `decode_attention`.
 
     Returns:
         (B, T, H_own, Dv) in q.dtype: the heads `contiguous(H, W).positions(rank)`.

@@ -93,7 +93,7 @@ def _works(library: ctypes.CDLL, problem: Problem) -> dict[str, tuple[Callable[[
 
 @benchmark("bf16-estimate", help="estimated speed of avx512_bf16 on a processor without AVX512_BF16")
 def bf16_estimate(here: Session, seq_len: int = 4096, head_dims: Sequence[int] = (64, 128), rounds: int = 7) -> None:
-    """Measures every head dim and pass; rates are those of the fastest round, because other load only slows it."""
+    """Measures every head dim and pass; rates are from the fastest round, since other load can only slow a round."""
     if "avx512_vnni" not in Path("/proc/cpuinfo").read_text().split():
         raise SystemExit("this processor has no AVX-512 VNNI, whose instructions are needed")
     records = here.records("bf16_estimate")

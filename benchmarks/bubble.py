@@ -110,7 +110,7 @@ def from_first_op(ops: Timeline) -> list[list[TimedOp]]:
 
 
 def check(records: Sequence[Record], tolerance: float) -> None:
-    """Exits if a bubble differs from theory by more than a share of it, or exceeds that of a simpler schedule."""
+    """Exits if a bubble differs from theory by more than a share of it, or exceeds the bubble of a simpler schedule."""
     wrong = [
         f"{r['schedule']}: {r['bubble']:.1%} beside {r['theory']:.1%}"
         for r in records

@@ -219,7 +219,7 @@ def decode(
     rounds: int = 9,
     merge_rounds: int = 100,
 ) -> None:
-    """Measures the merge, the capacities and every length; a time is that of the slowest rank."""
+    """Measures the merge, the capacities and every length; the slowest rank's time counts."""
     lengths = sorted(tokens)
     found = _records("merge", time_merges(case, merge_rounds, here))
     found += _measure_capacities(case, lengths[0], rounds, here)

@@ -112,7 +112,7 @@ def _module_work(case: ModuleCase, device: torch.device) -> Callable[[], object]
 
 
 def measure_modules(cases: Sequence[ModuleCase], rounds: int, device: torch.device) -> list[tuple[int, float]]:
-    """Returns the peak bytes of each case, and its time over that of the first case."""
+    """Returns the peak bytes of each case, and its time relative to the first case."""
     works = [_module_work(case, device) for case in cases]
     for work in works:
         work()

@@ -7,7 +7,7 @@
 
 The arguments after -- go to Python in each rank's namespace, with the environment that torchrun would set. Needs root
 (CAP_NET_ADMIN and CAP_SYS_ADMIN), and `ip` and `tc` of iproute2; a delay needs a kernel with netem. The namespaces are
-removed in any case; --clean removes those of a program that was killed.
+removed in any case; --clean removes the namespaces of a killed program.
 """
 
 from __future__ import annotations

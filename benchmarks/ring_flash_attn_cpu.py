@@ -137,8 +137,8 @@ class _TorchWithCopyingBuffers(ModuleType):
         return torch.empty(*args, **kwargs).as_subclass(_CopyingBuffer)
 
 
-# The library reads the names and defaults of these two functions with `inspect` and calls them by keyword. Names and
-# order are those of flash_attn 2.7 and later; the parameters must not be keyword-only.
+# The library reads the names and defaults of these two functions with `inspect` and calls them by keyword. They have
+# the names and the order of flash_attn 2.7 and later; the parameters must not be keyword-only.
 
 
 def _flash_attn_forward(

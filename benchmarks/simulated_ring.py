@@ -6,7 +6,7 @@ the gradients to the dtype of q. The loss is the extra time of the ring.
 
 For each step, `expected_s` is its share, by area, of the dense call. The fixed cost is the time of a call in which the
 same rows see a single key: launching, and reading, merging and writing the state, whether a kernel does that inside or
-apart. Its bandwidth is shown beside that of a plain copy. Step None is the whole ring.
+apart. Its bandwidth is shown beside a plain copy's. Step None is the whole ring.
 """
 
 from __future__ import annotations

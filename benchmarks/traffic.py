@@ -37,8 +37,8 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "broadcast": ("broadcast_", "broadcast"),
 }
 SILENT = ("recv_", "barrier", "wait_tensor", "_wrap_tensor_autograd")
-# Several axes may share a group: that of "ring" also serves "fsdp" if no other axis shards the weights. The operation
-# tells them apart: attention and stages send messages, and only experts use all-to-all.
+# Several axes may share a group: "ring" and "fsdp" do if no other axis shards the weights. The operation tells them
+# apart: attention and stages send messages, and only experts use all-to-all.
 AXES_OF: Mapping[str, tuple[str, ...]] = {"message": ("pp", "ring", "ulysses"), "all-to-all": ("ep",)}
 OTHER_AXES = ("tp", "fsdp", "efsdp", "dp_replicate", "loss", "pp")
 

@@ -182,4 +182,4 @@ def mixes(here: Session, mixes: Annotated[Sequence[Mix], Mix] = DEFAULT_MIXES, r
     if here.is_main:
         plots.mixes(records, here.out / "mixes.png")
     if wrong := [r["mix"] for r in records if not r["difference"] < r["allowed"]]:
-        raise SystemExit(f"losses differ from those of one process by more than rounding: {', '.join(wrong)}")
+        raise SystemExit(f"losses differ by more than rounding from the run in one process: {', '.join(wrong)}")

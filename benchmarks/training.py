@@ -334,7 +334,7 @@ def _dense_attention(dense_mask: Tensor | None) -> AttentionFn:
 
 
 def _merged(recipe: Recipe, runs: list[Run], ops: list[list[list[TimedOp]]]) -> Run:
-    """Returns the results of all ranks as one run; the time of a step is that of the slowest rank."""
+    """Returns the results of all ranks as one run; a step takes as long as on the slowest rank."""
     seconds = [max(of_ranks) for of_ranks in zip(*(run.seconds for run in runs), strict=True)]
     sent: dict[str, dict[str, list[int]]] = {}
     for axis, operation in dict.fromkeys((name, by) for run in runs for name in run.sent for by in run.sent[name]):

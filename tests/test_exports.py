@@ -73,7 +73,7 @@ REFERENCE = re.compile(r"^It (takes the arguments|has the arguments,? (?:errors 
 
 
 def described_parameters(function: Callable[..., object]) -> set[str]:
-    """The parameters that a docstring describes, or that of the function it refers to."""
+    """The parameters described by a docstring, or by the docstring of a function it refers to."""
     text = inspect.getdoc(function) or ""
     found = set(re.findall(r"^ {4}(\w+(?:, \w+)*): ", text, re.MULTILINE))
     names = {name for names in found for name in names.split(", ")}

@@ -54,7 +54,7 @@ struct BackwardKernel {
   };
 
   struct Buffers {
-    // A key block. With fp32 both layouts are the same, and share memory; so do those of probs and ds.
+    // A key block. In fp32 both layouts are the same and share memory, also for probs and ds.
     float *k, *v, *k_vnni;  // (BLOCK_N, k_pitch), (BLOCK_N, v_pitch); (BLOCK_N / PACK_FACTOR, dim_pitch)
     float *dk, *dv;         // (PADDED_N, dim_pitch), (PADDED_N, v_dim_pitch): sums over queries, dk without the scale
     // Probabilities of the key block, and the gradients of its scores.

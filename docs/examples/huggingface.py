@@ -1,4 +1,4 @@
-"""A transformers model over the ranks of a group: loss and logits equal those of one process."""
+"""A transformers model over the ranks of a group: the same loss and logits as in one process."""
 
 import torch
 import torch.distributed as dist

@@ -153,7 +153,7 @@ def gather_attention(
     """Attention of this rank's queries over gathered keys/values: only the rows that they may attend to are received.
 
     A sliding window costs its halo, and packed documents cost only what crosses a boundary. The result and its
-    gradients equal those of `ring_attention`.
+    gradients are the same as with `ring_attention`.
 
     It takes the arguments of `ring_attention`, with a group of one axis, and
 
@@ -221,7 +221,7 @@ def ulysses_attention(
     """Attention of some heads over the whole sequence on each rank: an all-to-all before it, and one after it.
 
     Query heads are sharded over the ranks as evenly as possible; a kv head is replicated on all ranks that use it. The
-    result and its gradients equal those of `ring_attention`.
+    result and its gradients are the same as with `ring_attention`.
 
     It takes the arguments of `ring_attention`, with a group of one axis, and
 
@@ -291,7 +291,8 @@ def hybrid_attention(
 
     Along "ulysses", an all-to-all gathers the rows of the axis for some heads on each rank; along "ring", the keys and
     values of these heads rotate. Ranks are numbered row by row: rank = ring coordinate x ulysses ranks + ulysses
-    coordinate; layouts are over all ranks. The result and its gradients equal those of `ring_attention`.
+    coordinate; layouts are over all ranks. The result and its gradients are the same as with
+    `ring_attention`.
 
     It takes the arguments of `ring_attention`, but a mesh instead of the group, and
 

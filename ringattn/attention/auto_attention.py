@@ -41,7 +41,7 @@ def context_parallel_attention(
 
     On the first call of a signature a lower bound of the time of each exchange is computed from its bytes, messages and
     work, forward and, where gradients are wanted, backward. Nothing is measured. Later calls of the signature take the
-    same exchange. The result and its gradients equal those of `ring_attention`.
+    same exchange. The result and its gradients are the same as with `ring_attention`.
 
     It takes the arguments of `ring_attention`, and
 

@@ -79,18 +79,6 @@ class HeadwiseKernel:
             self._kernel.backward(part, part_keys, tiles, self._score.of_heads(heads), part_gradients)
 
 
-class _Gradients:
-    """Returns that are summed."""
-
-    def clear(self, returning: Tensors) -> None:
-        for x in returning:
-            x.zero_()
-
-    def accumulate(self, target: Tensors, source: Tensors) -> None:
-        for total, x in zip(target, source, strict=True):
-            total += x
-
-
 class Forward:
     """Keys and values move to the queries.
 
@@ -147,13 +135,12 @@ class ForwardByQueries:
         merge_(*target, *source)
 
 
-class Backward(_Gradients):
-    """Keys and values move to the queries; their gradients return.
+class _Gradients:
+    """A movement whose returns are summed.
 
     Args:
         kernel: what computes.
-        queries: the chunks that stay.
-        keys: the chunks of this rank's own block.
+        queries, keys: the chunks of one side stay; the chunks of the other are this rank's own block, which moves.
         dq: the gradient of each chunk of queries, zeros; updated.
         dkv: the gradients (dk, dv) of each chunk of keys, zeros; updated.
     """
@@ -166,10 +153,28 @@ class Backward(_Gradients):
         dq: Sequence[Tensor],
         dkv: Sequence[Tensors],
     ) -> None:
-        self._kernel, self._queries, self._dq = kernel, queries, dq
-        self.moving: Sequence[Tensors] = [(chunk.k, chunk.v) for chunk in keys]
-        self.returned = dkv
+        self._kernel, self._queries, self._keys, self._dq, self._dkv = kernel, queries, keys, dq, dkv
         self.device = keys[0].k.device
+        self.moving, self.returned = self._own_block()
+
+    def _own_block(self) -> tuple[Sequence[Tensors], Sequence[Tensors]]:
+        """Returns what moves of each chunk of the own block, and its gradients."""
+        raise NotImplementedError
+
+    def clear(self, returning: Tensors) -> None:
+        for x in returning:
+            x.zero_()
+
+    def accumulate(self, target: Tensors, source: Tensors) -> None:
+        for total, x in zip(target, source, strict=True):
+            total += x
+
+
+class Backward(_Gradients):
+    """Keys and values move to the queries; their gradients return."""
+
+    def _own_block(self) -> tuple[Sequence[Tensors], Sequence[Tensors]]:
+        return [(chunk.k, chunk.v) for chunk in self._keys], self._dkv
 
     def compute(self, chunk: int, moving: Tensors, returning: Tensors, tiles: Tiles) -> None:
         gradients = Gradients(self._dq[chunk], *returning)
@@ -177,26 +182,13 @@ class Backward(_Gradients):
 
 
 class BackwardByQueries(_Gradients):
-    """Queries move to the keys and values with everything that belongs to them; their gradients return.
+    """Queries move to the keys and values with everything that belongs to them; their gradients return."""
 
-    It takes the arguments of `Backward`.
-    """
-
-    def __init__(
-        self,
-        kernel: HeadwiseKernel,
-        queries: Sequence[BackwardQueries],
-        keys: Sequence[Keys],
-        dq: Sequence[Tensor],
-        dkv: Sequence[Tensors],
-    ) -> None:
-        self._kernel, self._keys, self._dkv = kernel, keys, dkv
-        self._lse_grad = queries[0].lse_grad
-        self.moving: Sequence[Tensors] = [(chunk.q, chunk.dout, chunk.lse, chunk.delta) for chunk in queries]
-        self.returned: Sequence[Tensors] = [(x,) for x in dq]
-        self.device = keys[0].k.device
+    def _own_block(self) -> tuple[Sequence[Tensors], Sequence[Tensors]]:
+        moving = [(chunk.q, chunk.dout, chunk.lse, chunk.delta) for chunk in self._queries]
+        return moving, [(x,) for x in self._dq]
 
     def compute(self, chunk: int, moving: Tensors, returning: Tensors, tiles: Tiles) -> None:
         q, dout, lse, delta = moving
-        queries = BackwardQueries(q, dout, lse, delta, self._lse_grad)
+        queries = BackwardQueries(q, dout, lse, delta, self._queries[0].lse_grad)
         self._kernel.backward(queries, self._keys[chunk], tiles, Gradients(returning[0], *self._dkv[chunk]))

@@ -65,7 +65,7 @@ def load_rows(
 
     Args:
         folder: where `save_rows` wrote.
-        num_layers: layers of the model; must equal that of the snapshot.
+        num_layers: layers of the model; must equal the snapshot's number.
         num_pages: pages of each rank.
         device: of the new store.
         group: its ranks.

@@ -347,7 +347,7 @@ class RingCache(Cache):
     def save(self, folder: str | Path) -> None:
         """Writes the cache to a folder on a file system that all ranks share; all ranks call it together.
 
-        The format is that of `save_cache`, and a file with the sequence of each row.
+        The folder has the format of `save_cache`, and a file with the sequence of each row.
 
         Raises:
             ArgumentError: when the cache is empty.

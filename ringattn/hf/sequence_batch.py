@@ -91,7 +91,7 @@ class ShardingContext:
         """Returns the attention output (B, rows, heads, v_dim) of this rank's rows over the whole sequence.
 
         Raises:
-            ArgumentError: when the layer got padding besides that of the batch.
+            ArgumentError: when the layer got other padding than the batch has.
         Communication: as `context_parallel_attention`; all ranks call it together.
         """
         if call.padding is not None:

@@ -29,7 +29,7 @@ class RingMixin(_Base):
 
     Another trainer needs only `class RingSFTTrainer(RingMixin, SFTTrainer)`; `RingTrainer` is the combination with
     Trainer. The model is patched during each step, forward and backward, and unpatched in between, so that saving and
-    generating work unchanged. Losses, gradients and gradient norms equal those of one process.
+    generating work unchanged. Losses, gradients and gradient norms are the same as on one process.
     DistributedDataParallel and FSDP2 average gradients over all ranks; Trainer scales the loss accordingly.
 
     Override `patched` to pass other options to `patch`.

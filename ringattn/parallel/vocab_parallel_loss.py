@@ -4,7 +4,7 @@ Each rank's loss is the sum over its own valid tokens, divided by the global num
 is the sum of the ranks' losses, and its gradient the sum of their gradients. The result does not depend on how tokens
 are sharded, and a rank without a valid token contributes 0.
 
-Source: the vocabulary-parallel form is that of Shoeybi et al. 2019, arXiv:1909.08053.
+Source: the vocabulary-parallel form, Shoeybi et al. 2019, arXiv:1909.08053.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def sharded(
 
 
 def check_equal(group: dist.ProcessGroup, name: str, layout: str, exchange: str, spec: BatchSpec) -> None:
-    """Checks that logits, loss and gradients of the patched model equal those of one process; and again when unpatched.
+    """Checks that the patched model gives the logits, loss and gradients of one process; and again when unpatched.
 
     Gathered results are compared on rank 0.
     """

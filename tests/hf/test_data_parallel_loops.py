@@ -1,4 +1,4 @@
-"""Plain loops over data-parallel x context-parallel ranks: gradients are those of one process over all batches."""
+"""Plain loops over data-parallel x context-parallel ranks: the same gradients as one process over all batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings that follow the largest position: that of all ranks' rows, where a rank has but its own."""
+"""Rotary embeddings that depend on the largest position use the maximum over all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with images: logits, loss and gradients, the vision tower's too, equal those of one process."""
+"""Models with images: logits, loss and gradients, the vision tower's too, are the same as in one process."""
 
 from __future__ import annotations
 

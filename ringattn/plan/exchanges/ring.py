@@ -188,7 +188,7 @@ class _ForwardWriter(_Writer):
             self._builder.send(step, BlockSlice(block), to=self._next)
 
     def _write_outer(self, outer_step: int) -> None:
-        """Sends the first block of this outer step to the next group, and receives that of the next outer step."""
+        """Sends the first block of this outer step to the next group, and receives one for the next outer step."""
         start, stop = self._steps.starts[outer_step], self._steps.starts[outer_step + 1]
         here, coming = self._block(outer_step, 0), self._block(outer_step + 1, 0)
         if self._schedule.outer_reach[here] > outer_step:
@@ -252,7 +252,7 @@ class _BackwardWriter(_Writer):
             self._builder.send_return(step + 1, block_slice, to=self._at(self._outer, self._inner - inner_step))
 
     def _write_outer(self, outer_step: int, half: int) -> None:
-        """Sends the first block of this outer step to the next group, and receives that of the next outer step."""
+        """Sends the first block of this outer step to the next group, and receives one for the next outer step."""
         start = self._steps.compute(outer_step, 0, half) if outer_step else 0
         here, coming = self._block(outer_step, 0), self._block(outer_step + 1, 0)
         block_slice = self._slice(here, half)
